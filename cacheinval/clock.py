@@ -1,0 +1,19 @@
+"""The one clock by which ages are judged."""
+
+import time
+
+__all__ = ["Clock"]
+
+# CLOCK_BOOTTIME goes on while the machine is suspended: an entry does not stay young in its sleep.
+_ELAPSED = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class Clock:
+    """Wall clock time at start, advanced by a clock that nobody sets and that counts suspended time."""
+
+    def __init__(self) -> None:
+        self._start = time.time() - time.clock_gettime(_ELAPSED)
+
+    def now(self) -> float:
+        """Seconds since 1970; never goes back within a process."""
+        return self._start + time.clock_gettime(_ELAPSED)

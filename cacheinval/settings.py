@@ -1,0 +1,220 @@
+"""Everything that can be configured, from the environment (prefix `CACHEINVAL_`), secret files, or keyword arguments."""
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from cacheinval.errors import ConfigurationError
+
+__all__ = ["Settings", "mask_url", "unknown_variables"]
+
+PREFIX = "CACHEINVAL_"
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SECRET_PARAMETER = re.compile(r"(?i)\b(password|passwd|pwd|secret|token|sslpassword)=[^&#\s]*")
+
+
+def mask_url(url: str) -> str:
+    """`url` with its password replaced by `***`; text that is no URL comes back without anything that looks like one."""
+    try:
+        parts = urlsplit(url)
+        userinfo, at, host = parts.netloc.rpartition("@")
+    except ValueError:
+        return "***" if "@" in url else url
+    if at:
+        user, colon, _ = userinfo.partition(":")
+        parts = parts._replace(netloc=f"{user}{':***' if colon else ''}@{host}")
+        url = urlunsplit(parts)
+    elif "@" in url:
+        return "***"
+    return _SECRET_PARAMETER.sub(r"\1=***", url)
+
+
+def _url(*schemes: str, empty: bool = False) -> Callable[[str], str]:
+    accepted = ", ".join(f"{scheme}://…" for scheme in schemes) + (", or empty for none" if empty else "")
+
+    def check(url: str) -> str:
+        if empty and not url:
+            return url
+        try:
+            parts = urlsplit(url)
+            usable = (
+                parts.scheme in schemes
+                and "://" in url
+                and (parts.scheme == "memory" or bool(parts.hostname))
+            )
+            _ = parts.port  # raises where the port is no number
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"accepted: {accepted}")
+        return url
+
+    return check
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("accepted: 1 to 64 letters, digits, '_' and '-'")
+    return value
+
+
+def _instance_name(value: str) -> str:
+    if _name(value) == "dead":
+        raise ValueError("accepted: any name but 'dead', which is the dead-letter queue's")
+    return value
+
+
+def _new_instance_id() -> str:
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "host"
+    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _none_if_empty(value: object) -> object:
+    return None if value == "" else value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class Settings(BaseSettings):
+    """How one instance is set up.
+
+    Each field is read from the keyword argument, else from the environment variable of the same name in upper case with
+    the prefix `CACHEINVAL_`, else from a file of that name in `CACHEINVAL_SECRETS_DIR` (default `/run/secrets`).
+
+    Raises:
+        ConfigurationError: a value cannot be used; one line for each names the variable, the value (secrets masked)
+            and what is accepted.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=False
+    )
+
+    broker_url: Annotated[str, AfterValidator(_url("amqp", "amqps", "memory"))] = Field(
+        default="amqp://guest:guest@127.0.0.1:5672/",
+        description="`amqp(s)://…`, or `memory://` within one process",
+    )
+    broker_ca_file: Annotated[str | None, BeforeValidator(_none_if_empty)] = Field(
+        default=None,
+        description="PEM file of the authority that signed the broker's certificate (`amqps://`)",
+    )
+    database_url: Annotated[str, AfterValidator(_url("postgresql", "postgres", empty=True))] = Field(
+        default="postgresql://postgres@127.0.0.1:5432/postgres",
+        description="empty: no database (no outbox, no relay)",
+    )
+    cache_url: Annotated[str, AfterValidator(_url("memory", "redis", "memcached"))] = Field(
+        default="memory://",
+        description="`memory://` in the process; `redis://…` or `memcached://…` outside it",
+    )
+    namespace: Name = Field(
+        default="default", description="a family of caches; letters, digits, `_`, `-`, at most 64"
+    )
+    instance_id: Annotated[str, AfterValidator(_instance_name)] = Field(
+        default_factory=_new_instance_id,
+        description="host, pid and a random part; must be set, and stay the same, for a cache outside the process",
+    )
+    cache_ttl: Seconds = Field(default=300, description="seconds that an entry is kept")
+    cache_max_entries: Annotated[int, Field(ge=1)] = Field(
+        default=100_000, description="bound of the cache in the process"
+    )
+    max_staleness: Annotated[Seconds | None, BeforeValidator(_none_if_empty)] = Field(
+        default=None, description="seconds; bounds how old a value served from the cache can be"
+    )
+    relay: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = Field(
+        default="auto", description="`auto`: take part in relaying the outbox; `off`: leave it to others"
+    )
+    tick_interval: Seconds = Field(default=1, description="seconds between the relay's signs of life")
+    max_clock_skew: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.1, description="seconds that clocks of hosts and database may differ"
+    )
+    publish_timeout: Seconds = Field(default=5, description="seconds to wait for the broker's confirm")
+    prefetch: Annotated[int, Field(ge=1, le=65535)] = Field(
+        default=500, description="messages under way to an instance and not yet acknowledged"
+    )
+    http_host: str = Field(default="127.0.0.1", description="address for health, metrics and products")
+    http_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=8000, description="0 is any free port, and the default of `worker` and `relay`"
+    )
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
+        default="INFO", description="`DEBUG`, `INFO`, `WARNING` or `ERROR`"
+    )
+    log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower)] = Field(
+        default="text", description="`text` or `json`"
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(_secrets_dir=_secrets_dir(), **values)
+        except ValidationError as error:
+            raise ConfigurationError(
+                "\n".join(_explain(problem, values) for problem in error.errors(include_input=True))
+            ) from None
+
+    @model_validator(mode="after")
+    def _staleness_can_be_proven(self) -> "Settings":
+        least = 2 * self.tick_interval + 0.25 + 2 * self.max_clock_skew
+        if self.max_staleness is not None and self.max_staleness < least:
+            raise ValueError(
+                f"max_staleness={self.max_staleness:g}: accepted: at least {least:g} "
+                "(2 x TICK_INTERVAL + 0.25 + 2 x MAX_CLOCK_SKEW seconds)"
+            )
+        return self
+
+    @property
+    def cache_is_external(self) -> bool:
+        """Whether the cache lives outside this process, and so outlives it."""
+        return not self.cache_url.startswith("memory:")
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        return [
+            (name, mask_url(value) if isinstance(name, str) and name.endswith("_url") else value)
+            for name, value in self
+        ]
+
+
+def unknown_variables() -> list[str]:
+    """A warning for each `CACHEINVAL_…` variable in the environment that no setting reads (a typing error, most likely)."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | {f"{PREFIX}SECRETS_DIR"}
+    warnings = []
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+            close = get_close_matches(variable.upper(), known, n=1)
+            warnings.append(f"{variable} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
+    return warnings
+
+
+def _secrets_dir() -> str | None:
+    folder = os.environ.get(f"{PREFIX}SECRETS_DIR", "/run/secrets")
+    return folder if os.path.isdir(folder) else None
+
+
+def _explain(problem: Any, values: dict[str, Any]) -> str:
+    text = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # from the validator of the whole: it names its field itself
+        name, _, rest = text.partition("=")
+        return f"{PREFIX}{name.upper()}={rest}"
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        close = get_close_matches(name, Settings.model_fields, n=1)
+        return f"{name} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
+    value = problem["input"]
+    shown = mask_url(value) if isinstance(value, str) else repr(value)
+    return f"{PREFIX}{name.upper()}={shown}: {text}"
