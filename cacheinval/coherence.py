@@ -1,0 +1,438 @@
+"""The rules by which a cache stays honest (PROTOCOL.md, "The rules"), as plain objects.
+
+No I/O, no clock, no tasks: this module is told what happened and at what time, and answers what may be served, joined
+and stored, what is to be evicted, and what a write still owes. Nothing here suspends, so a question and the act that
+follows its answer are one step as long as the caller awaits nothing in between.
+"""
+
+import enum
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cacheinval.messages import Invalidate, Message, Probe, Unknown
+
+__all__ = ["Coherence", "Entry", "Eviction", "Load", "Owed", "WriteOutcome", "outcome_of_error", "owed_after"]
+
+SUSPECT_AGE = 1.0
+"""Seconds for which a suspect instance without `max_staleness` still serves what it loaded itself."""
+
+GAP_INTERVAL = 1.0
+"""Seconds between two epochs begun for gaps: a flood of them costs one reset a second."""
+
+MAX_ORIGINS = 10_000
+MAX_EVICTED_TAGS = 100_000
+
+NO_TAGS: frozenset[str] = frozenset()
+
+
+class Entry:
+    """A cached value and what must hold for it to be served."""
+
+    __slots__ = ("epoch", "expires_at", "generation", "load_started", "tags", "value")
+
+    def __init__(
+        self,
+        value: Any,
+        load_started: float,
+        epoch: int,
+        generation: int,
+        expires_at: float,
+        tags: frozenset[str] = NO_TAGS,
+    ) -> None:
+        self.value = value
+        self.load_started = load_started
+        self.epoch = epoch
+        self.generation = generation
+        self.expires_at = expires_at
+        self.tags = tags
+
+
+class Load:
+    """The token that a load takes before it reads; compared by identity, voided by an eviction, never revived."""
+
+    __slots__ = ("epoch", "generation", "key", "parent", "started", "tags", "voided")
+
+    def __init__(
+        self,
+        key: str,
+        started: float,
+        epoch: int,
+        generation: int,
+        tags: frozenset[str],
+        parent: "Load | None" = None,
+    ) -> None:
+        self.key = key
+        self.started = started
+        self.epoch = epoch
+        self.generation = generation
+        self.tags = tags
+        self.parent = parent
+        self.voided = False
+
+    def is_part_of(self, other: "Load") -> bool:
+        """Whether this load is `other`, or was made by its loader: then it cannot wait for it."""
+        load: Load | None = self
+        while load is not None and load is not other:
+            load = load.parent
+        return load is not None
+
+
+@dataclass(slots=True)
+class Eviction:
+    """What has to go: some keys, all entries with some tags, or everything (a new epoch, with its reason)."""
+
+    keys: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    everything: bool = False
+    reason: str = "invalidated"
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.tags or self.everything)
+
+    @classmethod
+    def merged(cls, evictions: Iterable["Eviction"]) -> "Eviction":
+        """One eviction that does what all of these do, in whatever order."""
+        keys: dict[str, None] = {}
+        tags: dict[str, None] = {}
+        everything: Eviction | None = None
+        for eviction in evictions:
+            keys.update(dict.fromkeys(eviction.keys))
+            tags.update(dict.fromkeys(eviction.tags))
+            if eviction.everything:
+                everything = eviction
+        if everything:
+            return cls(everything=True, reason=everything.reason)
+        return cls(list(keys), list(tags))
+
+
+class WriteOutcome(enum.Enum):
+    """How a COMMIT (or a write that is one statement) ended, as far as its client can know."""
+
+    COMMITTED = "committed"
+    ABORTED = "aborted"  # a definite server error, or it was never sent
+    UNKNOWN = "unknown"  # reply lost, cancelled, connection cut: it may yet become visible
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """What a write still owes after it ended."""
+
+    publish: bool
+    delete_rows: bool
+    """The outbox rows may be deleted once a publish that begins from now on is confirmed."""
+    may_skip_echo: bool
+    """Its own message need not be processed here, provided that every cache of this client has evicted."""
+
+
+def outcome_of_error(sqlstate: str | None) -> WriteOutcome:
+    """How a COMMIT (or a write that is one statement) ended that raised: `sqlstate` is the server's, None if it said nothing.
+
+    Only an error that the server reports while it lives is definite. A connection failure (class 08), an intervention
+    or shutdown (57), a failure of the system (58) or an internal one (XX) may come after the commit; 40003 says so itself.
+    """
+    if sqlstate is None or sqlstate[:2] in ("08", "57", "58", "XX") or sqlstate == "40003":
+        return WriteOutcome.UNKNOWN
+    return WriteOutcome.ABORTED
+
+
+def owed_after(outcome: WriteOutcome) -> Owed:
+    """What follows from `outcome`.
+
+    The rows of a write whose outcome is unknown are never deleted by its client: the commit may become visible after
+    everybody has evicted and loaded the old value again; the relay publishes them when they are visible. Nor may its
+    echo be skipped, for the same reason.
+    """
+    committed = outcome is WriteOutcome.COMMITTED
+    return Owed(publish=outcome is not WriteOutcome.ABORTED, delete_rows=committed, may_skip_echo=committed)
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the rules decided, counted since the start."""
+
+    epochs: int = 0
+    gaps: int = 0
+    voided_loads: int = 0
+    skipped_echoes: int = 0
+    unknown_messages: int = 0
+    duplicates: int = 0
+    gap_reasons: dict[str, int] = field(default_factory=dict)
+
+
+class Coherence:
+    """Decides for the caches of one instance. Times are seconds of one clock (see `cacheinval.clock`).
+
+    Args:
+        max_staleness: seconds; how old a served value may be. None: eventual consistency.
+    """
+
+    def __init__(self, max_staleness: float | None = None) -> None:
+        self.epoch = 1
+        self.counters = Counters()
+        self._max_staleness = max_staleness
+        self._doubts: dict[str, str] = {"subscription": "not subscribed yet"}
+        self._age_limit = 0.0
+        self._set_age_limit()
+
+        self._loads: dict[str, Load] = {}
+        # Evicting a tag is a note of when it happened, not a walk over its entries: `_generation` counts tag
+        # evictions, and an entry or a load is out if one of its tags was evicted in a later generation than its own.
+        self._generation = 0
+        self._tag_evicted: dict[str, int] = {}
+        self._tag_floor = 0
+
+        self._seqs: OrderedDict[str, int] = OrderedDict()
+        self._echoes: set[tuple[str, int]] = set()
+        self._subscribed = False
+        self._marker: str | None = None
+        self._marker_passed = False
+        self._last_gap = -math.inf
+        self._gap_due: str | None = None
+
+    # Serving and joining
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Epoch and generation as they are now: what an entry bears that is looked up elsewhere from now on."""
+        return self.epoch, self._generation
+
+    def may_serve(self, entry: Entry, now: float) -> bool:
+        """Whether a read that begins at `now` may be answered with `entry`."""
+        if entry.epoch != self.epoch or now >= entry.expires_at or now - entry.load_started > self._age_limit:
+            return False
+        if entry.generation == self._generation or not entry.tags:
+            return True
+        if not self._tags_stand(entry.tags, entry.generation):
+            return False
+        entry.generation = self._generation  # looked at once for each tag eviction, not at each hit
+        return True
+
+    def joinable(self, key: str, now: float, tags: frozenset[str] = NO_TAGS) -> Load | None:
+        """The load in flight whose value a read of `key` that begins at `now` may share.
+
+        Never one that began before an eviction of the key or of a tag, nor one that has hung for longer than a value
+        may be old.
+        """
+        load = self._loads.get(key)
+        if load is None or now - load.started > self._age_limit or not self._stands(load, load.tags | tags):
+            return None
+        load.tags |= tags
+        return load
+
+    # Loading and storing
+
+    def begin_load(
+        self, key: str, now: float, tags: frozenset[str] = NO_TAGS, parent: Load | None = None
+    ) -> Load:
+        """The token for a load of `key`; to be taken before the loader starts, and given back by `end_load`."""
+        older = self._loads.get(key)
+        if older is not None:
+            older.voided = True  # whoever waits for it gets its value, but the younger load stores
+        load = Load(key, now, self.epoch, self._generation, tags, parent)
+        self._loads[key] = load
+        return load
+
+    def may_store(self, load: Load) -> bool:
+        """Whether nothing has evicted what `load` read; store at once, with no await in between."""
+        return self._stands(load, load.tags)
+
+    def bypassing(self, entry: Entry | None, now: float) -> bool:
+        """Whether a load is made because freshness cannot be proven, rather than because nothing is cached."""
+        if self._doubts:
+            return True
+        return entry is not None and entry.epoch == self.epoch and now - entry.load_started > self._age_limit
+
+    def end_load(self, load: Load) -> None:
+        """The load has ended, however it did."""
+        if self._loads.get(load.key) is load:
+            del self._loads[load.key]
+
+    def entry(self, load: Load, value: Any, expires_at: float) -> Entry:
+        """The entry that holds what `load` read."""
+        return Entry(value, load.started, load.epoch, load.generation, expires_at, load.tags)
+
+    def inherit(self, load: Load, part: Entry | Load) -> None:
+        """The value of `load` is built from `part`: it is as old as its oldest part and goes with the tags of each."""
+        load.tags |= part.tags
+        if isinstance(part, Entry):
+            load.started = min(load.started, part.load_started)
+        else:
+            load.started = min(load.started, part.started)
+            load.voided = load.voided or not self.may_store(part)
+
+    # Evicting
+
+    def evict(self, eviction: Eviction) -> None:
+        """Voids the loads that `eviction` concerns, and forgets what it may not serve; the cache then drops entries."""
+        if eviction.everything:
+            self._begin_epoch()
+            return
+        for key in eviction.keys:
+            load = self._loads.pop(key, None)
+            if load is not None:
+                load.voided = True
+                self.counters.voided_loads += 1
+        if eviction.tags:
+            self._evict_tags(eviction.tags)
+
+    def _evict_tags(self, tags: Sequence[str]) -> None:
+        self._generation += 1
+        if len(self._tag_evicted) + len(tags) > MAX_EVICTED_TAGS:
+            # Bounded memory: from here on every older entry with any tag counts as evicted.
+            self._tag_evicted.clear()
+            self._tag_floor = self._generation
+        for tag in tags:
+            self._tag_evicted[tag] = self._generation
+
+    def _begin_epoch(self) -> None:
+        self.epoch += 1
+        self.counters.epochs += 1
+        self.counters.voided_loads += len(self._loads)
+        self._loads.clear()  # each carries the old epoch, which voids it
+        self._tag_evicted.clear()
+
+    def _stands(self, load: Load, tags: frozenset[str]) -> bool:
+        return not load.voided and load.epoch == self.epoch and self._tags_stand(tags, load.generation)
+
+    def _tags_stand(self, tags: frozenset[str], generation: int) -> bool:
+        if generation == self._generation or not tags:
+            return True
+        evicted = self._tag_evicted
+        return generation >= self._tag_floor and all(evicted.get(tag, 0) <= generation for tag in tags)
+
+    # Trust in the subscription
+
+    @property
+    def suspect(self) -> str | None:
+        """Why this instance may have missed something, or None."""
+        return next(iter(self._doubts.values()), None)
+
+    def doubt(self, about: str, reason: str) -> None:
+        """From now on this instance is suspect, until `settle` is called for the same matter."""
+        self._doubts[about] = reason
+        self._set_age_limit()
+
+    def settle(self, about: str) -> None:
+        """The doubt about this matter is over."""
+        self._doubts.pop(about, None)
+        self._set_age_limit()
+
+    def _set_age_limit(self) -> None:
+        # With max_staleness an entry's own age is its proof; without, age counts only while something may be missing.
+        if self._max_staleness is not None:
+            self._age_limit = self._max_staleness
+        else:
+            self._age_limit = SUSPECT_AGE if self._doubts else math.inf
+
+    def lost(self, reason: str) -> None:
+        """The subscription is lost: connection, channel, consumer or queue."""
+        self._subscribed = False
+        self._marker, self._marker_passed = None, False
+        self.doubt("subscription", reason)
+
+    def joined_anew(self) -> Eviction:
+        """A new queue receives from now on; what was published before may have been missed. Evict, then `trust`."""
+        self._subscribed = True
+        self._seqs.clear()
+        self._echoes.clear()
+        self.doubt("subscription", "new subscription: not cleared yet")
+        return Eviction(everything=True, reason="new subscription")
+
+    def resumed(self, marker: str) -> None:
+        """The queue was still there; the instance is behind until it has processed `marker`, a probe of its own."""
+        self._subscribed = True
+        self._marker, self._marker_passed = marker, False
+        self.doubt("subscription", "catching up with the queue")
+
+    def trust(self) -> None:
+        """What `joined_anew` asked for is evicted: the subscription can be relied on, unless it was lost meanwhile."""
+        if self._subscribed:
+            self.settle("subscription")
+
+    def evicted(self) -> None:
+        """All that `received` has answered so far is evicted, in every cache. Acknowledge after this, never before."""
+        if self._marker_passed:
+            self._marker, self._marker_passed = None, False
+            self.trust()
+
+    # What arrives
+
+    def received(self, message: Message | Unknown, now: float) -> Eviction | None:
+        """What has to go because `message` arrived at `now`; None where nothing has to."""
+        if isinstance(message, Invalidate):
+            return self._received_invalidate(message, now)
+        if isinstance(message, Probe):
+            # The marker counts only once what came before it is evicted: see `evicted`.
+            self._marker_passed = self._marker_passed or message.id == self._marker
+        elif isinstance(message, Unknown):
+            self.counters.unknown_messages += 1
+        return None
+
+    def _received_invalidate(self, message: Invalidate, now: float) -> Eviction | None:
+        own = False
+        if message.origin is not None and message.seq is not None:
+            if not self._in_sequence(message.origin, message.seq):
+                gap = self.gap("missing messages", now)
+                return gap or Eviction(message.keys, message.tags, message.all)
+            own = (message.origin, message.seq) in self._echoes
+        if own:
+            self._echoes.discard((message.origin or "", message.seq or 0))
+            self.counters.skipped_echoes += 1
+            return None
+        return Eviction(message.keys, message.tags, message.all)
+
+    def _in_sequence(self, origin: str, seq: int) -> bool:
+        last = self._seqs.get(origin)
+        if last is not None and seq <= last:
+            self.counters.duplicates += 1
+            return True
+        self._seqs[origin] = seq
+        self._seqs.move_to_end(origin)
+        if len(self._seqs) > MAX_ORIGINS:
+            self._seqs.popitem(last=False)
+        return last is None or seq == last + 1
+
+    def expect_echo(self, origin: str, seq: int) -> None:
+        """This message is about to be published, and all it names has been evicted here, after its commit."""
+        self._echoes.add((origin, seq))
+
+    def forget_echoes(self, origin: str) -> None:
+        """The channel of `origin` is closed: whatever of it still arrives is treated as anybody's."""
+        self._echoes = {echo for echo in self._echoes if echo[0] != origin}
+
+    # Gaps
+
+    def gap(self, reason: str, now: float) -> Eviction | None:
+        """Messages may have been missed: everything has to go; None where it is put off (see `gap_due_at`)."""
+        self.counters.gaps += 1
+        self.counters.gap_reasons[reason] = self.counters.gap_reasons.get(reason, 0) + 1
+        if now - self._last_gap < GAP_INTERVAL:
+            self.put_off_gap(reason)
+            return None
+        self._last_gap = now
+        return Eviction(everything=True, reason=reason)
+
+    def put_off_gap(self, reason: str) -> None:
+        """An epoch has yet to begin for this gap; suspect until then."""
+        self._gap_due = reason
+        self.doubt("gap", reason)
+
+    @property
+    def gap_due_at(self) -> float | None:
+        """When an epoch that was put off is to begin, by `take_due_gap`."""
+        return None if self._gap_due is None else self._last_gap + GAP_INTERVAL
+
+    def take_due_gap(self, now: float) -> Eviction | None:
+        """The eviction that was put off, if its time has come; `gap_done` when it is done."""
+        if self._gap_due is None or now < self._last_gap + GAP_INTERVAL:
+            return None
+        reason, self._gap_due, self._last_gap = self._gap_due, None, now
+        return Eviction(everything=True, reason=reason)
+
+    def gap_done(self) -> None:
+        """What `take_due_gap` answered is evicted."""
+        if self._gap_due is None:
+            self.settle("gap")
