@@ -1,0 +1,224 @@
+"""Entries in a cache outside the process (Redis, Memcached), through aiocache's backends.
+
+Nothing here is deleted by pattern. Each entry bears the epoch and a stamp for each of its tags as they were when its
+load began; evicting a tag or everything replaces one stamp, and whatever bears the old one is served no more, on any
+instance, also when it is stored late. Keys are deleted one by one.
+"""
+
+import asyncio
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+from aiocache.base import BaseCache
+from aiocache.serializers import StringSerializer
+
+from cacheinval.errors import CacheError, ConfigurationError
+
+__all__ = ["Found", "SharedEntries", "connect"]
+
+OPERATION_TIMEOUT = 1.0
+"""Seconds for one operation; a cache that is slower than the database it stands in front of is no use."""
+
+_PLAIN = re.compile(r"[!-~]{1,180}")
+_EPOCH = "epoch"
+_DELETES_AT_ONCE = 50
+
+
+class _Envelope(msgspec.Struct):
+    epoch: str
+    load_started: float
+    expires_at: float
+    stamps: dict[str, str]
+    value: msgspec.Raw
+
+
+class Found(NamedTuple):
+    """What one look into the cache gave: the entry, if it is of the present epoch and stamps, and the stamps."""
+
+    value: Any
+    present: bool
+    load_started: float
+    expires_at: float
+    tags: frozenset[str]
+    epoch: str
+    stamps: Mapping[str, str]
+
+
+def connect(url: str) -> BaseCache:
+    """The aiocache backend for `redis://[user:password@]host:port/db` or `memcached://host:port`.
+
+    Raises:
+        ConfigurationError: the driver is not installed.
+    """
+    parts = urlsplit(url)
+    try:
+        if parts.scheme == "memcached":
+            from aiocache.backends.memcached import MemcachedCache
+
+            return MemcachedCache(
+                serializer=StringSerializer(), endpoint=parts.hostname, port=parts.port or 11211, timeout=None
+            )
+        from aiocache.backends.redis import RedisCache
+    except ImportError:
+        raise ConfigurationError(
+            f"CACHEINVAL_CACHE_URL={parts.scheme}://…: needs `pip install cacheinval[{parts.scheme}]`"
+        ) from None
+    return RedisCache(
+        serializer=StringSerializer(),
+        endpoint=parts.hostname,
+        port=parts.port or 6379,
+        db=int(parts.path.strip("/") or 0),
+        password=unquote(parts.password) if parts.password else None,
+        connection_pool_kwargs={"username": unquote(parts.username)} if parts.username else None,
+        create_connection_timeout=OPERATION_TIMEOUT,
+        timeout=None,
+    )
+
+
+class SharedEntries:
+    """The entries of one namespace in a cache outside the process.
+
+    Every method raises `CacheError` when the cache cannot be used within `OPERATION_TIMEOUT`.
+    """
+
+    def __init__(self, backend: BaseCache, namespace: str) -> None:
+        self._backend = backend
+        self._prefix = f"cacheinval:{namespace}:"
+
+    async def find(self, key: str, tags: frozenset[str], model: Any) -> Found:
+        """The entry of `key`, and the stamps that an entry with `tags` would have to bear if its load began now."""
+        named = sorted(tags)
+        raw, epoch, *stamps = await self._get([self._entry(key), self._name(_EPOCH), *map(self._tag, named)])
+        known = dict(zip(named, stamps, strict=True))
+        envelope = _open(raw)
+        others = sorted(set(envelope.stamps) - tags) if envelope else []
+        if others:
+            known |= zip(others, await self._get(list(map(self._tag, others))), strict=True)
+        known_epoch = epoch or await self._create(self._name(_EPOCH))
+        wanted = {tag: known[tag] or await self._create(self._tag(tag)) for tag in named}
+        nothing = Found(None, False, 0.0, 0.0, tags, known_epoch, wanted)
+        if envelope is None or envelope.epoch != epoch:
+            return nothing
+        if any(known[tag] != stamp for tag, stamp in envelope.stamps.items()):
+            return nothing
+        try:
+            value = self.decode(envelope.value, model)
+        except CacheError:
+            return nothing  # written by another version of the model: load it again
+        entry_tags = frozenset(envelope.stamps)
+        return Found(value, True, envelope.load_started, envelope.expires_at, entry_tags, known_epoch, wanted)
+
+    async def store(
+        self, key: str, value: bytes, ttl: float, load_started: float, expires_at: float, found: Found
+    ) -> None:
+        """Keeps `value`, as read by a load that began after `found` was looked up."""
+        envelope = _Envelope(found.epoch, load_started, expires_at, dict(found.stamps), msgspec.Raw(value))
+        text = msgspec.json.encode(envelope).decode()
+        await self._bounded(self._backend.set(self._entry(key), text, ttl=max(1, round(ttl))))
+
+    async def evict(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None:
+        """Makes sure that no instance is served what was stored before."""
+        if everything:
+            await self._bounded(self._backend.set(self._name(_EPOCH), _stamp()))
+            return
+        for tag in tags:
+            await self._bounded(self._backend.set(self._tag(tag), _stamp()))
+        entries = [self._entry(key) for key in keys]
+        for start in range(0, len(entries), _DELETES_AT_ONCE):
+            await self._delete(entries[start : start + _DELETES_AT_ONCE])
+
+    @staticmethod
+    def encode(value: Any) -> bytes:
+        """`value` as JSON.
+
+        Raises:
+            CacheError: it has no JSON form (accepted: JSON types, dataclasses, msgspec structs, Decimal, dates, UUID).
+        """
+        try:
+            return msgspec.json.encode(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CacheError(
+                f"a cache outside the process keeps JSON; this value has no such form: {error}"
+            ) from error
+
+    @staticmethod
+    def decode(value: bytes | msgspec.Raw, model: Any) -> Any:
+        """The value of type `model` (JSON's own types if None) that `encode` wrote.
+
+        Raises:
+            CacheError: it is not such a value.
+        """
+        try:
+            return msgspec.json.decode(value, type=Any if model is None else model)
+        except (msgspec.DecodeError, TypeError, ValueError) as error:
+            raise CacheError(
+                f"this is not a {getattr(model, '__name__', 'value')} in JSON: {error}"
+            ) from error
+
+    async def close(self) -> None:
+        """Closes the connections; ends within `OPERATION_TIMEOUT`, and does not raise."""
+        with suppress(CacheError):  # there is nobody left who would use them
+            await self._bounded(self._backend.close())
+
+    async def _delete(self, entries: list[str]) -> None:
+        if self._backend.NAME == "redis":
+            await self._bounded(self._backend.raw("unlink", *entries))
+        else:
+            async with asyncio.TaskGroup() as group:
+                for entry in entries:
+                    group.create_task(self._bounded(self._backend.delete(entry)))
+
+    async def _get(self, names: list[str]) -> list[str | None]:
+        values: list[str | None] = await self._bounded(self._backend.multi_get(names))
+        return values
+
+    async def _create(self, name: str) -> str:
+        """Entries never bear an absent stamp: one that a full cache dropped must not look as if it had never changed."""
+        stamp = _stamp()
+        try:
+            await self._bounded(self._backend.add(name, stamp))
+        except ValueError:  # somebody else was first
+            (other,) = await self._get([name])
+            return other or stamp
+        return stamp
+
+    async def _bounded(self, operation: Any) -> Any:
+        try:
+            async with asyncio.timeout(OPERATION_TIMEOUT):
+                return await operation
+        except ValueError:
+            raise
+        except Exception as error:  # each driver has errors of its own
+            raise CacheError(
+                f"the {self._backend.NAME} cache failed: {type(error).__name__} {error}".strip()
+            ) from error
+
+    def _entry(self, key: str) -> str:
+        return self._name("entry:" + key)
+
+    def _tag(self, tag: str) -> str:
+        return self._name("tag:" + tag)
+
+    def _name(self, name: str) -> str:
+        if not _PLAIN.fullmatch(name):  # Memcached takes 250 bytes without spaces, and no other alphabet
+            name = name.partition(":")[0] + ":#" + hashlib.sha256(name.encode()).hexdigest()
+        return self._prefix + name
+
+
+def _open(raw: str | None) -> _Envelope | None:
+    if raw is None:
+        return None
+    try:
+        return msgspec.json.decode(raw, type=_Envelope)
+    except msgspec.DecodeError:
+        return None  # not ours, or of another version: it is replaced by the next load
+
+
+def _stamp() -> str:
+    return secrets.token_hex(8)

@@ -1,0 +1,381 @@
+"""Read-through caching that obeys `coherence.py`: over a map in the process, or over a cache that others share."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from cacheinval.clock import Clock
+from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load
+from cacheinval.errors import CacheError
+from cacheinval.messages import check_names
+
+__all__ = ["CacheCounters", "CoherentCache", "InProcessCache", "Read", "SharedCache", "without_cache"]
+
+T = TypeVar("T")
+Factory = Callable[[], Awaitable[Any]]
+LoadAndStore = Callable[[Load], Awaitable[tuple[Any, bool]]]
+
+
+class Read(NamedTuple):
+    """What a read gave, and how."""
+
+    value: Any
+    outcome: Literal["hit", "miss", "bypass"]
+    """`bypass`: loaded because the freshness of what is cached could not be proven, or past the cache on purpose."""
+    stored: bool
+    """Whether the value is now in the cache because of this read."""
+
+
+class CacheCounters:
+    """What the cache did, counted since the start."""
+
+    __slots__ = ("bypasses", "evicted_entries", "hits", "load_errors", "loads", "misses", "not_stored")
+
+    def __init__(self) -> None:
+        self.hits = self.misses = self.bypasses = 0
+        self.loads = self.load_errors = self.not_stored = self.evicted_entries = 0
+
+
+# What the code that runs now is part of: a load (whose value inherits what it reads), or a transaction (which must see
+# its own changes, and so reads past the cache).
+_within: ContextVar[Load | Literal["transaction"] | None] = ContextVar("cacheinval_within", default=None)
+_ABANDONED = object()
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Within this block `get_or_set` calls its factory and leaves the cache alone."""
+    token = _within.set("transaction")
+    try:
+        yield
+    finally:
+        _within.reset(token)
+
+
+class CoherentCache(ABC):
+    """A read-through cache whose entries never outlive an invalidation; `client.cache` is one.
+
+    Values in the process are handed out as they are, not copied: treat them as frozen.
+    """
+
+    def __init__(self, coherence: Coherence, clock: Clock, ttl: float) -> None:
+        self.counters = CacheCounters()
+        self._coherence = coherence
+        self._now = clock.now
+        self._ttl = ttl
+        self._flights: dict[Load, asyncio.Future[Any]] = {}
+
+    async def get_or_set(
+        self,
+        key: str,
+        factory: Callable[[], Awaitable[T]],
+        *,
+        ttl: float | None = None,
+        tags: Collection[str] = (),
+        model: Any = None,
+    ) -> T:
+        """The cached value of `key`, else the one that `factory` loads (at most one load of a key at a time).
+
+        Args:
+            key: 1 to 512 bytes of UTF-8 without NUL.
+            factory: coroutine function without arguments that reads the source of truth.
+            ttl: seconds that the entry is kept; the setting `CACHE_TTL` if None.
+            tags: names that invalidate this entry together with others.
+            model: type of the value, for a cache outside the process, which keeps JSON; JSON's own types if None.
+
+        Raises:
+            InvalidKeyError: a key or tag that could never be invalidated.
+            Exception: whatever `factory` raises, to everyone who waited for it.
+        """
+        return (await self.read(key, factory, ttl=ttl, tags=tags, model=model)).value  # type: ignore[no-any-return]
+
+    @abstractmethod
+    async def read(
+        self,
+        key: str,
+        factory: Factory,
+        *,
+        ttl: float | None = None,
+        tags: Collection[str] = (),
+        model: Any = None,
+    ) -> Read:
+        """The same as `get_or_set`, with how the value was come by."""
+
+    @abstractmethod
+    async def evict(self, eviction: Eviction) -> None:
+        """Drops what `eviction` names; to be called right after `coherence.evict`.
+
+        Raises:
+            CacheError: the cache cannot be reached; nothing that `eviction` names is served until it has succeeded.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Gives back what the cache holds in this process."""
+
+    # One load at a time
+
+    async def _join_or_load(
+        self, key: str, load_and_store: LoadAndStore, tags: frozenset[str], now: float, entry: Entry | None
+    ) -> Read:
+        bypassing = self._coherence.bypassing(entry, now)
+        if bypassing:
+            self.counters.bypasses += 1
+        else:
+            self.counters.misses += 1
+        outcome: Literal["miss", "bypass"] = "bypass" if bypassing else "miss"
+        while (load := self._coherence.joinable(key, now, tags)) is not None:
+            _refuse_to_wait_for_oneself(load)
+            flight = self._flights.get(load)
+            if flight is None:
+                flight = self._flights[load] = asyncio.get_running_loop().create_future()
+            landed = await asyncio.shield(flight)
+            if landed is not _ABANDONED:
+                self._inherit(load)
+                return Read(landed, outcome, False)
+            now = self._now()  # whoever loaded was cancelled; that is no reason to fail for those who waited
+        value, stored = await self._load(key, load_and_store, tags, now)
+        return Read(value, outcome, stored)
+
+    async def _load(
+        self, key: str, load_and_store: LoadAndStore, tags: frozenset[str], now: float
+    ) -> tuple[Any, bool]:
+        load = self._coherence.begin_load(key, now, tags, _current_load())
+        landed: Any = _ABANDONED
+        failure: Exception | None = None
+        try:
+            landed, stored = await load_and_store(load)
+        except Exception as error:
+            self.counters.load_errors += 1
+            failure = error
+            raise
+        finally:
+            self._inherit(load)  # before its token goes: a voided part voids the whole
+            self._coherence.end_load(load)
+            self._land(load, landed, failure)
+        return landed, stored
+
+    async def _run(self, load: Load, factory: Factory) -> Any:
+        self.counters.loads += 1
+        token = _within.set(load)
+        try:
+            return await factory()
+        finally:
+            _within.reset(token)
+
+    def _land(self, load: Load, value: Any, failure: Exception | None) -> None:
+        flight = self._flights.pop(load, None)
+        if flight is None:
+            return
+        if failure is None:
+            flight.set_result(value)
+        else:
+            flight.set_exception(failure)
+            flight.exception()  # seen, even where all who waited have been cancelled
+
+    def _inherit(self, part: Entry | Load) -> None:
+        current = _current_load()
+        if current is not None:
+            self._coherence.inherit(current, part)
+
+    def _lifetime(self, ttl: float | None) -> float:
+        if ttl is None:
+            return self._ttl
+        if not ttl > 0:
+            raise ValueError(f"ttl={ttl!r}: accepted: seconds, more than 0")
+        return ttl
+
+
+class MemoryBackend(Protocol):
+    """A map that never suspends."""
+
+    def peek(self, key: str, /) -> Any | None: ...
+    def put(self, key: str, value: Any) -> None: ...
+    def drop(self, keys: Iterable[str]) -> int: ...
+    def reset(self) -> None: ...
+    def __len__(self) -> int: ...
+
+
+class InProcessCache(CoherentCache):
+    """Entries in a bounded map of this process. Nothing here suspends but the loader."""
+
+    def __init__(self, backend: MemoryBackend, coherence: Coherence, clock: Clock, ttl: float) -> None:
+        super().__init__(coherence, clock, ttl)
+        self._backend = backend
+
+    async def read(
+        self,
+        key: str,
+        factory: Factory,
+        *,
+        ttl: float | None = None,
+        tags: Collection[str] = (),
+        model: Any = None,
+    ) -> Read:
+        """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
+        within = _within.get()
+        if within == "transaction":
+            return Read(await factory(), "bypass", False)
+        now = self._now()
+        entry = self._backend.peek(key)
+        if entry is not None and self._coherence.may_serve(entry, now):
+            if within is not None:
+                self._inherit(entry)
+            self.counters.hits += 1
+            return Read(entry.value, "hit", False)
+        lifetime = self._lifetime(ttl)
+
+        async def load_and_store(load: Load) -> tuple[Any, bool]:
+            value = await self._run(load, factory)
+            # No await between the question and the store: an eviction in between would be undone by the store.
+            if not self._coherence.may_store(load):
+                self.counters.not_stored += 1
+                return value, False
+            self._backend.put(key, self._coherence.entry(load, value, self._now() + lifetime))
+            return value, True
+
+        return await self._join_or_load(key, load_and_store, _checked(key, tags), now, entry)
+
+    async def evict(self, eviction: Eviction) -> None:
+        """See `CoherentCache.evict`; done without suspending."""
+        self.evict_now(eviction)
+
+    def evict_now(self, eviction: Eviction) -> None:
+        """The same as `evict`. Entries of evicted tags are refused by the rules, and stay until they are replaced."""
+        if eviction.everything:
+            self.counters.evicted_entries += len(self._backend)
+            self._backend.reset()
+        else:
+            self.counters.evicted_entries += self._backend.drop(eviction.keys)
+
+    async def close(self) -> None:
+        """Forgets everything."""
+        self._backend.reset()
+
+    def __len__(self) -> int:
+        return len(self._backend)
+
+
+class SharedBackend(Protocol):
+    """Entries in a cache outside the process; its methods raise CacheError where that cache cannot be used."""
+
+    async def find(self, key: str, tags: frozenset[str], model: Any) -> Any: ...
+    async def store(
+        self, key: str, value: bytes, ttl: float, load_started: float, expires_at: float, found: Any
+    ) -> None: ...
+    async def evict(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None: ...
+    async def close(self) -> None: ...
+    def encode(self, value: Any) -> bytes: ...
+    def decode(self, value: bytes, model: Any) -> Any: ...
+
+
+class SharedCache(CoherentCache):
+    """Entries in a cache outside the process, which other instances fill and evict as well.
+
+    A value is stored and its token looked at again; where its key was evicted in between, the entry is deleted. (An
+    eviction that another process makes just then is only noticed when its message arrives here.) A cache that is down
+    costs a read of the source, never an error.
+    """
+
+    def __init__(self, backend: SharedBackend, coherence: Coherence, clock: Clock, ttl: float) -> None:
+        super().__init__(coherence, clock, ttl)
+        self._backend = backend
+        # Evictions that are under way or have failed: what they name is not served from here until they are done.
+        self._owed_keys: set[str] = set()
+        self._owed_tags: set[str] = set()
+        self._owed_everything = False
+
+    async def read(
+        self,
+        key: str,
+        factory: Factory,
+        *,
+        ttl: float | None = None,
+        tags: Collection[str] = (),
+        model: Any = None,
+    ) -> Read:
+        """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
+        if _within.get() == "transaction":
+            return Read(await factory(), "bypass", False)
+        lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
+        # As it was before the look: whatever is evicted during the look refuses what the look saw.
+        moment, withheld = self._coherence.moment, self._owed_everything
+        found = await self._find(key, named, model)
+        entry = None
+        if found is not None and found.present and not withheld and not (self._owed_tags & found.tags):
+            entry = Entry(found.value, min(found.load_started, now), *moment, found.expires_at, found.tags)
+            if self._coherence.may_serve(entry, now):
+                self._inherit(entry)
+                self.counters.hits += 1
+                return Read(entry.value, "hit", False)
+
+        async def load_and_store(load: Load) -> tuple[Any, bool]:
+            value = self._backend.encode(await self._run(load, factory))
+            stored = found is not None and await self._store_then_recheck(load, value, lifetime, found)
+            self.counters.not_stored += not stored
+            return self._backend.decode(value, model), stored
+
+        return await self._join_or_load(key, load_and_store, named, now, entry)
+
+    async def _find(self, key: str, tags: frozenset[str], model: Any) -> Any:
+        try:
+            if key in self._owed_keys:
+                await self.evict(Eviction([key]))
+            return await self._backend.find(key, tags, model)
+        except CacheError:
+            return None
+
+    async def _store_then_recheck(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
+        if not self._coherence.may_store(load) or load.tags - found.stamps.keys():
+            return False  # the second: tags learned while loading, whose stamps were not looked up before
+        try:
+            await self._backend.store(load.key, value, ttl, load.started, self._now() + ttl, found)
+        except BaseException as error:
+            self._owed_keys.add(
+                load.key
+            )  # a time-out is not a refusal: it may land later, so the next read deletes it
+            if isinstance(error, CacheError):
+                return False
+            raise
+        if self._coherence.may_store(load):
+            return True
+        with suppress(CacheError):  # then it is owed, and the next read tries again
+            await self.evict(Eviction([load.key]))
+        return False
+
+    async def evict(self, eviction: Eviction) -> None:
+        """See `CoherentCache.evict`."""
+        self._owed_everything |= eviction.everything
+        self._owed_keys.update(eviction.keys)
+        self._owed_tags.update(eviction.tags)
+        await self._backend.evict(eviction.keys, eviction.tags, eviction.everything)
+        self.counters.evicted_entries += len(eviction.keys)
+        self._owed_keys.difference_update(eviction.keys)
+        self._owed_tags.difference_update(eviction.tags)
+        if eviction.everything:
+            self._owed_everything = False
+
+    async def close(self) -> None:
+        """Closes the connections; the entries stay."""
+        await self._backend.close()
+
+
+def _checked(key: str, tags: Collection[str]) -> frozenset[str]:
+    check_names((key,))
+    return frozenset(check_names(tags, "tag")) if tags else NO_TAGS
+
+
+def _current_load() -> Load | None:
+    within = _within.get()
+    return within if isinstance(within, Load) else None
+
+
+def _refuse_to_wait_for_oneself(load: Load) -> None:
+    current = _current_load()
+    if current is not None and current.is_part_of(load):
+        raise CacheError(
+            f"the factory of {load.key!r} reads {load.key!r} again: it would wait for itself for ever"
+        )
