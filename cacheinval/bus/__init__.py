@@ -1,0 +1,87 @@
+"""Who carries messages: what a bus gives, and what it asks of whoever receives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Bus", "Channel", "Delivery", "Receiver"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One message as it arrived; the AMQP properties are None where the sender set none."""
+
+    body: bytes
+    reply_to: str | None = None
+    correlation_id: str | None = None
+    redelivered: bool = False
+
+
+class Receiver(Protocol):
+    """Whoever keeps caches honest by what the bus delivers."""
+
+    async def joined(self, *, resumed: bool) -> None:
+        """The subscription stands: every message published from now on will be received.
+
+        `resumed` says that the queue was there before, with everything published meanwhile; otherwise messages may
+        have been missed.
+        """
+
+    def lost(self, reason: str) -> None:
+        """The subscription is lost, from now until `joined` is called again."""
+
+    async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
+        """Evicts, in order, what the deliveries say, and returns when that is done.
+
+        Returns for each delivery None (acknowledge it) or why it cannot be understood (dead-letter it). Where this
+        raises, nothing is acknowledged and the subscription starts over.
+        """
+
+
+class Channel(Protocol):
+    """One publishing channel: what is sent arrives in order, or not at all."""
+
+    @property
+    def origin(self) -> str:
+        """The random name of this channel's lifetime."""
+
+    async def send(self, body: bytes) -> None:
+        """Publishes `body` to every subscriber; returns when the broker has confirmed it.
+
+        Raises:
+            PublishError: not confirmed in time, or refused. It may still arrive; the channel is to be closed.
+        """
+
+    async def close(self) -> None:
+        """Gives the channel back. Never raises, and ends within seconds."""
+
+
+class Bus(Protocol):
+    """A fanout of messages to every instance of a namespace, each with a queue of its own."""
+
+    async def run(self, receiver: Receiver) -> None:
+        """Keeps `receiver` subscribed until cancelled, whatever happens to the broker."""
+
+    async def open_channel(self) -> Channel:
+        """A publishing channel with an origin of its own.
+
+        Raises:
+            PublishError: the broker cannot be reached, or the exchange is missing or of another type.
+        """
+
+    async def answer(self, delivery: Delivery, body: bytes) -> None:
+        """Sends `body` to whoever asked by `delivery` (`reply_to`).
+
+        Raises:
+            PublishError: it could not be sent.
+        """
+
+    async def ask(self, body: bytes, wait: float) -> list[bytes]:
+        """Publishes `body` with a `reply_to` and returns the answers that arrive within `wait` seconds.
+
+        Raises:
+            PublishError: the broker cannot be reached, or the exchange is missing.
+        """
+
+    async def close(self) -> None:
+        """Closes every connection. Never raises, and ends within seconds."""

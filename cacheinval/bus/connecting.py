@@ -1,0 +1,146 @@
+"""Where the broker is, how it is reached and left, and what its errors mean in one line."""
+
+import asyncio
+import re
+import ssl
+from collections.abc import Awaitable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import aio_pika
+from aio_pika.abc import AbstractConnection
+from aio_pika.connection import make_url
+from aio_pika.exceptions import AMQPError
+from pamqp.common import FieldTable
+
+from cacheinval.errors import ConfigurationError
+from cacheinval.settings import Settings, mask_url
+
+__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "explain", "within"]
+
+HEARTBEAT = 5  # seconds; aiormq gives a silent connection up after 3 x (heartbeat + 1)
+CONNECT_WITHIN = 10.0  # seconds for TCP, TLS and the AMQP handshake together
+ANSWER_WITHIN = 5.0  # seconds for one answer of a broker that is connected
+LEAVE_WITHIN = 2.0  # seconds that closing something may hold anybody up
+
+SILENT = "no sign of life from the broker"
+
+T = TypeVar("T")
+
+
+async def within(seconds: float, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled and left to itself after `seconds`.
+
+    Unlike `asyncio.timeout` this returns in time also where `work` does not end when it is cancelled: an aiormq call
+    that is cancelled first waits for room to write, which a dead connection never has.
+
+    Raises:
+        TimeoutError: it took longer.
+        ConnectionError: aiormq cancelled it, which it does to calls under way on a connection that it found dead.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        finished = task.done()
+        if not finished:
+            task.cancel()
+        task.add_done_callback(_retrieve)
+    if not finished:
+        raise TimeoutError(f"no answer from the broker within {seconds:g} s")
+    if task.cancelled():
+        raise ConnectionError(SILENT)
+    return task.result()
+
+
+def _retrieve(task: "asyncio.Future[Any]") -> None:
+    """Asyncio complains about exceptions that nobody looked at; of what was given up, nobody does."""
+    if not task.cancelled():
+        task.exception()
+
+
+def explain(error: BaseException | None) -> str:
+    """What went wrong, in the words of the broker or the system, on one line."""
+    if error is None:
+        return "closed"
+    if isinstance(
+        error, asyncio.CancelledError
+    ):  # what aiormq closes a connection with after missed heartbeats
+        return SILENT
+    words = [str(word) for word in error.args if word not in (None, "")]
+    text = words[-1] if isinstance(error, AMQPError) and words else str(error)
+    text = re.sub(r"\s+", " ", re.sub(r"^\[Errno -?\d+\] ", "", text)).strip()
+    return mask_url(text) if "://" in text else text or type(error).__name__
+
+
+class Broker:
+    """How to reach the broker, and the names of what is used there (PROTOCOL.md, "RabbitMQ").
+
+    Raises:
+        ConfigurationError: the file of `broker_ca_file` cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = mask_url(settings.broker_url)
+        self.exchange = f"cacheinval.{settings.namespace}"
+        self.dead_letters = f"{self.exchange}.dead"
+        self._name = f"cacheinval {settings.namespace} {settings.instance_id}"
+        url = make_url(settings.broker_url)
+        if "heartbeat" not in url.query:
+            url = url.update_query(heartbeat=HEARTBEAT)
+        if url.scheme == "amqps" and settings.broker_ca_file is not None:
+            _check_ca_file(settings.broker_ca_file)
+            url = url.update_query(cafile=settings.broker_ca_file)
+        self._url = url
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def connect(self, purpose: str) -> AbstractConnection:
+        """A new connection; `purpose` tells it from others in the broker's list.
+
+        Raises:
+            TimeoutError, OSError, AMQPError: there is none to be had.
+        """
+        name: FieldTable = {"connection_name": f"{self._name} {purpose}"}
+        attempt = asyncio.create_task(aio_pika.connect(self._url, client_properties=name))
+        try:
+            return await within(CONNECT_WITHIN, attempt)
+        except BaseException:
+            attempt.add_done_callback(self._leave_late)
+            raise
+
+    def _leave_late(self, attempt: "asyncio.Task[Any]") -> None:
+        if not attempt.cancelled() and attempt.exception() is None:  # made in the very moment of giving it up
+            self._begin_to_leave(attempt.result())
+
+    async def leave(self, connection: AbstractConnection) -> None:
+        """Closes `connection`; one that does not answer is closed in the background. Never raises."""
+        await asyncio.wait({self._begin_to_leave(connection)}, timeout=LEAVE_WITHIN)
+
+    def discard(self, connection: AbstractConnection) -> None:
+        """Closes `connection` in the background."""
+        self._begin_to_leave(connection)
+
+    def _begin_to_leave(self, connection: AbstractConnection) -> "asyncio.Task[None]":
+        task = asyncio.create_task(_close(connection))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        return task
+
+    async def close(self) -> None:
+        """Waits, for a little, for connections that are being closed."""
+        if self._leaving:
+            await asyncio.wait(self._leaving, timeout=LEAVE_WITHIN)
+
+
+async def _close(connection: AbstractConnection) -> None:
+    with suppress(Exception):  # nothing depends on a connection that is given up
+        await connection.close()
+
+
+def _check_ca_file(path: str) -> None:
+    try:
+        ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(
+            f"CACHEINVAL_BROKER_CA_FILE={path}: accepted: a readable PEM file of certificates ({explain(error)})"
+        ) from error

@@ -1,0 +1,132 @@
+"""The bus within one process: the same bytes and the same contract, without a server."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from cacheinval.bus import Delivery, Receiver
+from cacheinval.bus.receiving import LONGEST_PAUSE, Reception, pause
+from cacheinval.errors import PublishError
+
+__all__ = ["EventBus", "EventChannel"]
+
+ROOM = 10_000  # messages that may wait for one receiver; what comes beyond is dropped, and so a gap
+
+
+class EventBus:
+    """Carries messages between the clients of one event loop.
+
+    Hand the same one to each of them, or let each take `EventBus.of(namespace)`.
+    """
+
+    def __init__(self) -> None:
+        self._receptions: set[Reception] = set()
+        self._questions: dict[str, list[bytes]] = {}
+        self._since = time.time()
+        self._deliveries = 0
+        self._rejected = 0
+
+    @classmethod
+    def of(cls, namespace: str) -> "EventBus":
+        """The one bus of `namespace` in the running event loop; it lasts while anybody holds it."""
+        buses = _buses.setdefault(asyncio.get_running_loop(), WeakValueDictionary())
+        return buses.setdefault(namespace, cls())
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For status; the same names as those of `RabbitBus.state`, for all clients of this bus together."""
+        return {
+            "url": "memory://",
+            "consumer": "connected" if self._receptions else "idle",
+            "publisher": "connected",
+            "queue": None,
+            "since": self._since,
+            "reason": None,
+            "sessions": len(self._receptions),
+            "deliveries": self._deliveries,
+            "rejected": self._rejected,
+        }
+
+    async def run(self, receiver: Receiver) -> None:
+        """Keeps `receiver` subscribed until cancelled; what it has in hand is then finished."""
+        attempt = 0
+        while True:
+            began = time.monotonic()
+            reception = Reception(receiver, self._settle, receiver.lost)
+            self._receptions.add(reception)
+            try:
+                await reception.run(partial(self._leave, reception))
+            finally:
+                self._receptions.discard(reception)
+            attempt = 1 if time.monotonic() - began > LONGEST_PAUSE else attempt + 1
+            await asyncio.sleep(pause(attempt))
+
+    async def _leave(self, reception: Reception) -> None:
+        self._receptions.discard(reception)
+
+    async def _settle(self, problems: Sequence[str | None]) -> None:
+        self._rejected += sum(problem is not None for problem in problems)
+
+    def publish(self, delivery: Delivery) -> None:
+        """Hands `delivery` to every subscriber, in the order of the calls."""
+        for reception in tuple(self._receptions):
+            if reception.waiting < ROOM:
+                self._deliveries += 1
+                reception.put(delivery)
+            else:
+                reception.end(f"more than {ROOM} messages wait")
+
+    async def open_channel(self) -> "EventChannel":
+        """A publishing channel with an origin of its own."""
+        return EventChannel(self)
+
+    async def answer(self, delivery: Delivery, body: bytes) -> None:
+        """Sends `body` to whoever asked by `delivery`; whether that still waits does not matter."""
+        answers = self._questions.get(delivery.reply_to or "")
+        if answers is not None:
+            answers.append(body)
+
+    async def ask(self, body: bytes, wait: float) -> list[bytes]:
+        """Publishes `body` with a `reply_to` and returns the answers that arrive within `wait` seconds."""
+        question = secrets.token_hex(16)
+        answers = self._questions[question] = []
+        try:
+            self.publish(Delivery(body, reply_to=question, correlation_id=question))
+            await asyncio.sleep(wait)
+        finally:
+            del self._questions[question]
+        return answers
+
+    async def close(self) -> None:
+        """Does nothing: other clients may hold the same bus."""
+
+
+class EventChannel:
+    """One publishing channel of an `EventBus`; `origin` is its name for as long as it lives."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self.origin = secrets.token_hex(16)
+        self._bus: EventBus | None = bus
+
+    async def send(self, body: bytes) -> None:
+        """Publishes `body` to every subscriber; it waits for each of them when this returns.
+
+        Raises:
+            PublishError: the channel is closed.
+        """
+        if self._bus is None:
+            raise PublishError("the channel is closed")
+        self._bus.publish(Delivery(body))
+
+    async def close(self) -> None:
+        """Gives the channel back."""
+        self._bus = None
+
+
+_buses: "WeakKeyDictionary[asyncio.AbstractEventLoop, WeakValueDictionary[str, EventBus]]" = (
+    WeakKeyDictionary()
+)

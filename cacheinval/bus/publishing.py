@@ -1,0 +1,193 @@
+"""Publishing with confirms, on a connection apart from the subscription's: an alarm of the broker blocks publishers."""
+
+import asyncio
+import secrets
+import time
+from contextlib import suppress
+
+from aio_pika import DeliveryMode, ExchangeType, Message
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
+from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+
+from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, explain, within
+from cacheinval.errors import PublishError
+from cacheinval.messages import CONTENT_TYPE, MESSAGE_TYPE
+
+__all__ = ["Publishing", "RabbitChannel", "open_exchange"]
+
+
+class RabbitChannel:
+    """One publishing channel on the broker; `origin` is its name for as long as it lives."""
+
+    def __init__(self, channel: AbstractChannel, exchange: AbstractExchange, timeout: float) -> None:
+        self.origin = secrets.token_hex(16)
+        self.failure: str | None = None
+        self._channel = channel
+        self._exchange = exchange
+        self._timeout = timeout
+
+    async def send(
+        self, body: bytes, *, to: str = "", reply_to: str | None = None, correlation_id: str | None = None
+    ) -> None:
+        """Publishes `body`, with the routing key `to`; returns when the broker has confirmed it.
+
+        That no queue was there to take it is a success. Calls may overlap; they go out in the order of the calls.
+
+        Raises:
+            PublishError: not confirmed in time, or refused. It may still arrive; the channel is of no use any more.
+        """
+        if self.failure is not None:
+            raise PublishError(self.failure)
+        message = Message(
+            body,
+            content_type=CONTENT_TYPE,
+            type=MESSAGE_TYPE,
+            app_id=self.origin,
+            timestamp=int(time.time()),
+            delivery_mode=DeliveryMode.PERSISTENT,
+            reply_to=reply_to,
+            correlation_id=correlation_id,
+        )
+        task = asyncio.current_task()
+        assert task is not None
+        cancelling = task.cancelling()
+        try:
+            async with asyncio.timeout(
+                self._timeout
+            ):  # all of it: on a blocked connection even writing hangs
+                await self._exchange.publish(message, routing_key=to, mandatory=True)
+        except asyncio.CancelledError as error:
+            self.failure = self._describe(error)
+            if (
+                task.cancelling() == cancelling
+            ):  # not us: aiormq so rejects what waits on a connection it found dead
+                raise PublishError(self.failure) from error
+            raise
+        except Exception as error:  # aiormq raises anything down to a bare Exception when a channel is closed
+            self.failure = self._describe(error)
+            raise PublishError(self.failure) from error
+
+    def _describe(self, error: BaseException) -> str:
+        if isinstance(error, ChannelNotFoundEntity):
+            return f"the exchange {self._exchange.name} is missing: {explain(error)}"
+        if isinstance(error, TimeoutError):
+            return f"the broker did not confirm within {self._timeout:g} s; the message may still arrive"
+        return f"the broker did not confirm: {explain(error)}"
+
+    async def close(self) -> None:
+        """Gives the channel back. Never raises, and ends within seconds."""
+        self.failure = self.failure or "the channel is closed"
+        with suppress(Exception):  # it closes with its connection
+            await within(LEAVE_WITHIN, self._channel.close())
+
+
+class Publishing:
+    """The connection for publishing: made when it is needed, shared by the channels."""
+
+    def __init__(self, broker: Broker, timeout: float) -> None:
+        self._broker = broker
+        self._timeout = timeout
+        self._connection: AbstractConnection | None = None
+        self._attempt: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    async def open(self, exchange: str) -> RabbitChannel:
+        """A channel that publishes to `exchange`, or, where that is empty, to queues by name.
+
+        Raises:
+            PublishError: the broker cannot be reached in time or blocks publishers, or the exchange is missing or of
+                another type.
+        """
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        connection = await self._connected()
+        await self._unblocked(connection, deadline)
+        try:
+            return await within(_left(deadline), open_exchange(connection, exchange, self._timeout))
+        except PublishError:
+            raise
+        except Exception as error:
+            self._drop(connection)  # it is dead, or the broker is: a new one finds out
+            raise PublishError(f"the broker does not answer: {explain(error)}") from error
+
+    async def _connected(self) -> AbstractConnection:
+        if self._closed:
+            raise PublishError("the bus is closed")
+        if self._connection is None:
+            if self._attempt is None:
+                self._attempt = asyncio.create_task(self._connect())
+                self._attempt.add_done_callback(self._attempted)
+            attempt = self._attempt  # shared: whoever stops waiting for it cancels nobody else
+            await asyncio.wait({attempt}, timeout=self._timeout)
+            if not attempt.done():
+                raise PublishError(f"the broker cannot be reached within {self._timeout:g} s")
+            error = asyncio.CancelledError() if attempt.cancelled() else attempt.exception()
+            if error is not None or self._connection is None:
+                raise PublishError(f"the broker cannot be reached: {explain(error)}") from error
+        return self._connection
+
+    def _attempted(self, attempt: asyncio.Task[None]) -> None:
+        self._attempt = None
+        if not attempt.cancelled():
+            attempt.exception()  # looked at, even if everybody has stopped waiting for it
+
+    async def _connect(self) -> None:
+        connection = await self._broker.connect("publishing")
+        connection.close_callbacks.add(lambda *_: self._drop(connection))
+        self._connection = connection
+
+    async def _unblocked(self, connection: AbstractConnection, deadline: float) -> None:
+        """A blocked connection is kept: during an alarm the broker takes no note of closed ones, so they would pile up."""
+        try:
+            if connection.transport is None:
+                raise PublishError("the connection to the broker was lost")
+            await within(_left(deadline), connection.transport.ready())
+        except TimeoutError as error:
+            raise PublishError("the broker blocks publishers (an alarm: memory or disk)") from error
+
+    def _drop(self, connection: AbstractConnection) -> None:
+        if self._connection is connection:
+            self._connection = None
+            self._broker.discard(connection)
+
+    async def close(self) -> None:
+        """Closes the connection. Never raises, and ends within seconds."""
+        self._closed = True
+        if self._attempt is not None:
+            self._attempt.cancel()
+            await asyncio.wait({self._attempt}, timeout=LEAVE_WITHIN)
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await self._broker.leave(connection)
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - asyncio.get_running_loop().time())
+
+
+async def open_exchange(connection: AbstractConnection, name: str, timeout: float) -> RabbitChannel:
+    """A channel on `connection` that publishes to the exchange `name`, which must be there.
+
+    Raises:
+        PublishError: it is missing or of another type.
+        Exception: the connection is of no use.
+    """
+    try:
+        channel = connection.channel(publisher_confirms=True, on_return_raises=False)
+        await channel.initialize()
+        exchange: AbstractExchange = channel.default_exchange
+        if name:
+            # Asked for before it is declared, since publishers declare nothing; declared, since only that compares
+            # the type: an exchange of another type would drop everything and still confirm it.
+            await channel.get_exchange(name)
+            exchange = await channel.declare_exchange(name, ExchangeType.FANOUT, durable=True)
+    except ChannelNotFoundEntity as error:
+        raise PublishError(
+            f"the exchange {name} is missing: nobody has subscribed yet ({explain(error)})"
+        ) from error
+    except ChannelPreconditionFailed as error:
+        raise PublishError(f"the exchange {name} is not a durable fanout: {explain(error)}") from error
+    return RabbitChannel(channel, exchange, timeout)

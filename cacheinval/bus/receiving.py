@@ -1,0 +1,125 @@
+"""What lies between `joined` and `lost`, the same for every bus: deliveries in order, each settled once it is evicted."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from cacheinval.bus import Delivery, Receiver
+from cacheinval.errors import SubscriptionError
+from cacheinval.logs import event
+
+__all__ = ["LONGEST_PAUSE", "STOPPED", "Reception", "pause"]
+
+JOIN_WITHIN = 60.0  # seconds for the receiver to start a new epoch, which may clear a large cache
+FINISH_WITHIN = 3.0  # seconds for evictions in hand when the process stops
+CANCEL_WITHIN = 1.0  # seconds for evictions that are cancelled
+STOPPED = "stopped"  # the reason when `run` was cancelled
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between attempts to subscribe
+
+_log = logging.getLogger("cacheinval.bus")
+
+Settle = Callable[[Sequence[str | None]], Awaitable[None]]
+
+
+def pause(attempt: int) -> float:
+    """How many seconds to wait after the failed attempt with this number, counted from 1."""
+    return random.uniform(SHORTEST_PAUSE, min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(attempt, 10)))
+
+
+class Reception:
+    """Hands deliveries to a receiver, from `joined` until something ends it; then it is not used again.
+
+    Args:
+        settle: told what the receiver made of the oldest deliveries that were not settled before, in order.
+        lost: called once, at once, when it ends while `run` is running, with the reason.
+    """
+
+    def __init__(self, receiver: Receiver, settle: Settle, lost: Callable[[str], None]) -> None:
+        self._receiver = receiver
+        self._settle = settle
+        self._lost = lost
+        self._waiting: list[Delivery] = []
+        self._something = asyncio.Event()
+        self._work: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def waiting(self) -> int:
+        """How many deliveries the receiver has not got yet."""
+        return len(self._waiting)
+
+    @property
+    def ended(self) -> str | None:
+        """Why this ended, if it did."""
+        return self._ended.result() if self._ended.done() else None
+
+    def put(self, delivery: Delivery) -> None:
+        """Takes what arrived; nothing else happens here."""
+        self._waiting.append(delivery)
+        self._something.set()
+
+    def end(self, reason: str, *, finish: bool = False) -> None:
+        """Ends this for `reason`, unless it has ended; with `finish`, what the receiver has in hand is settled first."""
+        if self._ended.done():
+            return
+        self._ended.set_result(reason)
+        self._something.set()
+        if self._work is None:
+            return
+        if not finish and self._work is not asyncio.current_task():
+            # Before anybody is told: what is in hand cannot be settled any more, and a `joined` under way must not come
+            # to its end after `lost`.
+            self._work.cancel()
+        self._lost(reason)
+
+    async def run(self, stop: Callable[[], Awaitable[Any]], *, resumed: bool = False) -> None:
+        """Joins, and hands on deliveries until this ends.
+
+        Cancelled, it ends gently: while `stop` sees to it that nothing more arrives, what the receiver has in hand is
+        finished and settled.
+        """
+        work = self._work = asyncio.create_task(self._receive(resumed))
+        try:
+            either: set[asyncio.Future[Any]] = {work, self._ended}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            self.end("receiving was cancelled")
+        except asyncio.CancelledError:
+            self.end(STOPPED, finish=True)
+            try:
+                stopping = asyncio.ensure_future(stop())
+                await asyncio.wait({work, stopping}, timeout=FINISH_WITHIN)
+            finally:
+                work.cancel()
+            raise
+        finally:
+            _, unfinished = await asyncio.wait({work}, timeout=CANCEL_WITHIN)
+            if unfinished:
+                event(_log, logging.ERROR, "an eviction cannot be cancelled")
+
+    async def _receive(self, resumed: bool) -> None:
+        try:
+            await self._join(resumed)
+            while not self._ended.done():
+                await self._something.wait()
+                self._something.clear()
+                if self._waiting and not self._ended.done():
+                    batch, self._waiting = self._waiting, []
+                    problems = await self._receiver.receive(batch)
+                    if len(problems) != len(batch):
+                        raise SubscriptionError(
+                            f"{len(batch)} messages were received, {len(problems)} judged"
+                        )
+                    await self._settle(problems)
+        except Exception as error:
+            event(_log, logging.ERROR, "receiving failed, starting over", reason=repr(error))
+            _log.debug("receiving failed", exc_info=error)
+            self.end(f"receiving failed: {str(error) or type(error).__name__}")
+
+    async def _join(self, resumed: bool) -> None:
+        try:
+            async with asyncio.timeout(JOIN_WITHIN):
+                await self._receiver.joined(resumed=resumed)
+        except TimeoutError as error:
+            raise SubscriptionError(f"the receiver could not join within {JOIN_WITHIN:g} s") from error
