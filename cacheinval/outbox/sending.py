@@ -1,0 +1,109 @@
+"""Publishing rows of the outbox through a channel of the relay's own."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from typing import Any, Protocol
+from uuid import UUID
+
+from cacheinval import logs
+from cacheinval.errors import PublishError
+from cacheinval.messages import encode
+from cacheinval.outbox.batches import Batch, batches, stamped
+
+__all__ = ["Channel", "Sender"]
+
+log = logging.getLogger("cacheinval.relay")
+
+MESSAGES_IN_FLIGHT = 8
+
+
+class Channel(Protocol):
+    """One publishing channel; what is sent arrives in the order of the calls, which may overlap."""
+
+    @property
+    def origin(self) -> str: ...
+    async def send(self, body: bytes) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Sender:
+    """Keeps a channel for as long as it works, and numbers what goes through it.
+
+    Args:
+        open_channel: opens a publishing channel with an origin of its own; raises PublishError.
+        publish_timeout: seconds for a message to be confirmed.
+    """
+
+    def __init__(self, open_channel: Callable[[], Awaitable[Channel]], publish_timeout: float) -> None:
+        self._open_channel = open_channel
+        # The bus has this deadline itself; this one is for a bus that fails to keep it.
+        self._deadline = publish_timeout + 1
+        self._channel: Channel | None = None
+        self._seq = 0
+        self.published_rows = self.published_messages = self.bad_rows = 0
+
+    async def publish(self, rows: Sequence[Mapping[str, Any]], confirmed: list[UUID]) -> PublishError | None:
+        """Publishes all rows, and notes in `confirmed` which may be deleted; returns what went wrong first, if anything."""
+        try:
+            if self._channel is None:
+                async with asyncio.timeout(self._deadline):
+                    self._channel = await self._open_channel()
+                self._seq = 0
+        except TimeoutError:
+            return PublishError(f"the broker gave no channel within {self._deadline:g} s")
+        except PublishError as error:
+            return error
+        todo = batches(rows)
+        senders = min(MESSAGES_IN_FLIGHT, len(rows))
+        results = await asyncio.gather(
+            *(self._send(self._channel, todo, confirmed) for _ in range(senders)), return_exceptions=True
+        )
+        for failure in filter(None, results):
+            if not isinstance(failure, PublishError):
+                raise failure
+            await self.close()
+            return failure
+        return None
+
+    async def close(self) -> None:
+        """Gives the channel back; the next publish opens a new one. Never raises, and ends within seconds."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+    async def _send(
+        self, channel: Channel, todo: Generator[Batch, None, None], confirmed: list[UUID]
+    ) -> None:
+        for batch in todo:
+            for message in batch.messages:
+                self._seq += 1
+                # From here to the inside of `send` nothing awaits: messages go out in the order of their numbers.
+                sent = stamped(
+                    message, origin=channel.origin, seq=self._seq, at=time.time(), committed_at=batch.oldest
+                )
+                try:
+                    async with asyncio.timeout(self._deadline):
+                        await channel.send(encode(sent))
+                except TimeoutError:
+                    todo.close()
+                    raise PublishError(f"the broker did not confirm within {self._deadline:g} s") from None
+                except PublishError:
+                    todo.close()  # the other senders end with what they have in hand
+                    raise
+                self.published_messages += 1
+            confirmed += batch.ids
+            self.published_rows += len(batch.ids)
+            self._report_bad(batch)
+
+    def _report_bad(self, batch: Batch) -> None:
+        if batch.bad:
+            self.bad_rows += len(batch.bad)
+            logs.event(
+                log,
+                logging.ERROR,
+                "rows that no message can express: everything was invalidated instead",
+                rows=len(batch.bad),
+                first=batch.bad[0],
+            )
