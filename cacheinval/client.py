@@ -1,0 +1,616 @@
+"""The client that services embed: the one place where the parts are put together."""
+
+import asyncio
+import functools
+import inspect
+import logging
+import os
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from importlib.metadata import version
+from string import Formatter
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
+
+import asyncpg
+import msgspec
+
+from cacheinval import logs
+from cacheinval.backends.attached import AttachedCache
+from cacheinval.backends.memory import BoundedMemoryCache
+from cacheinval.backends.shared import SharedEntries, connect
+from cacheinval.bus import Bus, Channel
+from cacheinval.bus.memory import EventBus
+from cacheinval.bus.rabbitmq import RabbitBus
+from cacheinval.cache import CoherentCache, InProcessCache, SharedCache
+from cacheinval.clock import Clock
+from cacheinval.coherence import Coherence, Eviction
+from cacheinval.errors import (
+    CacheError,
+    CacheinvalError,
+    ConfigurationError,
+    DatabaseError,
+    InvalidKeyError,
+    NoDatabaseError,
+    PublishError,
+)
+from cacheinval.messages import Ask, encode
+from cacheinval.outbox import Outbox, apply_schema
+from cacheinval.outbox.relay import Relay
+from cacheinval.publisher import Publisher, Unpublished
+from cacheinval.receiver import Instance
+from cacheinval.settings import Settings, mask_url
+from cacheinval.writes import Invalidations, Transaction, Writes
+
+if TYPE_CHECKING:
+    from aiocache.base import BaseCache
+
+    from cacheinval.writes import AnyConnection, Pool
+
+__all__ = ["Client"]
+
+log = logging.getLogger("cacheinval.client")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+VERSION = version("cacheinval")
+
+# What leaving takes at most, in seconds; together within the 10 s that a supervisor grants before it kills.
+STOP_TIMEOUT = 4.0
+FLUSH_TIMEOUT = 2.0
+CLOSE_TIMEOUT = 2.0
+
+RESTART_PAUSE = 1.0
+CONNECT_TIMEOUT = 5.0
+STATEMENT_TIMEOUT = 60.0
+
+
+class Client:
+    """Reads through a cache that stays honest, and changes the database so that every other cache does.
+
+    Use it as `async with Client() as client:`. It can be made, and its decorators used, before it is entered; until
+    then nothing is known of others' changes, and what is cached is served for a second at most.
+
+    Args:
+        settings: from the environment if None.
+        pool: your own asyncpg pool, used and never closed; without one the client makes a pool from `DATABASE_URL`.
+        bus: who carries messages; chosen by `BROKER_URL` if None.
+        subscribe: False for a client that only writes, or only relays.
+
+    Raises:
+        ConfigurationError: the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        pool: "Pool | None" = None,
+        bus: Bus | None = None,
+        subscribe: bool = True,
+    ) -> None:
+        self.settings = settings or Settings()
+        if (
+            subscribe
+            and self.settings.cache_is_external
+            and "instance_id" not in self.settings.model_fields_set
+        ):
+            raise ConfigurationError(
+                "CACHEINVAL_INSTANCE_ID=: accepted: a name that stays the same over restarts, as CACHEINVAL_CACHE_URL "
+                "names a cache outside the process"
+            )
+        self._clock = Clock()
+        self._subscribe = subscribe
+        self._pool, self._own_pool = pool, pool is None
+        self._has_database = pool is not None or bool(self.settings.database_url)
+        self._coherence = Coherence(self.settings.max_staleness)
+        self._bus = bus
+        self.cache: CoherentCache = self._make_cache()
+        self._caches: list[Any] = [self.cache]
+        self._outbox = Outbox(self.settings.namespace)
+        self.publisher = Publisher(
+            self._open_channel,
+            self._delete_rows if self._has_database else None,
+            self._coherence,
+            self.settings.publish_timeout,
+        )
+        self.instance = Instance(
+            self._coherence, self._clock, self._caches, self._publish_probe, self._answer
+        )
+        self._writes = Writes(lambda: self.pool, self._outbox, self.publisher, self._evict_here)
+        self.relay = self._make_relay()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._asides: set[asyncio.Task[None]] = set()
+        self._stack = AsyncExitStack()
+        self._started_at: float | None = None
+
+    # Life
+
+    async def __aenter__(self) -> Self:
+        if self._started_at is not None:
+            raise CacheinvalError("a Client can be entered once; make another one")
+        self._started_at = time.time()
+        # Entered in this order, left in the reverse one: what feeds others stops before what it feeds.
+        async with AsyncExitStack() as stack:
+            if self._has_database and self._own_pool:
+                self._pool = await _make_pool(self.settings.database_url)
+                stack.push_async_callback(_close_pool, self._pool)
+            stack.push_async_callback(self.cache.close)
+            stack.push_async_callback(
+                self.bus.close
+            )  # made here, so that its own settings are refused at start
+            stack.push_async_callback(self._stop, "publisher", "outbox", "asides")
+            stack.push_async_callback(self.publisher.flush, FLUSH_TIMEOUT)
+            stack.push_async_callback(self._stop, "subscription", "gaps", "relay")
+            self._start("publisher", self.publisher.run)
+            if self._has_database:
+                self._start("outbox", self.publisher.delete_confirmed)
+            if self.relay is not None:
+                self._start("relay", self.relay.run)
+            if self._subscribe:
+                self._start("gaps", self.instance.begin_epochs_put_off)
+                self._start("subscription", lambda: self.bus.run(self.instance))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._stack.aclose()
+
+    def _start(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks[name] = asyncio.create_task(self._supervise(name, run), name=f"cacheinval {name}")
+
+    async def _supervise(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs a part for as long as the client lives; none of them ends by itself, so an error is a defect: it is
+        said loudly, and the part starts over."""
+        while True:
+            try:
+                await run()
+                raise CacheinvalError(f"{name} ended by itself")
+            except Exception as error:
+                if name in ("subscription", "gaps"):
+                    self.instance.lost(f"{name} failed: {error!r}")
+                log.exception("%s failed, starting it again", name)
+            await asyncio.sleep(RESTART_PAUSE * random.uniform(0.5, 1.5))
+
+    async def _stop(self, *names: str) -> None:
+        tasks = [self._tasks.pop(name) for name in names if name in self._tasks]
+        if "asides" in names:
+            tasks += self._asides
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            _, pending = await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+            for task in pending:
+                logs.event(log, logging.WARNING, "still busy after its time to stop", task=task.get_name())
+
+    def _aside(self, run: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """A short task beside the others; `run` sees to its own errors."""
+        task = asyncio.create_task(run)
+        self._asides.add(task)
+        task.add_done_callback(self._asides.discard)
+        return task
+
+    # Reading
+
+    def cached(
+        self, key: str, *, ttl: float | None = None, tags: Collection[str] = (), model: Any = None
+    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+        """Decorates a coroutine function: its results are cached under `key`, a template of its arguments.
+
+        Args:
+            key: for example `"product:{product_id}"`; every name in braces is an argument.
+            ttl, tags, model: as in `CoherentCache.get_or_set`.
+
+        Raises:
+            InvalidKeyError: the template names something that is no argument.
+        """
+
+        def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+            signature = inspect.signature(function)
+            _check_template(key, signature, function)
+
+            @functools.wraps(function)
+            async def cached(*args: P.args, **kwargs: P.kwargs) -> T:
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                return await self.cache.get_or_set(
+                    key.format(**bound.arguments),
+                    lambda: function(*args, **kwargs),
+                    ttl=ttl,
+                    tags=tags,
+                    model=model,
+                )
+
+            return cached
+
+        return decorate
+
+    def attach(self, cache: "BaseCache", *, may_flush_all: bool = False) -> None:
+        """Keeps an aiocache cache of yours honest, too: keys are evicted from it, and no more than that.
+
+        Args:
+            cache: aiocache's memory, Redis (with a namespace) or Memcached cache.
+            may_flush_all: allows flushing a whole Memcached server where everything has to go.
+
+        Raises:
+            ConfigurationError: everything in it could not be dropped without harm to others.
+        """
+        self._caches.append(AttachedCache(cache, may_flush_all=may_flush_all))
+
+    # Writing
+
+    @property
+    def pool(self) -> "Pool":
+        """The asyncpg pool.
+
+        Raises:
+            NoDatabaseError: there is no database.
+        """
+        if self._pool is None:
+            if self._has_database:
+                raise DatabaseError("the client has not been entered: `async with Client(…) as client:`")
+            raise NoDatabaseError
+        return self._pool
+
+    @asynccontextmanager
+    async def transaction(self, **options: Any) -> AsyncIterator[Transaction]:
+        """A database transaction; what it invalidates is evicted here and published when it has committed.
+
+        Reads of `client.cache` within it go past the cache, so that they see its changes.
+
+        Args:
+            options: as in asyncpg's `Connection.transaction`.
+
+        Raises:
+            SchemaMissingError: `cacheinval schema apply` has not been run.
+            NoDatabaseError: there is no database.
+        """
+        async with self._writes.transaction(**options) as tx:
+            yield tx
+
+    async def execute(
+        self,
+        query: str,
+        *args: Any,
+        invalidate: Collection[str] = (),
+        tags: Collection[str] = (),
+        timeout: float | None = None,
+    ) -> str:
+        """Executes a statement and records what it makes stale, in one round trip where that is possible.
+
+        Args:
+            invalidate, tags: keys and tags that are evicted everywhere when it has committed.
+            timeout: seconds.
+
+        Returns:
+            The statement's command tag, for example `UPDATE 1`.
+        """
+        result: str = await self._statement("execute", query, args, invalidate, tags, timeout)
+        return result
+
+    async def fetch(
+        self,
+        query: str,
+        *args: Any,
+        invalidate: Collection[str] = (),
+        tags: Collection[str] = (),
+        timeout: float | None = None,
+    ) -> list[asyncpg.Record]:
+        """The same as `execute`, for a statement that returns rows."""
+        result: list[asyncpg.Record] = await self._statement("fetch", query, args, invalidate, tags, timeout)
+        return result
+
+    async def fetchrow(
+        self,
+        query: str,
+        *args: Any,
+        invalidate: Collection[str] = (),
+        tags: Collection[str] = (),
+        timeout: float | None = None,
+    ) -> asyncpg.Record | None:
+        """The same as `execute`, for a statement that returns at most one row."""
+        result: asyncpg.Record | None = await self._statement(
+            "fetchrow", query, args, invalidate, tags, timeout
+        )
+        return result
+
+    async def _statement(
+        self,
+        method: Literal["execute", "fetch", "fetchrow"],
+        query: str,
+        args: Sequence[Any],
+        invalidate: Collection[str],
+        tags: Collection[str],
+        timeout: float | None,
+    ) -> Any:
+        invalidations = Invalidations()
+        invalidations.add(invalidate, tags)
+        if invalidations:
+            return await self._writes.statement(method, query, args, invalidations, timeout)
+        return await getattr(self.pool, method)(query, *args, timeout=timeout)
+
+    async def record(self, connection: "AnyConnection", *keys: str, tags: Collection[str] = ()) -> None:
+        """Records an invalidation inside a transaction that you run yourself; the relay publishes it to everyone.
+
+        Raises:
+            InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
+            SchemaMissingError: `cacheinval schema apply` has not been run.
+        """
+        invalidations = Invalidations()
+        invalidations.add(keys, tags)
+        if invalidations:
+            rows = self._outbox.rows(invalidations.keys, tags=invalidations.tags, publish_here=False)
+            await self._outbox.record(connection, rows)
+
+    async def invalidate(self, *keys: str, tags: Collection[str] = (), everything: bool = False) -> None:
+        """Evicts these everywhere, for a change that is not in this database.
+
+        With a database it returns when the outbox row is committed: the relay sends it, whatever becomes of the broker.
+
+        Raises:
+            PublishError: without a database: the broker did not confirm it. It may have arrived nevertheless.
+            InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
+        """
+        invalidations = Invalidations()
+        invalidations.add(keys, tags, everything=everything)
+        if not invalidations:
+            raise InvalidKeyError(
+                "nothing to invalidate; accepted: at least one key or tag, or everything=True"
+            )
+        if self._has_database:
+            await self._writes.invalidate(invalidations)
+            return
+        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        evicting = self._evict_here(
+            Eviction(invalidations.keys, invalidations.tags, everything, reason="own write")
+        )
+        self.publisher.submit(
+            Unpublished(
+                keys=invalidations.keys,
+                tags=invalidations.tags,
+                everything=everything,
+                evicted_here=evicting is None,
+                confirmed=confirmed,
+            )
+        )
+        if evicting is not None:
+            await evicting
+        try:
+            async with asyncio.timeout(2 * self.settings.publish_timeout):
+                await confirmed
+        except TimeoutError:
+            raise PublishError from None
+
+    async def apply_schema(self) -> None:
+        """Makes or updates the schema `cacheinval`; safe to call from any number of processes at once.
+
+        Raises:
+            DatabaseError: it could not be done, and why.
+        """
+        try:
+            async with self.pool.acquire(timeout=CONNECT_TIMEOUT) as connection:
+                await apply_schema(connection)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise DatabaseError(f"the database cannot be used: {error or 'no answer in time'}") from error
+
+    # What the parts ask for
+
+    @property
+    def bus(self) -> Bus:
+        """Who carries messages."""
+        if self._bus is None:  # not before: an `EventBus` belongs to the event loop that runs
+            memory = self.settings.broker_url.startswith("memory:")
+            self._bus = EventBus.of(self.settings.namespace) if memory else RabbitBus(self.settings)
+        return self._bus
+
+    def _make_cache(self) -> CoherentCache:
+        settings = self.settings
+        if settings.cache_is_external:
+            entries = SharedEntries(connect(settings.cache_url), settings.namespace)
+            return SharedCache(entries, self._coherence, self._clock, settings.cache_ttl)
+        backend = BoundedMemoryCache(settings.cache_max_entries)
+        return InProcessCache(backend, self._coherence, self._clock, settings.cache_ttl)
+
+    def _make_relay(self) -> Relay | None:
+        if not self._has_database or self.settings.relay == "off":
+            return None
+        return Relay(
+            self._connect_relay,
+            self._open_channel,
+            namespace=self.settings.namespace,
+            tick_interval=self.settings.tick_interval,
+            publish_timeout=self.settings.publish_timeout,
+        )
+
+    async def _connect_relay(self) -> Any:
+        if self._own_pool:
+            return await asyncpg.connect(
+                self.settings.database_url, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
+            )
+        return _Borrowed(self.pool, await self.pool.acquire(timeout=CONNECT_TIMEOUT))
+
+    async def _delete_rows(self, rows: Sequence[Any]) -> None:
+        await self._outbox.delete(self.pool, rows)
+
+    async def _open_channel(self) -> Channel:
+        return await self.bus.open_channel()
+
+    async def _publish_probe(self, body: bytes) -> None:
+        async with asyncio.timeout(2 * self.settings.publish_timeout):
+            channel: Channel = await self.bus.open_channel()
+            try:
+                await channel.send(body)
+            finally:
+                await channel.close()
+
+    def _evict_here(self, eviction: Eviction) -> "asyncio.Future[None] | None":
+        self._coherence.evict(eviction)
+        if isinstance(self.cache, InProcessCache):
+            self.cache.evict_now(eviction)
+            if len(self._caches) == 1:
+                return None
+        return self._aside(self._try_to_evict(eviction))
+
+    async def _try_to_evict(self, eviction: Eviction) -> None:
+        for cache in self._caches:
+            with suppress(
+                CacheError
+            ):  # the message comes back here, and is not acknowledged before it is done
+                await cache.evict(eviction)
+
+    # How it is doing
+
+    @property
+    def state(self) -> Literal["starting", "ready", "suspect"]:
+        """`suspect` from the moment that something may have been missed until everything has been made good."""
+        if self._coherence.suspect is None:
+            return "ready"
+        return "suspect" if self.instance.ever_joined else "starting"
+
+    @property
+    def ready(self) -> bool:
+        """Whether what is cached can be relied on."""
+        return self._coherence.suspect is None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the client is not ready."""
+        return self._coherence.suspect
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Waits until what is cached can be relied on.
+
+        Raises:
+            TimeoutError: not within `timeout` seconds.
+        """
+        async with asyncio.timeout(timeout):
+            await self.instance.trusted.wait()
+
+    def status(self) -> dict[str, Any]:
+        """What `/status` shows: JSON types, and never a secret."""
+        reason = self._coherence.suspect
+        return {
+            "id": self.settings.instance_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": VERSION,
+            "namespace": self.settings.namespace,
+            "state": self.state,
+            "reason": reason,
+            "since": self.instance.since,
+            "started_at": self._started_at,
+            "watermark_age": None,
+            "broker": getattr(self.bus, "state", None),
+            "relay": None if self.relay is None else self.relay.state,
+            "publisher": {"failing": self.publisher.failing, "waiting": self.publisher.waiting},
+            "cache": {
+                "url": mask_url(self.settings.cache_url),
+                "entries": len(self.cache) if isinstance(self.cache, InProcessCache) else None,
+                "attached": len(self._caches) - 1,
+                "epoch": self._coherence.epoch,
+            },
+            "counters": self.stats(),
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Every counter, by part; numbers since the start of this process."""
+        counters: dict[str, Any] = {
+            name: {field: getattr(part.counters, field) for field in part.counters.__slots__}
+            for name, part in (
+                ("cache", self.cache),
+                ("coherence", self._coherence),
+                ("receiver", self.instance),
+                ("publisher", self.publisher),
+            )
+        }
+        if self.relay is not None:
+            counters["relay"] = self.relay.counters
+        return counters
+
+    async def ask_instances(self, wait: float = 1.0) -> list[dict[str, Any]]:
+        """The status of every instance of the namespace that answers within `wait` seconds, by id.
+
+        Raises:
+            PublishError: the broker cannot be reached, or nobody has ever subscribed in this namespace.
+        """
+        answers = await self.bus.ask(encode(Ask(v=1)), wait)
+        instances = [answer for body in answers if (answer := _status_in(body)) is not None]
+        return sorted(instances, key=lambda instance: str(instance["id"]))
+
+    def _answer(self, delivery: Any) -> None:
+        self._aside(self._send_status(delivery))
+
+    async def _send_status(self, delivery: Any) -> None:
+        try:
+            await self.bus.answer(delivery, msgspec.json.encode(self.status()))
+        except PublishError as error:
+            logs.event(log, logging.DEBUG, "status not sent", reason=error)
+
+
+class _Borrowed:
+    """A session out of somebody else's pool: closing it gives it back, which also resets it and frees its locks."""
+
+    def __init__(self, pool: "Pool", connection: Any) -> None:
+        self._pool = pool
+        self._connection = connection
+        self._given_back = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    async def close(self) -> None:
+        if not self._given_back:
+            self._given_back = True
+            await self._pool.release(self._connection, timeout=CLOSE_TIMEOUT)
+
+    def terminate(self) -> None:
+        """`close` has given it back, or ended it where the database did not answer."""
+
+
+def _status_in(body: bytes) -> dict[str, Any] | None:
+    try:
+        status = msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return None
+    return status if "id" in status else None
+
+
+def _bus(settings: Settings) -> Bus:
+    return (
+        EventBus.of(settings.namespace) if settings.broker_url.startswith("memory:") else RabbitBus(settings)
+    )
+
+
+async def _make_pool(url: str) -> "Pool":
+    # No connection is made before it is needed: a client can start, and wait, while the database is away.
+    return await asyncpg.create_pool(
+        url, min_size=0, max_size=10, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
+    )
+
+
+async def _close_pool(pool: "Pool") -> None:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await pool.close()
+    except Exception:  # it waits for connections that are in use, or that no longer answer
+        pool.terminate()
+
+
+def _check_template(key: str, signature: inspect.Signature, function: Any) -> None:
+    try:
+        names = {
+            field.split(".")[0].split("[")[0]
+            for _, field, _, _ in Formatter().parse(key)
+            if field is not None
+        }
+    except ValueError as error:
+        raise InvalidKeyError(f"key template {key!r}: {error}") from None
+    missing = names - signature.parameters.keys()
+    if missing:
+        raise InvalidKeyError(
+            f"key template {key!r} names {', '.join(sorted(map(repr, missing)))}; accepted: the arguments of "
+            f"{function.__qualname__}{signature}"
+        )

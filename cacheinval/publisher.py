@@ -1,0 +1,282 @@
+"""Publishing what was committed: at once, together with whatever else waits, and never in the writer's way."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import UUID
+
+import msgspec
+
+from cacheinval import logs
+from cacheinval.coherence import Coherence
+from cacheinval.errors import PublishError
+from cacheinval.messages import Invalidate, encode, split
+
+__all__ = ["Publisher", "PublisherCounters", "Unpublished"]
+
+log = logging.getLogger("cacheinval.publisher")
+
+MAX_WAITING = 200_000
+"""Names that may wait here; what comes beyond is left to the relay."""
+
+BACKOFF_FIRST, BACKOFF_MOST = 0.2, 5.0
+ROWS_AT_ONCE = 1_000
+
+
+class Channel(Protocol):
+    """One publishing channel's lifetime."""
+
+    @property
+    def origin(self) -> str: ...
+    async def send(self, body: bytes) -> None: ...
+    async def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Unpublished:
+    """What one write has to tell the others.
+
+    `rows` are the outbox rows that may be deleted once this is confirmed; without rows in the outbox at all, `confirmed`
+    is how the writer learns what became of it.
+    """
+
+    keys: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    versions: Sequence[int | None] = ()
+    everything: bool = False
+    rows: Sequence[UUID] = ()
+    evicted_here: bool = False
+    committed_at: float = field(default_factory=time.time)
+    confirmed: "asyncio.Future[None] | None" = None
+
+    @property
+    def size(self) -> int:
+        return len(self.keys) + len(self.tags) + 1
+
+
+class PublisherCounters:
+    """What was published, counted since the start."""
+
+    __slots__ = ("confirmed_messages", "confirmed_writes", "deleted_rows", "failures", "left_to_relay")
+
+    def __init__(self) -> None:
+        self.confirmed_writes = self.confirmed_messages = self.deleted_rows = 0
+        self.failures = self.left_to_relay = 0
+
+
+class Publisher:
+    """One channel to the broker, and the queue in front of it.
+
+    While one publish awaits its confirm, further keys gather and go out together; at low load nothing waits.
+
+    Args:
+        open_channel: opens a publishing channel; raises PublishError.
+        delete_rows: deletes confirmed rows of the outbox; None without a database.
+        timeout: seconds for one publish, confirm included.
+    """
+
+    def __init__(
+        self,
+        open_channel: Callable[[], Awaitable[Channel]],
+        delete_rows: Callable[[Sequence[UUID]], Awaitable[Any]] | None,
+        coherence: Coherence,
+        timeout: float,
+    ) -> None:
+        self.counters = PublisherCounters()
+        self._open_channel = open_channel
+        self._delete_rows = delete_rows
+        self._coherence = coherence
+        self._timeout = timeout
+        self._channel: Channel | None = None
+        self._seq = 0
+        self._failing_since: float | None = None
+        self._retry_at = 0.0
+        self._pause = BACKOFF_FIRST
+        self._waiting: list[Unpublished] = []
+        self._waiting_size = 0
+        self._confirmed_rows: list[UUID] = []
+        self._work = asyncio.Event()
+        self._rows_to_delete = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last publish failed; the outbox then waits for the relay."""
+        return self._failing_since is not None
+
+    @property
+    def waiting(self) -> int:
+        """Writes that wait to be published."""
+        return len(self._waiting)
+
+    def submit(self, unpublished: Unpublished) -> None:
+        """Hands over what a write has committed; returns at once.
+
+        What cannot wait here because too much does is left to the relay, which finds its rows in the outbox.
+        """
+        if self._waiting_size + unpublished.size > MAX_WAITING and self._waiting:
+            self._leave(unpublished, "too many invalidations wait for the broker")
+            return
+        self._waiting.append(unpublished)
+        self._waiting_size += unpublished.size
+        self._idle.clear()
+        self._work.set()
+
+    async def run(self) -> None:
+        """Publishes until cancelled."""
+        try:
+            while True:
+                await self._work.wait()
+                self._work.clear()
+                batch, self._waiting, self._waiting_size = self._waiting, [], 0
+                if batch:
+                    await self._publish(batch)
+                if not self._waiting:
+                    self._idle.set()
+        finally:
+            self._idle.set()
+            await self._drop_channel()
+
+    async def delete_confirmed(self) -> None:
+        """Deletes confirmed rows from the outbox, many at a time, until cancelled."""
+        while True:
+            await self._rows_to_delete.wait()
+            self._rows_to_delete.clear()
+            while self._confirmed_rows:
+                rows = self._confirmed_rows[:ROWS_AT_ONCE]
+                del self._confirmed_rows[: len(rows)]
+                await self._delete(rows)
+
+    async def flush(self, timeout: float) -> bool:
+        """Waits, for at most `timeout` seconds, until nothing waits to be published; returns whether that was reached.
+
+        Confirmed rows that are still in the outbox are deleted then, too.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+                while self._confirmed_rows:
+                    rows = self._confirmed_rows[:ROWS_AT_ONCE]
+                    del self._confirmed_rows[: len(rows)]
+                    await self._delete(rows)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _publish(self, batch: list[Unpublished]) -> None:
+        loop = asyncio.get_running_loop()
+        if self._channel is None and loop.time() < self._retry_at:
+            with_rows = [one for one in batch if one.confirmed is None]
+            for one in with_rows:
+                self._leave(one, "the broker cannot be reached")
+            batch = [one for one in batch if one.confirmed is not None]
+            if not batch:
+                return
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._send(batch)
+        except (PublishError, TimeoutError) as error:
+            await self._failed(batch, str(error) or f"no confirm within {self._timeout:g} s")
+        except BaseException:
+            for one in batch:
+                self._leave(one, "stopped")
+            raise
+        else:
+            self._succeeded(batch)
+
+    async def _send(self, batch: list[Unpublished]) -> None:
+        if self._channel is None:
+            self._channel = await self._open_channel()
+            self._seq = 0
+        at, committed_at = time.time(), min(one.committed_at for one in batch)
+        evicted_here = all(one.evicted_here for one in batch)
+        messages = list(split(*_together(batch)))
+        bodies = [self._stamp(self._channel, message, at, committed_at, evicted_here) for message in messages]
+        if len(bodies) == 1:
+            await self._channel.send(bodies[0])
+        else:
+            results = await asyncio.gather(*map(self._channel.send, bodies), return_exceptions=True)
+            for problem in filter(None, results):
+                raise problem
+        self.counters.confirmed_messages += len(messages)
+
+    def _stamp(
+        self, channel: Channel, message: Invalidate, at: float, committed_at: float, evicted_here: bool
+    ) -> bytes:
+        self._seq += 1
+        if evicted_here:
+            self._coherence.expect_echo(channel.origin, self._seq)
+        return encode(
+            msgspec.structs.replace(
+                message, origin=channel.origin, seq=self._seq, at=at, committed_at=committed_at
+            )
+        )
+
+    def _succeeded(self, batch: list[Unpublished]) -> None:
+        if self._failing_since is not None:
+            self._failing_since = None
+            logs.event(log, logging.INFO, "publishing again")
+        self._pause = BACKOFF_FIRST
+        self.counters.confirmed_writes += len(batch)
+        for one in batch:
+            self._confirmed_rows += one.rows
+            if one.confirmed is not None and not one.confirmed.done():
+                one.confirmed.set_result(None)
+        if self._confirmed_rows:
+            self._rows_to_delete.set()
+
+    async def _failed(self, batch: list[Unpublished], reason: str) -> None:
+        self.counters.failures += 1
+        loop = asyncio.get_running_loop()
+        if self._failing_since is None:
+            self._failing_since = loop.time()
+            logs.event(log, logging.ERROR, "publishing failed", reason=reason)
+        self._retry_at = loop.time() + self._pause * random.uniform(0.5, 1)
+        self._pause = min(self._pause * 2, BACKOFF_MOST)
+        for one in batch:
+            self._leave(one, reason)
+        await self._drop_channel()
+
+    def _leave(self, one: Unpublished, reason: str) -> None:
+        self.counters.left_to_relay += one.confirmed is None
+        if one.confirmed is not None and not one.confirmed.done():
+            one.confirmed.set_exception(PublishError(f"not confirmed: {reason}"))
+            one.confirmed.exception()  # seen, even where the writer has gone
+
+    async def _drop_channel(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            self._coherence.forget_echoes(channel.origin)
+            await channel.close()
+
+    async def _delete(self, rows: Sequence[UUID]) -> None:
+        assert self._delete_rows is not None
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._delete_rows(rows)
+        except (
+            Exception
+        ) as error:  # whatever the database says: the relay publishes them again, and deletes them
+            logs.event(
+                log, logging.WARNING, "confirmed rows stay in the outbox", rows=len(rows), reason=error
+            )
+        else:
+            self.counters.deleted_rows += len(rows)
+
+
+def _together(batch: list[Unpublished]) -> tuple[list[str], list[str], list[int | None], bool]:
+    """The names of all writes, each once; of two versions the higher."""
+    keys: dict[str, int | None] = {}
+    tags: dict[str, None] = {}
+    for one in batch:
+        versions = one.versions or [None] * len(one.keys)
+        for key, version in zip(one.keys, versions, strict=True):
+            known = keys.get(key)
+            keys[key] = version if known is None else known if version is None else max(known, version)
+        tags.update(dict.fromkeys(one.tags))
+    return list(keys), list(tags), list(keys.values()), any(one.everything for one in batch)

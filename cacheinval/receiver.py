@@ -1,0 +1,236 @@
+"""What an instance does with what the bus delivers: understand, decide, evict, and only then answer."""
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from cacheinval import logs
+from cacheinval.clock import Clock
+from cacheinval.coherence import Coherence, Eviction
+from cacheinval.errors import CacheError, EvictionError, MalformedMessageError
+from cacheinval.messages import Ask, Invalidate, Message, Probe, Unknown, decode, encode
+
+__all__ = ["LATENCY_BUCKETS", "Instance", "ReceiverCounters"]
+
+log = logging.getLogger("cacheinval.receiver")
+
+LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Seconds from commit to eviction, upper bounds."""
+
+RETRY_FIRST, RETRY_MOST, RETRY_LIMIT = 0.05, 2.0, 30.0
+
+
+class Delivery(Protocol):
+    """One message as the bus hands it over."""
+
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def reply_to(self) -> str | None: ...
+
+
+class Evictable(Protocol):
+    """A cache, as far as it is to be kept honest."""
+
+    async def evict(self, eviction: Eviction) -> None: ...
+
+
+class ReceiverCounters:
+    """What arrived, counted since the start."""
+
+    __slots__ = ("evictions", "latencies", "latency_sum", "malformed", "messages", "retries")
+
+    def __init__(self) -> None:
+        self.messages = self.malformed = self.evictions = self.retries = 0
+        self.latencies = [0] * (len(LATENCY_BUCKETS) + 1)
+        self.latency_sum = 0.0
+
+    def observe(self, latency: float) -> None:
+        """Counts one message that was evicted `latency` seconds after its commit."""
+        at = next((n for n, bound in enumerate(LATENCY_BUCKETS) if latency <= bound), len(LATENCY_BUCKETS))
+        self.latencies[at] += 1
+        self.latency_sum += latency
+
+
+class Instance:
+    """The receiving side of one instance: what `bus.Receiver` asks for.
+
+    Args:
+        caches: whatever is to be evicted, the instance's own cache first.
+        publish_probe: publishes a marker and returns when the broker has confirmed it.
+        answer: called for each message that asks for this instance's status.
+    """
+
+    def __init__(
+        self,
+        coherence: Coherence,
+        clock: Clock,
+        caches: Sequence[Evictable],
+        publish_probe: Callable[[bytes], Awaitable[None]],
+        answer: Callable[[Delivery], None],
+    ) -> None:
+        self.counters = ReceiverCounters()
+        self._coherence = coherence
+        self._clock = clock
+        self._caches = caches
+        self._publish_probe = publish_probe
+        self._answer = answer
+        self._gap_put_off = asyncio.Event()
+        self.trusted = asyncio.Event()
+        """Set while what is cached can be relied on."""
+        self.ever_joined = False
+        self.since = time.time()
+        """Wall clock time of the last change between trusted and suspect."""
+
+    async def joined(self, *, resumed: bool) -> None:
+        """See `bus.Receiver.joined`."""
+        if resumed:
+            marker = secrets.token_hex(8)
+            self._coherence.resumed(marker)
+            await self._publish_probe(encode(Probe(v=1, id=marker)))
+            return
+        await self._evict(self._coherence.joined_anew())
+        self._coherence.trust()
+        self._note_trust()
+
+    def lost(self, reason: str) -> None:
+        """See `bus.Receiver.lost`."""
+        self._coherence.lost(reason)
+        self._note_trust()
+
+    async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
+        """See `bus.Receiver.receive`."""
+        now = self._clock.now()
+        answers: list[str | None] = []
+        evictions: list[Eviction] = []
+        evicted: list[Invalidate] = []
+        for delivery in deliveries:
+            message, problem = self._understand(delivery)
+            answers.append(problem)
+            if message is None:
+                eviction = self._coherence.gap("malformed message", now)
+            else:
+                eviction = self._coherence.received(message, now)
+            if eviction is not None:
+                evictions.append(eviction)
+                if isinstance(message, Invalidate):
+                    evicted.append(message)
+        if evictions:
+            await self._evict(Eviction.merged(evictions))
+            self._tell(evicted)
+        self._coherence.evicted()
+        self._note_trust()
+        if self._coherence.gap_due_at is not None:
+            self._gap_put_off.set()
+        return answers
+
+    def _understand(self, delivery: Delivery) -> tuple[Message | Unknown | None, str | None]:
+        self.counters.messages += 1
+        try:
+            message = decode(delivery.body)
+        except MalformedMessageError as error:
+            self.counters.malformed += 1
+            logs.event(
+                log,
+                logging.WARNING,
+                "malformed message dead-lettered",
+                reason=error,
+                bytes=len(delivery.body),
+            )
+            return None, str(error)
+        if isinstance(message, Ask) and delivery.reply_to:
+            self._answer(delivery)
+        return message, None
+
+    async def _evict(self, eviction: Eviction) -> None:
+        """Evicts in every cache, again and again until it is done; the rules come first, so no load slips through."""
+        self._coherence.evict(eviction)
+        self.counters.evictions += 1
+        for cache in self._caches:
+            await self._evict_in(cache, eviction)
+        if eviction.everything and self._coherence.epoch > 2:  # the first subscription's says nothing new
+            logs.event(log, logging.INFO, "new epoch", epoch=self._coherence.epoch, reason=eviction.reason)
+
+    async def _evict_in(self, cache: Evictable, eviction: Eviction) -> None:
+        loop = asyncio.get_running_loop()
+        pause, give_up_at = RETRY_FIRST, loop.time() + RETRY_LIMIT
+        failed = False
+        while True:
+            try:
+                await cache.evict(eviction)
+            except CacheError as error:
+                self.counters.retries += 1
+                if not failed:
+                    failed = True
+                    self._coherence.doubt("eviction", f"eviction failed: {error}")
+                    self._note_trust()
+                    logs.event(log, logging.ERROR, "eviction failed, retrying", reason=error)
+                if loop.time() > give_up_at:
+                    raise EvictionError(f"not evicted within {RETRY_LIMIT:g} s: {error}") from error
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(pause * 2, RETRY_MOST)
+            else:
+                if failed:
+                    self._coherence.settle("eviction")
+                    logs.event(log, logging.INFO, "evicting again")
+                return
+
+    def _note_trust(self) -> None:
+        reason = self._coherence.suspect
+        if (reason is None) == self.trusted.is_set():
+            return
+        self.since = time.time()
+        if reason is None:
+            self.ever_joined = True
+            self.trusted.set()
+            logs.event(log, logging.INFO, "ready", epoch=self._coherence.epoch)
+        else:
+            self.trusted.clear()
+            level = logging.DEBUG if reason == "stopped" else logging.WARNING
+            logs.event(log, level, "suspect", reason=reason)
+
+    def _tell(self, evicted: Sequence[Invalidate]) -> None:
+        now = self._clock.now()
+        for message in evicted:
+            since = message.committed_at or message.at
+            if since is not None:
+                self.counters.observe(max(0.0, now - since))
+            if log.isEnabledFor(logging.INFO):
+                logs.event(
+                    log,
+                    logging.INFO,
+                    "evicted everything" if message.all else "evicted",
+                    **_named("key", message.keys),
+                    **_named("tag", message.tags),
+                    origin=message.origin,
+                    seq=message.seq,
+                    latency_ms=None if since is None else max(0.0, now - since) * 1e3,
+                )
+
+    async def begin_epochs_put_off(self) -> None:
+        """Runs until cancelled: gaps come at most once a second, and this begins the epochs of the others."""
+        while True:
+            await self._gap_put_off.wait()
+            self._gap_put_off.clear()
+            while (due_at := self._coherence.gap_due_at) is not None:
+                await asyncio.sleep(max(0.0, due_at - self._clock.now()) + 0.001)
+                eviction = self._coherence.take_due_gap(self._clock.now())
+                if eviction is None:
+                    continue
+                try:
+                    await self._evict(eviction)
+                except EvictionError:
+                    self._coherence.put_off_gap(eviction.reason)
+                else:
+                    self._coherence.gap_done()
+                    self._note_trust()
+
+
+def _named(what: str, names: Sequence[str]) -> dict[str, str | int]:
+    if not names:
+        return {}
+    return {what: names[0]} if len(names) == 1 else {what: names[0], f"{what}s": len(names)}

@@ -1,0 +1,238 @@
+"""Changing the database: the outbox row in the same transaction, and after COMMIT the eviction here and everywhere."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from cacheinval.cache import without_cache
+from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
+from cacheinval.messages import check_names
+from cacheinval.outbox import Outbox, Row, combine, explain
+from cacheinval.publisher import Publisher, Unpublished
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    Connection = PoolConnectionProxy[asyncpg.Record]
+    AnyConnection = asyncpg.Connection[asyncpg.Record] | Connection
+    Pool = asyncpg.Pool[asyncpg.Record]
+
+__all__ = ["Invalidations", "Transaction", "Writes"]
+
+ACQUIRE_TIMEOUT = 10.0
+COMMIT_TIMEOUT = 30.0
+RELEASE_TIMEOUT = 5.0
+
+
+@dataclass(slots=True)
+class Invalidations:
+    """What a write makes stale."""
+
+    keys: list[str] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    everything: bool = False
+
+    def add(
+        self,
+        keys: Collection[str] = (),
+        tags: Collection[str] = (),
+        versions: Sequence[int | None] | None = None,
+        everything: bool = False,
+    ) -> None:
+        """Notes more of it.
+
+        Raises:
+            InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
+            ValueError: there are not as many versions as keys.
+        """
+        checked, checked_tags = check_names(keys), check_names(tags, "tag")
+        if versions is not None and len(versions) != len(checked):
+            raise ValueError(
+                f"{len(versions)} versions for {len(checked)} keys; accepted: one for each, or None"
+            )
+        self.keys += checked
+        self.versions += [None] * len(checked) if versions is None else versions
+        self.tags += checked_tags
+        self.everything |= everything
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.tags or self.everything)
+
+
+class Transaction:
+    """An asyncpg transaction that knows what it makes stale; every method of the connection can be called on it."""
+
+    def __init__(self, connection: "Connection") -> None:
+        self.connection = connection
+        self.invalidations = Invalidations()
+
+    def invalidate(
+        self,
+        *keys: str,
+        tags: Collection[str] = (),
+        versions: Sequence[int | None] | None = None,
+        everything: bool = False,
+    ) -> None:
+        """Evicts these everywhere, once the transaction has committed; never if it does not.
+
+        Raises:
+            InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
+        """
+        self.invalidations.add(keys, tags, versions, everything)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+
+class Writes:
+    """The write path of one client.
+
+    Args:
+        pool: gives the pool; raises NoDatabaseError.
+        evict: evicts in every cache of this client; returns None when it has, or a future that ends (never with an
+            error) when it has been tried.
+    """
+
+    def __init__(
+        self,
+        pool: Callable[[], "Pool"],
+        outbox: Outbox,
+        publisher: Publisher,
+        evict: Callable[[Eviction], "asyncio.Future[None] | None"],
+    ) -> None:
+        self._pool = pool
+        self._outbox = outbox
+        self._publisher = publisher
+        self._evict = evict
+
+    @asynccontextmanager
+    async def transaction(self, **options: Any) -> AsyncIterator[Transaction]:
+        """See `Client.transaction`."""
+        async with self._connection() as connection:
+            transaction = connection.transaction(**options)
+            async with asyncio.timeout(ACQUIRE_TIMEOUT):
+                await transaction.start()
+            tx = Transaction(connection)
+            try:
+                with without_cache():
+                    yield tx
+                rows = self._rows(tx.invalidations)
+                async with asyncio.timeout(COMMIT_TIMEOUT):
+                    await self._outbox.record(connection, rows)
+            except BaseException:
+                with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+                    async with asyncio.timeout(RELEASE_TIMEOUT):
+                        await transaction.rollback()
+                raise
+            await self._settle(transaction.commit, tx.invalidations, rows, COMMIT_TIMEOUT)
+
+    async def statement(
+        self,
+        method: str,
+        query: str,
+        args: Sequence[Any],
+        invalidations: Invalidations,
+        timeout: float | None,
+    ) -> Any:
+        """`execute`, `fetch` or `fetchrow` with its outbox row, in one round trip where the statement allows it."""
+        rows = self._rows(invalidations)
+        combined = combine(query, len(args)) if len(rows) == 1 else None
+        if combined is None:
+            async with self.transaction() as tx:
+                result = await getattr(tx.connection, method)(query, *args, timeout=timeout)
+                tx.invalidations = invalidations
+            return result
+        arguments = (*args, *rows[0].arguments)
+        async with self._connection() as connection:
+            call = getattr(connection, method)
+            return await self._settle(
+                lambda: call(combined, *arguments, timeout=timeout), invalidations, rows, None
+            )
+
+    async def invalidate(self, invalidations: Invalidations) -> None:
+        """Commits the outbox rows alone: a change that is not in this database."""
+        rows = self._rows(invalidations)
+        if len(rows) > 1:
+            async with self.transaction() as tx:
+                tx.invalidations = invalidations
+            return
+        async with self._connection() as connection:
+            await self._settle(
+                lambda: self._outbox.record(connection, rows), invalidations, rows, COMMIT_TIMEOUT
+            )
+
+    async def _settle(
+        self,
+        commit: Callable[[], Any],
+        invalidations: Invalidations,
+        rows: Sequence[Row],
+        deadline: float | None,
+    ) -> Any:
+        """Runs what commits, and does what is then owed, whether its outcome is known or not."""
+        outcome = WriteOutcome.UNKNOWN
+        try:
+            async with asyncio.timeout(deadline):
+                result = await commit()
+            outcome = WriteOutcome.COMMITTED
+        except asyncpg.PostgresError as error:
+            outcome = outcome_of_error(error.sqlstate)
+            problem = explain(error)
+            if problem is None:
+                raise
+            raise problem from error
+        finally:
+            # No await before everything owed is handed over: a cancelled writer still tells the others.
+            evicting = self._tell(outcome, invalidations, rows) if invalidations else None
+        if evicting is not None:
+            await evicting
+        return result
+
+    def _tell(
+        self, outcome: WriteOutcome, invalidations: Invalidations, rows: Sequence[Row]
+    ) -> "asyncio.Future[None] | None":
+        owed = owed_after(outcome)
+        if not owed.publish:
+            return None
+        evicting = self._evict(
+            Eviction(invalidations.keys, invalidations.tags, invalidations.everything, reason="own write")
+        )
+        self._publisher.submit(
+            Unpublished(
+                keys=invalidations.keys,
+                tags=invalidations.tags,
+                versions=invalidations.versions,
+                everything=invalidations.everything,
+                rows=[row.id for row in rows] if owed.delete_rows else (),
+                evicted_here=owed.may_skip_echo and evicting is None,
+                committed_at=time.time(),
+            )
+        )
+        return evicting
+
+    def _rows(self, invalidations: Invalidations) -> list[Row]:
+        if not invalidations:
+            return []
+        return self._outbox.rows(
+            invalidations.keys,
+            versions=invalidations.versions,
+            tags=invalidations.tags,
+            everything=invalidations.everything,
+            publish_here=True,
+        )
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator["Connection"]:
+        pool = self._pool()
+        connection = await pool.acquire(timeout=ACQUIRE_TIMEOUT)
+        try:
+            yield connection
+        finally:
+            # Unbounded, giving back a half-open connection would hang; after the deadline asyncpg terminates it.
+            with suppress(TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError, OSError):
+                await pool.release(connection, timeout=RELEASE_TIMEOUT)
