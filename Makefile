@@ -1,0 +1,39 @@
+# What to do with a clone. Everything sets up what it needs, so `make demo` or `make test` is enough.
+
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint build constraints clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */\1	/p' Makefile | expand -t 14
+
+setup: .venv/installed  ## the virtual environment, and the programs for private servers
+	@config/setup.sh servers rabbitmq postgres redis memcached openssl
+
+demo: .venv/installed  ## the story, told with real servers in under a minute
+	@config/setup.sh servers rabbitmq postgres
+	@$(BIN)/cacheinval demo
+
+test: setup  ## all tests, against private servers
+	@$(BIN)/python -m pytest -q
+
+lint: .venv/installed  ## ruff, mypy, import-linter
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
+	@$(BIN)/mypy --strict --no-error-summary cacheinval
+	@out=$$($(BIN)/lint-imports --no-cache 2>&1) || { echo "$$out"; exit 1; }
+
+build: .venv/installed  ## wheel and source distribution, in dist/
+	@out=$$($(BIN)/python -m build 2>&1) || { echo "$$out"; exit 1; }
+	@ls dist
+
+constraints:  ## config/constraints.txt again, with the newest versions
+	@config/setup.sh constraints
+
+clean:  ## remove all that was made
+	@rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: pyproject.toml config/constraints.txt config/setup.sh
+	@config/setup.sh python

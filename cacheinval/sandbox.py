@@ -1,0 +1,290 @@
+"""Private RabbitMQ, Postgres, Redis and Memcached, for the demo, tests, benchmarks and `cacheinval sandbox`.
+
+    async with Sandbox(("rabbitmq", "postgres")) as sandbox:
+        ...  # sandbox.rabbitmq.url, sandbox.postgres.url
+        await sandbox.rabbitmq.kill()
+        await sandbox.rabbitmq.start()
+
+The servers trust everybody on this host, as on any private development machine: start none where you share the host with
+people whom you do not trust.
+"""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from cacheinval.errors import SandboxError
+from cacheinval.processes import Guard, closed_folder
+from cacheinval.servers import Memcached, Postgres, RabbitMQ, Redis, Server
+
+__all__ = ["SERVICES", "Memcached", "Postgres", "RabbitMQ", "Redis", "Sandbox", "Server", "run"]
+
+_KINDS: dict[str, type[Server]] = {kind.name: kind for kind in (RabbitMQ, Postgres, Redis, Memcached)}
+_S = TypeVar("_S", bound=Server)
+
+SERVICES: tuple[str, ...] = tuple(_KINDS)
+
+
+class Sandbox:
+    """A set of private servers and the folder in which they live.
+
+    services: names out of SERVICES, started on entry; `start` starts others later.
+    folder: where the servers keep their data, which then outlives the sandbox. Without it a scratch folder is made, and
+        removed at the end.
+    tls: RabbitMQ has a TLS listener as well, with a certificate authority of its own.
+
+    When the process that owns a sandbox dies, by whatever signal, the servers end and the scratch folder is removed.
+    A sandbox belongs to no event loop: it may be opened, used and closed in different ones.
+    """
+
+    def __init__(
+        self,
+        services: Iterable[str] = ("rabbitmq", "postgres"),
+        folder: str | Path | None = None,
+        *,
+        tls: bool = False,
+    ) -> None:
+        self._services = _kinds(services)
+        self._given_folder = Path(folder).absolute() if folder is not None else None
+        self._tls = tls
+        self._servers: dict[str, Server] = {}
+        self._folder: Path | None = None
+        self._guard: Guard | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which each server has one of its own."""
+        if self._folder is None:
+            raise SandboxError("the sandbox is not open: use `async with Sandbox(…) as sandbox`")
+        return self._folder
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """The servers that were started, be they running or not."""
+        return tuple(self._servers.values())
+
+    @property
+    def rabbitmq(self) -> RabbitMQ:
+        """The RabbitMQ server."""
+        return self._server(RabbitMQ)
+
+    @property
+    def postgres(self) -> Postgres:
+        """The Postgres server."""
+        return self._server(Postgres)
+
+    @property
+    def redis(self) -> Redis:
+        """The Redis server."""
+        return self._server(Redis)
+
+    @property
+    def memcached(self) -> Memcached:
+        """The Memcached server."""
+        return self._server(Memcached)
+
+    def environment(self) -> dict[str, str]:
+        """The CACHEINVAL_… variables that point at these servers, and no others."""
+        variables = {
+            "memcached": "CACHEINVAL_CACHE_URL",
+            "redis": "CACHEINVAL_CACHE_URL",  # the later one wins where both are there
+            "rabbitmq": "CACHEINVAL_BROKER_URL",
+            "postgres": "CACHEINVAL_DATABASE_URL",
+        }
+        return {
+            variable: self._servers[name].url for name, variable in variables.items() if name in self._servers
+        }
+
+    async def open(self) -> None:
+        """Make the folder and start the servers.
+
+        Raises SandboxError if a program is not installed, or if a server does not start.
+        """
+        for kind in self._services:
+            for name in kind.programs:
+                kind.program(name)
+        self._folder = self._make_folder()
+        self._guard = Guard(self._folder if self._given_folder is None else None)
+        try:
+            await self.start(*(kind.name for kind in self._services))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def start(self, *services: str) -> None:
+        """Start these servers, all at once; those that are running are left alone."""
+        servers = [self._servers.get(kind.name) or self._make(kind) for kind in _kinds(services)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for server in servers:
+                    if not server.running:
+                        group.create_task(server.start())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def close(self) -> None:
+        """Kill the servers and remove the scratch folder."""
+        if self._guard is None:
+            return
+        guard, self._guard = self._guard, None
+        try:
+            await asyncio.gather(*(server.close() for server in self.servers))
+            if self._given_folder is None:
+                await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+        finally:
+            # What is left now, because something above failed or was cancelled, is the guard's to do.
+            await asyncio.to_thread(guard.close)
+            self._servers.clear()
+            self._folder = None
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _server(self, kind: type[_S]) -> _S:
+        server = self._servers.get(kind.name)
+        if not isinstance(server, kind):
+            raise SandboxError(f"this sandbox has no {kind.name}: name it in Sandbox(services=…)")
+        return server
+
+    def _make(self, kind: type[Server]) -> Server:
+        folder = self.folder / kind.name
+        folder.mkdir(exist_ok=True)
+        assert self._guard is not None
+        server = (
+            RabbitMQ(folder, self._guard, tls=self._tls) if kind is RabbitMQ else kind(folder, self._guard)
+        )
+        self._servers[kind.name] = server
+        return server
+
+    def _make_folder(self) -> Path:
+        if self._given_folder is not None:
+            self._given_folder.mkdir(parents=True, exist_ok=True)
+            return self._given_folder
+        root = os.geteuid() == 0
+        place = Path(tempfile.gettempdir())
+        if root and closed_folder(place):
+            place = Path("/var/tmp")  # noqa: S108 (mkdtemp chooses the name)
+        folder = Path(tempfile.mkdtemp(prefix="cacheinval-", dir=place))
+        folder.chmod(0o711 if root else 0o700)  # root's Postgres is another user, who has to get through
+        return folder
+
+
+async def run(command: Sequence[str], services: Iterable[str] = ("rabbitmq", "postgres")) -> int:
+    """Run a command with CACHEINVAL_… pointing at private servers, and return its exit code.
+
+    Without a command: print `export` lines for a shell, and wait for SIGINT or SIGTERM. What happens is told on stderr.
+    Raises SandboxError if the servers do not start. A command that does not exist is 127, as in a shell.
+    """
+    if command and shutil.which(command[0]) is None:
+        print(f"cacheinval sandbox: {command[0]}: command not found", file=sys.stderr)
+        return 127
+    session = _Session(command, Sandbox(services))
+    work = asyncio.create_task(session.work())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, session.on_signal, number, work)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if session.signal is None:
+            raise
+        return 128 + session.signal if command else 0
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+class _Session:
+    """One `cacheinval sandbox`: servers, and the command that runs against them."""
+
+    def __init__(self, command: Sequence[str], sandbox: Sandbox) -> None:
+        self.signal: signal.Signals | None = None
+        self._command = command
+        self._sandbox = sandbox
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def work(self) -> int:
+        try:
+            async with _progress("starting the servers …"):
+                await self._sandbox.open()
+            for server in self._sandbox.servers:
+                print(f"{server.name:9}  {server.boot_seconds:4.1f} s  {server.url}", file=sys.stderr)
+            if self._command:
+                return await self._run_command()
+            for name, value in self._sandbox.environment().items():
+                print(f"export {name}={shlex.quote(value)}", flush=True)
+            print("until Ctrl-C", file=sys.stderr)
+            await asyncio.Event().wait()
+            return 0
+        finally:
+            await self._sandbox.close()
+
+    async def _run_command(self) -> int:
+        environment = {**os.environ, **self._sandbox.environment()}
+        self._process = await asyncio.create_subprocess_exec(*self._command, env=environment)
+        try:
+            code = await self._process.wait()
+        finally:
+            if self._process.returncode is None:
+                self._process.kill()
+                await self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def on_signal(self, number: signal.Signals, work: "asyncio.Task[int]") -> None:
+        self.signal = number
+        if self._process is None:
+            work.cancel()
+        elif self._process.returncode is None and not (number == signal.SIGINT and _in_foreground()):
+            self._process.send_signal(number)
+
+
+def _in_foreground() -> bool:
+    """Whether a Ctrl-C was typed for us and our command alike: what comes from the terminal need not be passed on."""
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+@contextlib.asynccontextmanager
+async def _progress(text: str) -> AsyncIterator[None]:
+    """Say on a terminal what takes longer than 2 s, and for how long."""
+    began = time.monotonic()
+
+    async def tell() -> None:
+        await asyncio.sleep(2)
+        while True:
+            print(f"\r{text} {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
+            await asyncio.sleep(1)
+
+    teller = asyncio.create_task(tell()) if sys.stderr.isatty() else None
+    try:
+        yield
+    finally:
+        if teller is not None:
+            teller.cancel()
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _kinds(services: Iterable[str]) -> list[type[Server]]:
+    names = list(dict.fromkeys(services))
+    if unknown := [name for name in names if name not in _KINDS]:
+        raise SandboxError(f"unknown service {unknown[0]!r}: there are {', '.join(SERVICES)}")
+    return [_KINDS[name] for name in names]
