@@ -101,6 +101,8 @@ class Publisher:
         self._confirmed_rows: list[UUID] = []
         self._work = asyncio.Event()
         self._rows_to_delete = asyncio.Event()
+        self._rows_deleted = asyncio.Event()
+        self._rows_deleted.set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -151,19 +153,15 @@ class Publisher:
                 rows = self._confirmed_rows[:ROWS_AT_ONCE]
                 del self._confirmed_rows[: len(rows)]
                 await self._delete(rows)
+            self._rows_deleted.set()
 
     async def flush(self, timeout: float) -> bool:
-        """Waits, for at most `timeout` seconds, until nothing waits to be published; returns whether that was reached.
-
-        Confirmed rows that are still in the outbox are deleted then, too.
-        """
+        """Waits, for at most `timeout` seconds, until nothing waits to be published, and the rows of what is confirmed are
+        deleted; returns whether that was reached."""
         try:
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
-                while self._confirmed_rows:
-                    rows = self._confirmed_rows[:ROWS_AT_ONCE]
-                    del self._confirmed_rows[: len(rows)]
-                    await self._delete(rows)
+                await self._rows_deleted.wait()
         except TimeoutError:
             return False
         return True
@@ -228,6 +226,7 @@ class Publisher:
             if one.confirmed is not None and not one.confirmed.done():
                 one.confirmed.set_result(None)
         if self._confirmed_rows:
+            self._rows_deleted.clear()
             self._rows_to_delete.set()
 
     async def _failed(self, batch: list[Unpublished], reason: str) -> None:
