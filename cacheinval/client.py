@@ -170,7 +170,7 @@ class Client:
                 await run()
                 raise CacheinvalError(f"{name} ended by itself")
             except Exception as error:
-                if name in ("subscription", "gaps"):
+                if name == "subscription":  # of the others none can rejoin
                     self.instance.lost(f"{name} failed: {error!r}")
                 log.exception("%s failed, starting it again", name)
             await asyncio.sleep(RESTART_PAUSE * random.uniform(0.5, 1.5))
@@ -377,7 +377,7 @@ class Client:
             )
         )
         if evicting is not None:
-            await evicting
+            await asyncio.shield(evicting)
         try:
             async with asyncio.timeout(2 * self.settings.publish_timeout):
                 await confirmed
@@ -562,9 +562,14 @@ class _Borrowed:
         return getattr(self._connection, name)
 
     async def close(self) -> None:
-        if not self._given_back:
-            self._given_back = True
-            await self._pool.release(self._connection, timeout=CLOSE_TIMEOUT)
+        if self._given_back:
+            return
+        self._given_back = True
+        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            # asyncpg does this, too, unless the pool's owner has set a `reset` of his own.
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._connection.execute("SELECT pg_advisory_unlock_all(); RESET ALL")
+        await self._pool.release(self._connection, timeout=CLOSE_TIMEOUT)
 
     def terminate(self) -> None:
         """`close` has given it back, or ended it where the database did not answer."""
@@ -576,12 +581,6 @@ def _status_in(body: bytes) -> dict[str, Any] | None:
     except msgspec.DecodeError:
         return None
     return status if "id" in status else None
-
-
-def _bus(settings: Settings) -> Bus:
-    return (
-        EventBus.of(settings.namespace) if settings.broker_url.startswith("memory:") else RabbitBus(settings)
-    )
 
 
 async def _make_pool(url: str) -> "Pool":

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from cacheinval import logs
 from cacheinval.errors import PublishError
-from cacheinval.messages import encode
+from cacheinval.messages import Invalidate, encode
 from cacheinval.outbox.batches import Batch, batches, stamped
 
 __all__ = ["Channel", "Sender"]
@@ -60,12 +60,18 @@ class Sender:
         results = await asyncio.gather(
             *(self._send(self._channel, todo, confirmed) for _ in range(senders)), return_exceptions=True
         )
-        for failure in filter(None, results):
+        failures = [result for result in results if result is not None]
+        if failures:
+            await self.close()
+        problem = None
+        for failure in failures:
+            # Nobody cancels a sender alone: that comes from within the channel, as it is torn down.
+            if isinstance(failure, asyncio.CancelledError):
+                failure = PublishError("the channel was torn down")
             if not isinstance(failure, PublishError):
                 raise failure
-            await self.close()
-            return failure
-        return None
+            problem = problem or failure
+        return problem
 
     async def close(self) -> None:
         """Gives the channel back; the next publish opens a new one. Never raises, and ends within seconds."""
@@ -76,26 +82,28 @@ class Sender:
     async def _send(
         self, channel: Channel, todo: Generator[Batch, None, None], confirmed: list[UUID]
     ) -> None:
-        for batch in todo:
-            for message in batch.messages:
-                self._seq += 1
-                # From here to the inside of `send` nothing awaits: messages go out in the order of their numbers.
-                sent = stamped(
-                    message, origin=channel.origin, seq=self._seq, at=time.time(), committed_at=batch.oldest
-                )
-                try:
-                    async with asyncio.timeout(self._deadline):
-                        await channel.send(encode(sent))
-                except TimeoutError:
-                    todo.close()
-                    raise PublishError(f"the broker did not confirm within {self._deadline:g} s") from None
-                except PublishError:
-                    todo.close()  # the other senders end with what they have in hand
-                    raise
-                self.published_messages += 1
-            confirmed += batch.ids
-            self.published_rows += len(batch.ids)
-            self._report_bad(batch)
+        try:
+            for batch in todo:
+                for message in batch.messages:
+                    await self._send_one(channel, message, batch.oldest)
+                confirmed += batch.ids
+                self.published_rows += len(batch.ids)
+                self._report_bad(batch)
+        finally:
+            todo.close()  # after a failure the other senders end with what they have in hand
+
+    async def _send_one(self, channel: Channel, message: Invalidate, committed_at: float) -> None:
+        self._seq += 1
+        # From here to the inside of `send` nothing awaits: messages go out in the order of their numbers.
+        body = encode(
+            stamped(message, origin=channel.origin, seq=self._seq, at=time.time(), committed_at=committed_at)
+        )
+        try:
+            async with asyncio.timeout(self._deadline):
+                await channel.send(body)
+        except TimeoutError:
+            raise PublishError(f"the broker did not confirm within {self._deadline:g} s") from None
+        self.published_messages += 1
 
     def _report_bad(self, batch: Batch) -> None:
         if batch.bad:

@@ -1,0 +1,148 @@
+"""The relay's session with the database: the lock that makes it leader, and the rows that are due."""
+
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import UUID
+
+import asyncpg
+
+from cacheinval.errors import DatabaseError
+from cacheinval.outbox.schema import OLDEST_SERVER
+from cacheinval.outbox.writing import explain
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+    Prepared = asyncpg.prepared_stmt.PreparedStatement[asyncpg.Record]
+
+__all__ = ["LOST", "Session"]
+
+_T = TypeVar("_T")
+
+ROWS_PER_ROUND = 5_000
+BYTES_PER_ROUND = 1 << 20  # as stored; names compress about tenfold at best
+ANSWER_TIMEOUT = 10.0
+CLOSE_TIMEOUT = 2.0
+
+LOST = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What is raised when a database cannot be reached, or is lost."""
+
+_LOST_STATES = ("08", "57")  # connection exception, operator intervention
+
+# A frozen leader is noticed by the server alone: an idle one is disconnected after `idle_…`, and one to which the
+# server waits to hand a result, after `tcp_user_timeout`.
+_SETTINGS = """
+    SELECT pg_is_in_recovery(),
+        set_config('application_name', $1, false),
+        set_config('idle_session_timeout', $2, false),
+        set_config('idle_in_transaction_session_timeout', $2, false),
+        set_config('tcp_user_timeout', $3, false),
+        set_config('synchronous_commit', 'off', false)
+"""
+# (A row whose DELETE is lost in a crash of the server is published once more, so no DELETE waits for the disk.)
+
+_LOCK = "SELECT pg_try_advisory_lock(hashtextextended('cacheinval.relay.' || $1, 0))"
+
+# Whatever is visible, as a set: rows become visible in any order. One row at least, however large it is.
+_DUE = """
+    SELECT id, {names}, everything, extract(epoch FROM recorded_at)::float8 AS recorded_at
+    FROM (
+        SELECT *, sum(pg_column_size(keys) + pg_column_size(tags))
+            OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+        FROM (
+            SELECT * FROM cacheinval.outbox WHERE namespace = $1 AND publish_at <= clock_timestamp() LIMIT $2
+        ) AS due
+    ) AS measured
+    WHERE bytes_before IS NULL OR bytes_before < $3
+"""
+_DELETE = "DELETE FROM cacheinval.outbox WHERE id = ANY($1)"
+
+# A database whose encoding is not UTF8 may hold names that cannot be sent to anybody.
+_UNREADABLE = (
+    UnicodeDecodeError,
+    asyncpg.CharacterNotInRepertoireError,
+    asyncpg.UntranslatableCharacterError,
+)
+
+
+class Session:
+    """One connection, prepared to lead; each call raises one of `LOST`, or DatabaseError where retrying is no help."""
+
+    def __init__(self, connection: "Connection", namespace: str) -> None:
+        self._connection = connection
+        self._namespace = namespace
+        self._due: Prepared | None = None
+        self._due_unreadable: Prepared | None = None
+        self._delete: Prepared | None = None
+
+    async def prepare(self, idle_timeout: float) -> None:
+        """Makes ready for everything, and tries it, so that whoever gets the lock is able to use it.
+
+        Between the two halves of preparing a statement the server waits for its client without any limit, and would
+        keep a lock just as long: nothing is prepared later.
+
+        Args:
+            idle_timeout: seconds without a word from here after which the server ends the session.
+        """
+        connection = self._connection
+        major = connection.get_server_version().major
+        if major < OLDEST_SERVER:
+            raise DatabaseError(f"the server is PostgreSQL {major}; accepted: {OLDEST_SERVER} or newer")
+        name = f"cacheinval relay {self._namespace}"[:63]
+        idle, unread = max(1, int(1_000 * idle_timeout)), int(1_000 * max(5.0, idle_timeout))
+        if await _answer(connection.fetchval(_SETTINGS, name, str(idle), str(unread))):
+            raise DatabaseError("the database is a standby (in recovery); accepted: the primary")
+        self._due = await _answer(connection.prepare(_DUE.format(names="keys, versions, tags")))
+        self._due_unreadable = await _answer(
+            connection.prepare(_DUE.format(names="NULL AS keys, NULL AS versions, NULL AS tags"))
+        )
+        self._delete = await _answer(connection.prepare(_DELETE))
+        await self.due(rows=0)
+        await self.delete([UUID(int=0)])
+
+    async def lead(self) -> bool:
+        """Takes the lock, if nobody else has it; to be tried until it is taken, and only by one for a namespace."""
+        return bool(await _answer(self._connection.fetchval(_LOCK, self._namespace)))
+
+    async def due(self, rows: int = ROWS_PER_ROUND) -> Sequence[Mapping[str, Any]]:
+        """Rows that are visible and due; with names None where these cannot be read."""
+        assert self._due is not None
+        assert self._due_unreadable is not None
+        limits = (self._namespace, rows, BYTES_PER_ROUND)
+        try:
+            found = await _answer(self._due.fetch(*limits))
+        except _UNREADABLE:
+            found = await _answer(self._due_unreadable.fetch(*limits))
+        return cast("Sequence[Mapping[str, Any]]", found)
+
+    async def delete(self, ids: Sequence[UUID]) -> None:
+        """Deletes these rows."""
+        assert self._delete is not None
+        if ids:
+            await _answer(self._delete.fetch(ids))
+
+    async def keep(self) -> None:
+        """A word to the server, so that it does not end the session for being idle."""
+        await _answer(self._connection.execute("SELECT 1"))
+
+    async def close(self) -> None:
+        """Ends the session, and with it the leadership. Raises nothing, and ends within seconds."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._connection.close()
+        except LOST:
+            pass
+        finally:
+            self._connection.terminate()
+
+
+async def _answer(query: Awaitable[_T]) -> _T:
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT):
+            return await query
+    except _UNREADABLE:
+        raise
+    except asyncpg.PostgresError as error:
+        if (error.sqlstate or "")[:2] in _LOST_STATES:
+            raise
+        raise (explain(error) or DatabaseError(str(error))) from error
