@@ -1,0 +1,213 @@
+"""What lies in `config` and `docker` fits the code, as far as can be seen without starting it."""
+
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from cacheinval import Settings, messages
+from cacheinval.cli import app
+from cacheinval.receiver import RETRY_LIMIT
+from cacheinval.settings import PREFIX
+
+yaml = pytest.importorskip("yaml")
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+EXAMPLE = (ROOT / "config/example.env").read_text()
+COMMANDS = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def settings_from(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return Settings()
+
+
+# config/example.env
+
+
+def uncommented() -> str:
+    return re.sub(rf"^#(?={PREFIX})", "", EXAMPLE, flags=re.MULTILINE)
+
+
+def test_the_example_has_every_setting_once_with_its_description() -> None:
+    named = re.findall(rf"^#{PREFIX}([A-Z_]+)=", EXAMPLE, re.MULTILINE)
+    assert [name.lower() for name in named] == list(Settings.model_fields)
+    for field in Settings.model_fields.values():
+        assert f"# {field.description}\n" in EXAMPLE
+
+
+def test_the_example_says_the_defaults_and_a_shell_can_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"set -a\n{uncommented()}\nexec env -0"
+    said = subprocess.run(["sh", "-c", script], env={}, capture_output=True, text=True, check=True).stdout
+    environment = dict(line.split("=", 1) for line in said.split("\0") if line.startswith(PREFIX))
+    assert len(environment) == len(Settings.model_fields)
+    read = settings_from(environment, monkeypatch)
+    for name in Settings.model_fields.keys() - {"instance_id"}:
+        assert getattr(read, name) == Settings.model_fields[name].default, name
+
+
+def test_the_example_as_it_is_sets_nothing() -> None:
+    assert [line for line in EXAMPLE.splitlines() if line and not line.startswith("#")] == []
+
+
+# config/rabbitmq.conf, config/definitions.json, config/prometheus.yml
+
+
+def test_the_broker_is_told_what_the_code_needs() -> None:
+    text = (ROOT / "config/rabbitmq.conf").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    said = dict(re.fullmatch(r"([a-z_.]+) = (\S+)", line).groups() for line in lines)  # type: ignore[union-attr]
+    assert int(said["max_message_size"]) == messages.MAX_BODY_ACCEPTED
+    assert int(said["consumer_timeout"]) > 1000 * RETRY_LIMIT
+    assert said["cluster_partition_handling"] == "pause_minority"
+
+
+def test_the_user_of_the_broker_may_do_what_is_needed_and_no_more() -> None:
+    definitions = json.loads((ROOT / "config/definitions.json").read_text())
+    (user,), (rights,) = definitions["users"], definitions["permissions"]
+    assert user["password_hash"] == ""
+    assert user["tags"] == ""
+    assert rights["vhost"] == definitions["vhosts"][0]["name"]
+    longest = f"cacheinval.{'n' * 64}"
+    needed = {
+        "cacheinval.shop",
+        "cacheinval.shop.dead",
+        f"{longest}.{'i' * 64}",
+        "amq.gen-53C_ptKjhUsMv1NXFG7uJw",
+    }
+    for action in ("configure", "write", "read"):
+        allowed = re.compile(rights[action])
+        assert [name for name in needed if not allowed.search(name)] == []
+        assert [
+            name
+            for name in ("orders", "cacheinval", "x.cacheinval.shop", "amq.topic", "")
+            if allowed.search(name)
+        ] == []
+        assert bool(allowed.search("amq.default")) == (action == "write")
+
+
+def test_prometheus_asks_the_services_of_the_compose_file() -> None:
+    jobs = yaml.safe_load((ROOT / "config/prometheus.yml").read_text())["scrape_configs"]
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in jobs}
+    instances = {
+        f"{name}:{service['environment']['CACHEINVAL_HTTP_PORT']}"
+        for name, service in COMPOSE["services"].items()
+        if service["image"] == "cacheinval:local"
+    }
+    assert set(targets["cacheinval"]) == instances
+    assert targets["rabbitmq"] == ["rabbitmq:15692"]
+
+
+# docker/compose.yaml
+
+
+def test_the_compose_file_has_what_it_promises() -> None:
+    roles = {name: service.get("command") for name, service in COMPOSE["services"].items()}
+    assert set(roles) == {"postgres", "rabbitmq", "relay", "product", "reader-1", "reader-2", "reader-3"}
+    assert roles["relay"] == ["relay"]
+    assert all(roles[name] == ["serve"] for name in roles if name.startswith(("product", "reader")))
+    assert {command for words in roles.values() if words for command in words} <= COMMANDS
+    published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+    assert len(set(published)) == len(published) == 5
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_its_passwords_come_from_outside_and_are_required() -> None:
+    text = (ROOT / "docker/compose.yaml").read_text()
+    variables = re.findall(r"\$\{[^}]*\}|\$[A-Za-z]\w*", text)
+    assert {variable.partition(":?")[0] for variable in variables} == {
+        "${POSTGRES_PASSWORD",
+        "${RABBITMQ_PASSWORD",
+    }
+    assert all(":?" in variable for variable in variables)
+    for password in re.findall(r"(?:_PASS\w*: |://\w+:(?=\S+@))(\S+)", re.sub(r"\$\{[^}]*\}", "${}", text)):
+        assert password.startswith("${}")
+
+
+def test_its_environment_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for service in COMPOSE["services"].values():
+        ours = {name: value for name, value in service["environment"].items() if name.startswith(PREFIX)}
+        if service["image"] != "cacheinval:local":
+            assert ours == {}
+            continue
+        assert {name.removeprefix(PREFIX).lower() for name in ours} <= Settings.model_fields.keys()
+        assert all(isinstance(value, str) for value in ours.values())
+        given = {name: re.sub(r"\$\{[^}]*\}", "secret", value) for name, value in ours.items()}
+        assert settings_from(given, monkeypatch).http_host == "0.0.0.0"
+
+
+def test_everything_in_it_is_watched_and_stops_in_time() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert "healthcheck" in service or name == "relay", name  # the image's own
+        if service["image"] == "cacheinval:local":
+            assert int(service["stop_grace_period"].removesuffix("s")) > 10
+            assert service["read_only"]
+            assert service["cap_drop"] == ["ALL"]
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in COMPOSE["volumes"] or (ROOT / "docker" / source).is_file(), source
+        waits_for = service.get("depends_on", {})
+        assert waits_for.keys() <= COMPOSE["services"].keys()
+        for other in waits_for:
+            assert "healthcheck" in COMPOSE["services"][other]
+
+
+def test_it_builds_the_dockerfile_that_is_there() -> None:
+    builds = {json.dumps(service["build"]) for service in COMPOSE["services"].values() if "build" in service}
+    (build,) = map(json.loads, builds)
+    context = (ROOT / "docker" / build["context"]).resolve()
+    assert context == ROOT
+    assert (context / build["dockerfile"]).is_file()
+
+
+# docker/Dockerfile
+
+
+def instructions(name: str) -> list[str]:
+    joined = DOCKERFILE.replace("\\\n", " ")
+    return re.findall(rf"^{name} (.*)$", joined, re.MULTILINE)
+
+
+def test_the_image_is_built_from_files_that_are_there_and_sent() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    sent = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    copied = {
+        source for line in instructions("COPY") if "--from" not in line for source in shlex.split(line)[:-1]
+    }
+    assert {source.rstrip("/") for source in copied} == sent
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {project["readme"], *project["license-files"]} <= sent  # the build needs them
+    (extras,) = re.findall(r'"\.\[([a-z,]+)\]"', DOCKERFILE)
+    assert set(extras.split(",")) == project["optional-dependencies"].keys() - {"dev"}
+
+
+def test_the_image_runs_as_somebody_and_answers_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [int(user) for user in instructions("USER")] == [10001]
+    assert all(re.fullmatch(r"python:3\.\d+-slim( AS \w+)?", image) for image in instructions("FROM"))
+    said = dict(re.findall(r"(\w+)=(\S+)", " ".join(instructions("ENV"))))
+    ours = {name: value for name, value in said.items() if name.startswith(PREFIX)}
+    assert {name.removeprefix(PREFIX).lower() for name in ours} <= Settings.model_fields.keys()
+    settings = settings_from(ours, monkeypatch)
+    assert settings.http_host == "0.0.0.0"
+    assert instructions("EXPOSE") == [str(settings.http_port)]
+    assert json.loads(instructions("ENTRYPOINT")[0]) == ["cacheinval"]
+    assert set(json.loads(instructions("CMD")[0])) <= COMMANDS
+
+
+def test_the_health_check_is_python_and_asks_the_right_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = instructions("HEALTHCHECK")
+    python, option, code = json.loads(check.partition("CMD ")[2])
+    assert (python, option) == ("python", "-c")
+    assert "/healthz" in code
+    compile(code, "HEALTHCHECK", "exec")

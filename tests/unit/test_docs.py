@@ -1,0 +1,298 @@
+"""What the README, the protocol and the changelog say is so."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import pytest
+import typer
+
+from cacheinval import Client, Settings, messages
+from cacheinval.bus.consuming import DEAD_LETTER_QUEUE, DURABLE_QUEUE
+from cacheinval.cli import app
+from cacheinval.monitoring import PATHS, Monitoring, Readiness
+from cacheinval.outbox import SCHEMA_VERSION, schema_sql
+from cacheinval.settings import PREFIX
+
+CLI: Any = typer.main.get_command(app)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PROTOCOL = (ROOT / "cacheinval/PROTOCOL.md").read_text()
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DOCUMENTS = {"README.md": README, "cacheinval/PROTOCOL.md": PROTOCOL, "CHANGELOG.md": CHANGELOG}
+FILES = {
+    name: (ROOT / name).read_text()
+    for name in ("config/prometheus.yml", "config/rabbitmq.conf", "config/example.env", "docker/compose.yaml")
+}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def section(text: str, title: str) -> str:
+    """What stands under a heading, up to the next one of the same rank."""
+    match = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert match, f"there is no section {title!r}"
+    return match[2]
+
+
+# The settings
+
+
+def settings_table() -> str:
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = "made at start" if field.default_factory else "unset" if field.default is None else None
+        rows.append(f"| `{name.upper()}` | {default or f'`{field.default}`'} | {field.description} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_settings_is_what_settings_has() -> None:
+    rows = re.findall(r"^\| `[A-Z_]+` \|.*$", section(README, "Settings"), re.MULTILINE)
+    assert "\n".join(rows) == settings_table()
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *FILES])
+def test_every_variable_that_is_named_is_a_setting(name: str) -> None:
+    text = (DOCUMENTS | FILES)[name]
+    known = {PREFIX + field.upper() for field in Settings.model_fields} | {f"{PREFIX}SECRETS_DIR"}
+    assert set(re.findall(rf"{PREFIX}[A-Z_]*[A-Z]", text)) <= known
+
+
+# The code
+
+
+def printed(code: str) -> list[str]:
+    """What the comments after `print(…)` say will come out."""
+    return re.findall(r"^ *print\(.*\)  # (\w+)", code, re.MULTILINE)
+
+
+def test_there_are_examples_and_each_compiles() -> None:
+    examples = blocks(README, "python")
+    assert len(examples) >= 3
+    for example in examples:
+        ast.parse(example)
+
+
+def test_the_first_example_has_fifteen_lines_and_writes_in_the_transaction() -> None:
+    first = [line for line in blocks(README, "python")[0].splitlines() if line.strip()]
+    assert len(first) <= 15
+    assert "client.transaction()" in "\n".join(first)
+
+
+def test_the_example_without_servers_prints_what_it_says() -> None:
+    (example,) = (block for block in blocks(README, "python") if "memory://" in block)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    ran = subprocess.run(
+        [sys.executable, "-c", example], env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert ran.stderr == ""
+    assert ran.stdout.split() == printed(example) == ["99", "99", "109"]
+
+
+@pytest.fixture
+async def client() -> Client:
+    return Client(Settings(broker_url="memory://", database_url="postgresql://127.0.0.1:1/x"))
+
+
+async def test_every_method_that_the_readme_names_is_there(client: Client) -> None:
+    from cacheinval import CoherentCache, Transaction
+
+    called = set(re.findall(r"\bclient\.(\w+)", README)) - {"py"}
+    assert called >= {"cache", "cached", "transaction", "record", "invalidate", "attach"}
+    assert {name for name in called if name not in dir(client) and not hasattr(Client, name)} == set()
+    assert {
+        name for name in re.findall(r"\.cache\.(\w+)", README) if not hasattr(CoherentCache, name)
+    } == set()
+    own = {name for name in re.findall(r"\btx\.(\w+)", README) if name not in ("execute",)}
+    assert {name for name in own if not hasattr(Transaction, name)} == set()
+
+
+# The command line
+
+
+def command(words: list[str]) -> tuple[click.Command, list[str]]:
+    """The command that these words name, and what is left of them."""
+    found = CLI
+    while words and words[0] in getattr(found, "commands", {}):
+        found, words = found.commands[words[0]], words[1:]
+    return found, words
+
+
+def spoken_commands(text: str) -> Iterator[list[str]]:
+    """What stands after `cacheinval ` in code, word by word."""
+    code = re.findall(r"`([^`\n]+)`", without_blocks(text)) + blocks(text, "sh") + blocks(text, "")
+    for snippet in code:
+        for match in re.finditer(r"(?:^|[\s'])cacheinval ((?:-{0,2}[a-z]+ ?)+)", snippet):
+            yield match[1].split()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_command_that_is_named_exists(name: str) -> None:
+    for words in spoken_commands(DOCUMENTS[name]):
+        found, rest = command(words)
+        assert found.name != "cacheinval", f"cacheinval {' '.join(words)}"
+        options = {option for parameter in found.params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("--") and word != "--"} <= options, words
+
+
+def test_the_table_of_commands_has_every_command_and_option() -> None:
+    table = section(README, "Command line")
+    said = set()
+    for cell in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE):
+        for code in re.findall(r"`([^`]+)`", cell):
+            if code.startswith("cacheinval"):
+                continue
+            found, rest = command(code.split())
+            said.add(found)
+            options = {option for one in found.params for option in one.opts if option.startswith("--")}
+            assert set(re.findall(r"--[a-z]+", " ".join(rest))) == options, code
+    leaves = [leaf for one in CLI.commands.values() for leaf in getattr(one, "commands", {"": one}).values()]
+    assert [leaf.name for leaf in leaves if leaf not in said] == []
+
+
+def test_every_target_of_make_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        word
+        for words in re.findall(r"`?\bmake ((?:[a-z]+ ?)+)", "\n".join(code_of(README)))
+        for word in words.split()
+    }
+    assert {"demo", "test", "lint"} <= named <= targets
+
+
+def code_of(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", without_blocks(text)) + blocks(text, "sh")
+
+
+# Names and numbers
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files(name: str) -> None:
+    here = (ROOT / name).parent
+    targets = re.findall(r"\]\(([^)\s]+)\)", DOCUMENTS[name])
+    assert [t for t in targets if "://" not in t and not (here / t.partition("#")[0]).exists()] == []
+    paths = re.findall(r"`((?:config|docker|cacheinval|tests)/[\w./-]+)`", DOCUMENTS[name])
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+async def test_every_metric_that_is_named_exists(client: Client) -> None:
+    class Observed:
+        def status(self) -> dict[str, Any]:
+            status = client.status()
+            assert status["relay"] is not None
+            return status | {"relay": status["relay"] | {"oldest_row_age": 1.0}}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("a GET has no body")
+
+    scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": []}
+    await Monitoring(Observed(), lambda: Readiness(True, "ready"))(scope, receive, send)
+    exposed = set(re.findall(r"^(\w+)", sent[1]["body"].decode(), re.MULTILINE))
+    exposed |= {name.removesuffix("_bucket") for name in exposed}
+    text = "\n".join([README, PROTOCOL, *FILES.values()])
+    named = set(re.findall(r"\b(cacheinval_\w+)", text)) - {"cacheinval_database_url", "cacheinval_recorded"}
+    assert len(named) >= 4
+    assert named - exposed == set()
+
+
+def test_the_paths_of_monitoring_are_all_told() -> None:
+    assert [
+        path for path in PATHS if f"`GET {path}`" not in PROTOCOL or path not in section(README, "HTTP")
+    ] == []
+
+
+def test_the_changelog_has_the_present_version() -> None:
+    version = re.match(r"\d+\.\d+\.\d+", PYPROJECT["project"]["version"])
+    assert version
+    assert re.search(rf"^## \[{re.escape(version[0])}\] — ", CHANGELOG, re.MULTILINE)
+
+
+def test_sections_of_the_protocol_that_the_code_cites_exist() -> None:
+    sources = [
+        *ROOT.glob("cacheinval/**/*.py"),
+        *ROOT.glob("cacheinval/**/*.sql"),
+        *ROOT.glob("tests/**/*.py"),
+    ]
+    text = "\n".join(source.read_text() for source in sources if source != Path(__file__))
+    cited = set(re.findall(r'PROTOCOL\.md, "([^"]+)"', text)) | set(
+        re.findall(r'\("([A-Z][^"]+)"\)', PROTOCOL)
+    )
+    assert cited >= {"The rules", "Messages", "RabbitMQ"}
+    assert cited - set(re.findall(r"^#+ (.+)$", PROTOCOL, re.MULTILINE)) == set()
+
+
+def test_the_protocol_has_the_names_and_limits_of_the_code() -> None:
+    said = section(PROTOCOL, "Messages")
+    kinds = {kind.__struct_config__.tag for kind in get_args(messages.Message)}
+    assert {
+        *re.findall(r"^\| `(\w+)` \| (?:none|.*`)", said.partition("| other kinds |")[2], re.MULTILINE)
+    } == kinds - {"invalidate"}
+    for field in messages.Invalidate.__struct_fields__:
+        assert f"`{field}`" in said
+    for limit in (
+        f"{messages.MAX_KEYS_SENT} names",
+        f"{messages.MAX_KEYS_ACCEPTED:,} names",
+        "1 MiB",
+        "2 MiB",
+        "512 bytes",
+    ):
+        assert limit in said
+    queues = section(PROTOCOL, "RabbitMQ")
+    for name, value in [*DURABLE_QUEUE.items(), *DEAD_LETTER_QUEUE.items()]:
+        assert f"`{name}` {value}" in queues
+
+
+def test_the_message_in_the_protocol_is_one() -> None:
+    (example,) = blocks(PROTOCOL, "json")
+    message = messages.decode(example.encode())
+    assert isinstance(message, messages.Invalidate)
+    assert set(json.loads(example)) == {"kind", *messages.Invalidate.__struct_fields__}
+    foreign = re.search(r"payload='(.*)'", PROTOCOL)
+    assert foreign
+    assert isinstance(messages.decode(foreign[1].encode()), messages.Invalidate)
+
+
+def test_the_columns_in_the_protocol_are_those_of_the_schema() -> None:
+    table = re.search(
+        r"CREATE TABLE IF NOT EXISTS cacheinval\.outbox \((.*?)^\)", schema_sql(), re.DOTALL | re.MULTILINE
+    )
+    assert table
+    made = re.findall(r"^    (\w+) (\S+?)[ ,]", table[1], re.MULTILINE)
+    told = section(PROTOCOL, "Postgres")
+    assert re.findall(r"^\| `(\w+)` \| (\S+) \|", told, re.MULTILINE) == made
+    assert f"version {SCHEMA_VERSION}" in told
+
+
+def test_the_names_in_a_shared_cache_are_those_of_the_code() -> None:
+    from cacheinval.backends.shared import SharedEntries
+
+    told = section(PROTOCOL, "The cache outside the process")
+    entries = SharedEntries(None, "<namespace>")
+    for name in (entries._entry("<key>"), entries._tag("<tag>"), entries._name("epoch")):
+        assert f"| `{name}` |" in told
+    for name in (entries._entry("k" * 165), entries._tag("two words")):
+        assert f"`{name.split(':')[2]}:`" in told
+    assert entries._entry("k" * 164).endswith("k" * 164)
+    assert "more than 170 characters" in told
