@@ -5,6 +5,7 @@ import re
 import ssl
 from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aio_pika
@@ -16,7 +17,7 @@ from pamqp.common import FieldTable
 from cacheinval.errors import ConfigurationError
 from cacheinval.settings import Settings, mask_url
 
-__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "explain", "within"]
+__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "Counts", "explain", "within"]
 
 HEARTBEAT = 5  # seconds; aiormq gives a silent connection up after 3 x (heartbeat + 1)
 CONNECT_WITHIN = 10.0  # seconds for TCP, TLS and the AMQP handshake together
@@ -31,12 +32,12 @@ T = TypeVar("T")
 async def within(seconds: float, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled and left to itself after `seconds`.
 
-    Unlike `asyncio.timeout` this returns in time also where `work` does not end when it is cancelled: an aiormq call
-    that is cancelled first waits for room to write, which a dead connection never has.
+    Unlike `asyncio.timeout` this returns in time also where `work` does not end when it is cancelled: an aiormq
+    call that is cancelled first waits for room to write, which a dead connection never has.
 
     Raises:
         TimeoutError: it took longer.
-        ConnectionError: aiormq cancelled it, which it does to calls under way on a connection that it found dead.
+        ConnectionError: aiormq cancelled it, as it does with calls on a connection that it found dead.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -71,6 +72,17 @@ def explain(error: BaseException | None) -> str:
     text = words[-1] if isinstance(error, AMQPError) and words else str(error)
     text = re.sub(r"\s+", " ", re.sub(r"^\[Errno -?\d+\] ", "", text)).strip()
     return mask_url(text) if "://" in text else text or type(error).__name__
+
+
+@dataclass(slots=True)
+class Counts:
+    """What one bus has done since it was made."""
+
+    sessions: int = 0  # subscriptions that stood
+    deliveries: int = 0
+    rejected: int = 0  # dead-lettered
+    confirmed: int = 0
+    unrouted: int = 0  # confirmed, while nobody was there to receive it
 
 
 class Broker:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from aio_pika import ExchangeType
 from aio_pika.abc import AbstractChannel, AbstractConnection
@@ -14,11 +13,11 @@ from aiormq.exceptions import ChannelAccessRefused
 from pamqp.common import FieldTable
 
 from cacheinval.bus import Delivery, Receiver
-from cacheinval.bus.connecting import ANSWER_WITHIN, LEAVE_WITHIN, Broker, explain, within
+from cacheinval.bus.connecting import ANSWER_WITHIN, LEAVE_WITHIN, Broker, Counts, explain, within
 from cacheinval.bus.receiving import Reception
 from cacheinval.errors import SubscriptionError
 
-__all__ = ["Counts", "Subscription"]
+__all__ = ["Subscription"]
 
 STAND_BY = 1.0  # seconds between attempts to consume a queue that another process consumes
 
@@ -26,21 +25,12 @@ DURABLE_QUEUE: FieldTable = {"x-expires": 86_400_000, "x-max-length": 1_000_000,
 DEAD_LETTER_QUEUE: FieldTable = {"x-max-length": 10_000, "x-overflow": "drop-head"}
 
 
-@dataclass(slots=True)
-class Counts:
-    """What all the subscriptions of one bus have seen."""
-
-    sessions: int = 0
-    deliveries: int = 0
-    rejected: int = 0
-
-
 class Subscription:
     """A queue of its own on the exchange, and whoever receives what it holds.
 
     Args:
         name: of the durable queue of a cache outside the process; None for a queue that lives as long as this.
-        lost: called once, at once, when the subscription ends while it is served, with the reason.
+        lost: called once and at once when the subscription ends while it is served, with the reason.
     """
 
     def __init__(
@@ -112,8 +102,8 @@ class Subscription:
                 return False
             raise
         if self.resumed:
-            # Only now: had it been deleted since it was seen, declaring would have made an empty one and called that
-            # resumed. While it is consumed, its deletion is noticed.
+            # Only now: had it been deleted since it was seen, declaring would have made an empty one and called
+            # that resumed. While it is consumed, its deletion is noticed.
             await self._declare(channel)
         channel.close_callbacks.add(lambda _, error: self._reception.end(explain(error)))
         if channel.is_closed:  # before there was a callback to say so
@@ -177,9 +167,8 @@ class Subscription:
         try:
             async with asyncio.timeout(ANSWER_WITHIN):
                 underlay = await self._underlay()
-                for (
-                    tag
-                ) in bad:  # first, or the acknowledgement of all up to the last good one would include them
+                # First, or the acknowledgement of all up to the last good one would include them.
+                for tag in bad:
                     await underlay.basic_reject(tag, requeue=False)
                 if good:
                     await underlay.basic_ack(good[-1], multiple=True)

@@ -27,8 +27,7 @@ class EventBus:
         self._receptions: set[Reception] = set()
         self._questions: dict[str, list[bytes]] = {}
         self._since = time.time()
-        self._deliveries = 0
-        self._rejected = 0
+        self._deliveries = self._rejected = self._confirmed = self._unrouted = 0
 
     @classmethod
     def of(cls, namespace: str) -> "EventBus":
@@ -49,6 +48,8 @@ class EventBus:
             "sessions": len(self._receptions),
             "deliveries": self._deliveries,
             "rejected": self._rejected,
+            "confirmed": self._confirmed,
+            "unrouted": self._unrouted,
         }
 
     async def run(self, receiver: Receiver) -> None:
@@ -73,6 +74,8 @@ class EventBus:
 
     def publish(self, delivery: Delivery) -> None:
         """Hands `delivery` to every subscriber, in the order of the calls."""
+        self._confirmed += 1
+        self._unrouted += not self._receptions
         for reception in tuple(self._receptions):
             if reception.waiting < ROOM:
                 self._deliveries += 1

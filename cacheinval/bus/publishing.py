@@ -1,4 +1,4 @@
-"""Publishing with confirms, on a connection apart from the subscription's: an alarm of the broker blocks publishers."""
+"""Publishing with confirms, on a connection of its own: an alarm of the broker blocks publishers."""
 
 import asyncio
 import secrets
@@ -7,9 +7,10 @@ from contextlib import suppress
 
 from aio_pika import DeliveryMode, ExchangeType, Message
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
-from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+from aio_pika.exceptions import AMQPChannelError, ChannelNotFoundEntity, ChannelPreconditionFailed
+from aiormq.abc import DeliveredMessage
 
-from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, explain, within
+from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, Counts, explain, within
 from cacheinval.errors import PublishError
 from cacheinval.messages import CONTENT_TYPE, MESSAGE_TYPE
 
@@ -19,22 +20,26 @@ __all__ = ["Publishing", "RabbitChannel", "open_exchange"]
 class RabbitChannel:
     """One publishing channel on the broker; `origin` is its name for as long as it lives."""
 
-    def __init__(self, channel: AbstractChannel, exchange: AbstractExchange, timeout: float) -> None:
+    def __init__(
+        self, channel: AbstractChannel, exchange: AbstractExchange, timeout: float, counts: Counts
+    ) -> None:
         self.origin = secrets.token_hex(16)
         self.failure: str | None = None
         self._channel = channel
         self._exchange = exchange
         self._timeout = timeout
+        self._counts = counts
 
     async def send(
         self, body: bytes, *, to: str = "", reply_to: str | None = None, correlation_id: str | None = None
     ) -> None:
         """Publishes `body`, with the routing key `to`; returns when the broker has confirmed it.
 
-        That no queue was there to take it is a success. Calls may overlap; they go out in the order of the calls.
+        That no queue was there to take it is a success. Calls may overlap; they go out in their order.
 
         Raises:
-            PublishError: not confirmed in time, or refused. It may still arrive; the channel is of no use any more.
+            PublishError: not confirmed in time, or refused. It may still arrive; the channel is of no use
+                any more.
         """
         if self.failure is not None:
             raise PublishError(self.failure)
@@ -52,20 +57,21 @@ class RabbitChannel:
         assert task is not None
         cancelling = task.cancelling()
         try:
-            async with asyncio.timeout(
-                self._timeout
-            ):  # all of it: on a blocked connection even writing hangs
-                await self._exchange.publish(message, routing_key=to, mandatory=True)
+            # All of it has a deadline: on a blocked connection even writing hangs.
+            async with asyncio.timeout(self._timeout):
+                result = await self._exchange.publish(message, routing_key=to, mandatory=True)
         except asyncio.CancelledError as error:
-            self.failure = self._describe(error)
-            if (
-                task.cancelling() == cancelling
-            ):  # not us: aiormq so rejects what waits on a connection it found dead
-                raise PublishError(self.failure) from error
-            raise
-        except Exception as error:  # aiormq raises anything down to a bare Exception when a channel is closed
+            if task.cancelling() > cancelling:
+                self.failure = "a message was given up before the broker confirmed it; it may still arrive"
+                raise
+            # Nobody cancelled us: so aiormq rejects whatever waits on a connection that it found dead.
             self.failure = self._describe(error)
             raise PublishError(self.failure) from error
+        except Exception as error:  # down to a bare Exception, when a channel is closed
+            self.failure = self._describe(error)
+            raise PublishError(self.failure) from error
+        self._counts.confirmed += 1
+        self._counts.unrouted += isinstance(result, DeliveredMessage)
 
     def _describe(self, error: BaseException) -> str:
         if isinstance(error, ChannelNotFoundEntity):
@@ -84,9 +90,10 @@ class RabbitChannel:
 class Publishing:
     """The connection for publishing: made when it is needed, shared by the channels."""
 
-    def __init__(self, broker: Broker, timeout: float) -> None:
+    def __init__(self, broker: Broker, timeout: float, counts: Counts) -> None:
         self._broker = broker
         self._timeout = timeout
+        self._counts = counts
         self._connection: AbstractConnection | None = None
         self._attempt: asyncio.Task[None] | None = None
         self._closed = False
@@ -99,14 +106,15 @@ class Publishing:
         """A channel that publishes to `exchange`, or, where that is empty, to queues by name.
 
         Raises:
-            PublishError: the broker cannot be reached in time or blocks publishers, or the exchange is missing or of
-                another type.
+            PublishError: the broker cannot be reached in time or blocks publishers, or the exchange is missing
+                or of another type.
         """
         deadline = asyncio.get_running_loop().time() + self._timeout
         connection = await self._connected()
-        await self._unblocked(connection, deadline)
         try:
-            return await within(_left(deadline), open_exchange(connection, exchange, self._timeout))
+            await self._unblocked(connection, deadline)
+            opening = open_exchange(connection, exchange, self._timeout, self._counts)
+            return await within(_left(deadline), opening)
         except PublishError:
             raise
         except Exception as error:
@@ -140,12 +148,12 @@ class Publishing:
         self._connection = connection
 
     async def _unblocked(self, connection: AbstractConnection, deadline: float) -> None:
-        """A blocked connection is kept: during an alarm the broker takes no note of closed ones, so they would pile up."""
+        if connection.transport is None:
+            raise ConnectionError("the connection was closed")
         try:
-            if connection.transport is None:
-                raise PublishError("the connection to the broker was lost")
             await within(_left(deadline), connection.transport.ready())
         except TimeoutError as error:
+            # Kept, not dropped: in an alarm the broker takes no note of closed connections, and they pile up.
             raise PublishError("the broker blocks publishers (an alarm: memory or disk)") from error
 
     def _drop(self, connection: AbstractConnection) -> None:
@@ -168,11 +176,13 @@ def _left(deadline: float) -> float:
     return max(0.0, deadline - asyncio.get_running_loop().time())
 
 
-async def open_exchange(connection: AbstractConnection, name: str, timeout: float) -> RabbitChannel:
+async def open_exchange(
+    connection: AbstractConnection, name: str, timeout: float, counts: Counts
+) -> RabbitChannel:
     """A channel on `connection` that publishes to the exchange `name`, which must be there.
 
     Raises:
-        PublishError: it is missing or of another type.
+        PublishError: it is missing or of another type, or may not be used.
         Exception: the connection is of no use.
     """
     try:
@@ -180,14 +190,15 @@ async def open_exchange(connection: AbstractConnection, name: str, timeout: floa
         await channel.initialize()
         exchange: AbstractExchange = channel.default_exchange
         if name:
-            # Asked for before it is declared, since publishers declare nothing; declared, since only that compares
-            # the type: an exchange of another type would drop everything and still confirm it.
+            # Asked for before it is declared, since publishers declare nothing; declared, since only that
+            # compares the type: an exchange of another type would drop everything and still confirm it.
             await channel.get_exchange(name)
             exchange = await channel.declare_exchange(name, ExchangeType.FANOUT, durable=True)
     except ChannelNotFoundEntity as error:
-        raise PublishError(
-            f"the exchange {name} is missing: nobody has subscribed yet ({explain(error)})"
-        ) from error
+        reason = f"the exchange {name} is missing: nobody has subscribed yet ({explain(error)})"
+        raise PublishError(reason) from error
     except ChannelPreconditionFailed as error:
         raise PublishError(f"the exchange {name} is not a durable fanout: {explain(error)}") from error
-    return RabbitChannel(channel, exchange, timeout)
+    except AMQPChannelError as error:
+        raise PublishError(f"the broker refuses the exchange {name}: {explain(error)}") from error
+    return RabbitChannel(channel, exchange, timeout, counts)

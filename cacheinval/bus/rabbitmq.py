@@ -11,8 +11,8 @@ from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from cacheinval.bus import Delivery, Receiver
-from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, explain, within
-from cacheinval.bus.consuming import Counts, Subscription
+from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, Counts, explain, within
+from cacheinval.bus.consuming import Subscription
 from cacheinval.bus.publishing import Publishing, RabbitChannel, open_exchange
 from cacheinval.bus.receiving import LONGEST_PAUSE, STOPPED, pause
 from cacheinval.errors import PublishError, SubscriptionError
@@ -27,8 +27,8 @@ _log = logging.getLogger("cacheinval.bus")
 class RabbitBus:
     """A fanout exchange of RabbitMQ, with a queue for this instance (PROTOCOL.md, "RabbitMQ").
 
-    A cache in this process gets a new queue with each subscription; for one outside it the queue is durable and named
-    after `instance_id`.
+    A cache in this process gets a new queue with each subscription; for one outside it the queue is durable and
+    named after `instance_id`.
 
     Raises:
         ConfigurationError: the file of `broker_ca_file` cannot be used.
@@ -37,7 +37,8 @@ class RabbitBus:
     def __init__(self, settings: Settings) -> None:
         self._broker = Broker(settings)
         self._timeout = settings.publish_timeout
-        self._publishing = Publishing(self._broker, self._timeout)
+        self._counts = Counts()
+        self._publishing = Publishing(self._broker, self._timeout, self._counts)
         self._answers: RabbitChannel | None = None
         self._opening_answers = asyncio.Lock()
         self._prefetch = settings.prefetch
@@ -45,7 +46,6 @@ class RabbitBus:
             f"{self._broker.exchange}.{settings.instance_id}" if settings.cache_is_external else None
         )
         self._queue = self._durable_queue
-        self._counts = Counts()
         self._consumer = "idle"
         self._since = time.time()
         self._reason: str | None = None
@@ -71,23 +71,25 @@ class RabbitBus:
         """Keeps `receiver` subscribed until cancelled; what it has in hand is then finished and acknowledged."""
         attempt = 0
         self._become("connecting", None)
-        while True:
-            began = time.monotonic()
-            await self._subscribe_once(receiver)
-            # Only what lasted starts afresh: a receiver that fails with each message must not make the broker spin.
-            attempt = 1 if time.monotonic() - began > 2 * LONGEST_PAUSE else attempt + 1
-            await asyncio.sleep(pause(attempt))
+        try:
+            while True:
+                began = time.monotonic()
+                await self._subscribe_once(receiver)
+                # Only what lasted starts afresh: a receiver that fails with each message must not make this spin.
+                attempt = 1 if time.monotonic() - began > 2 * LONGEST_PAUSE else attempt + 1
+                await asyncio.sleep(pause(attempt))
+        finally:
+            self._become("idle", STOPPED)
 
     async def _subscribe_once(self, receiver: Receiver) -> None:
         """One subscription, from the first attempt to connect until it has ended, or could not be made."""
 
         def lost(reason: str) -> None:
             receiver.lost(reason)
+            self._become("connecting", reason)
             if reason == STOPPED:
-                self._become("idle", reason)
                 self._tell(logging.INFO, "unsubscribed", None)
             else:
-                self._become("connecting", reason)
                 self._tell(logging.WARNING, "subscription lost", reason)
 
         subscription = Subscription(
@@ -136,8 +138,8 @@ class RabbitBus:
         """A publishing channel with an origin of its own.
 
         Raises:
-            PublishError: the broker cannot be reached or blocks publishers, or the exchange is missing or of another
-                type.
+            PublishError: the broker cannot be reached or blocks publishers, or the exchange is missing or of
+                another type.
         """
         return await self._publishing.open(self._broker.exchange)
 
@@ -186,7 +188,8 @@ class RabbitBus:
             if message.header.properties.correlation_id == question:
                 answers.append(message.body)
 
-        channel = await within(ANSWER_WITHIN, open_exchange(connection, self._broker.exchange, self._timeout))
+        opening = open_exchange(connection, self._broker.exchange, self._timeout, self._counts)
+        channel = await within(ANSWER_WITHIN, opening)
         replies = connection.channel(publisher_confirms=False)
         await within(ANSWER_WITHIN, replies.initialize())
         queue = await within(ANSWER_WITHIN, replies.declare_queue(exclusive=True, auto_delete=True))

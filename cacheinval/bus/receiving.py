@@ -1,4 +1,4 @@
-"""What lies between `joined` and `lost`, the same for every bus: deliveries in order, each settled once it is evicted."""
+"""What lies between `joined` and `lost`, the same for every bus: deliveries, settled once they are evicted."""
 
 import asyncio
 import logging
@@ -61,7 +61,7 @@ class Reception:
         self._something.set()
 
     def end(self, reason: str, *, finish: bool = False) -> None:
-        """Ends this for `reason`, unless it has ended; with `finish`, what the receiver has in hand is settled first."""
+        """Ends this for `reason`, unless it has ended; `finish` lets the receiver finish what it has in hand."""
         if self._ended.done():
             return
         self._ended.set_result(reason)
@@ -69,16 +69,16 @@ class Reception:
         if self._work is None:
             return
         if not finish and self._work is not asyncio.current_task():
-            # Before anybody is told: what is in hand cannot be settled any more, and a `joined` under way must not come
-            # to its end after `lost`.
+            # Before anybody is told: what is in hand cannot be settled any more, and a `joined` under way must
+            # not come to its end after `lost`.
             self._work.cancel()
         self._lost(reason)
 
     async def run(self, stop: Callable[[], Awaitable[Any]], *, resumed: bool = False) -> None:
         """Joins, and hands on deliveries until this ends.
 
-        Cancelled, it ends gently: while `stop` sees to it that nothing more arrives, what the receiver has in hand is
-        finished and settled.
+        Cancelled, it ends gently: while `stop` sees to it that nothing more arrives, what the receiver has in
+        hand is finished and settled.
         """
         work = self._work = asyncio.create_task(self._receive(resumed))
         try:

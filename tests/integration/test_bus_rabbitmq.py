@@ -1,0 +1,786 @@
+"""The bus on a real broker, with everything that can happen to the broker, the queue and the wire."""
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import aio_pika
+import pytest
+from aio_pika.abc import AbstractChannel
+from conftest import Eventually
+from proxy import Proxy
+from recorder import Recorder
+
+from cacheinval.bus import Bus, Delivery, consuming
+from cacheinval.bus.consuming import Subscription
+from cacheinval.bus.rabbitmq import RabbitBus
+from cacheinval.errors import ConfigurationError, PublishError
+from cacheinval.sandbox import RabbitMQ
+from cacheinval.settings import Settings
+
+
+class Instances(Protocol):
+    """The fixture `instances`: a bus of its own on the test's namespace; keyword arguments are settings."""
+
+    def __call__(self, url: str | None = None, /, **settings: Any) -> RabbitBus: ...
+
+
+class Subscribe(Protocol):
+    """The fixture `subscribe`: runs a receiver on a bus in the background until the test ends."""
+
+    def __call__(self, bus: RabbitBus, receiver: Recorder) -> "asyncio.Task[None]": ...
+
+
+@pytest.fixture(autouse=True)
+async def nothing_unseen() -> AsyncIterator[None]:
+    """Fails a test that leaves exceptions of tasks and futures behind which nobody has looked at."""
+    complaints: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    yield
+    gc.collect()
+    await asyncio.sleep(0)
+    # CPython 3.11 complains so about a handler of a stream server that is cancelled, which is how the proxy ends.
+    assert [one for one in complaints if "StreamReaderProtocol.connection_made" not in one["message"]] == []
+
+
+@pytest.fixture
+async def instances(rabbitmq: RabbitMQ, namespace: str) -> AsyncIterator[Instances]:
+    made: list[RabbitBus] = []
+
+    def make(url: str | None = None, /, **settings: Any) -> RabbitBus:
+        bus = RabbitBus(Settings(broker_url=url or rabbitmq.url, namespace=namespace, **settings))
+        made.append(bus)
+        return bus
+
+    yield make
+    for bus in made:
+        await bus.close()
+
+
+@pytest.fixture
+async def subscribe(instances: Instances) -> AsyncIterator[Subscribe]:
+    running: list[asyncio.Task[None]] = []
+
+    def run(bus: RabbitBus, receiver: Recorder) -> "asyncio.Task[None]":
+        running.append(asyncio.create_task(bus.run(receiver)))
+        return running[-1]
+
+    yield run
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+@pytest.fixture
+async def operator(rabbitmq: RabbitMQ, namespace: str) -> AsyncIterator[AbstractChannel]:
+    """A channel of somebody else, who looks at queues and meddles; the namespace's exchanges are deleted in the end."""
+    async with asyncio.timeout(50), await aio_pika.connect(rabbitmq.url) as connection:
+        yield await connection.channel()
+        async with connection.channel() as channel:
+            await channel.exchange_delete(f"cacheinval.{namespace}")
+            await channel.exchange_delete(f"cacheinval.{namespace}.dead")
+            await channel.queue_delete(f"cacheinval.{namespace}.dead")
+
+
+OUTSIDE = {
+    "cache_url": "redis://127.0.0.1:1/0",
+    "instance_id": "one",
+}  # a cache outside the process: a durable queue
+
+
+def on_proxy(rabbitmq: RabbitMQ, proxy: Proxy, query: str = "") -> str:
+    return rabbitmq.url.replace(f":{rabbitmq.port}/", f":{proxy.port}/{query}")
+
+
+async def stop(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def waiting(operator: AbstractChannel, queue: str) -> int:
+    found = await operator.declare_queue(queue, passive=True)
+    return found.declaration_result.message_count or 0
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "cacheinval.bus"]
+
+
+# Delivering
+
+
+async def test_everybody_receives_everything_in_order(
+    instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    buses, receivers = [instances() for _ in range(3)], [Recorder() for _ in range(3)]
+    for bus, receiver in zip(buses, receivers, strict=True):
+        subscribe(bus, receiver)
+    await eventually(lambda: all(receiver.ready for receiver in receivers))
+    channel = await buses[0].open_channel()
+    sent = [b"%d" % number for number in range(1000)]
+    for first in range(0, 1000, 100):  # a hundred at a time under way
+        await asyncio.gather(*map(channel.send, sent[first : first + 100]))
+    await eventually(lambda: all(len(receiver.bodies) >= 1000 for receiver in receivers))
+    assert all(receiver.bodies == sent for receiver in receivers)
+    assert [receiver.told for receiver in receivers] == [["joined"]] * 3
+    assert buses[1].state["deliveries"] == 1000
+    await channel.close()
+
+
+async def test_what_is_published_while_a_receiver_joins_waits_for_it(
+    instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    bus, receiver = instances(), Recorder()
+    receiver.may_join.clear()
+    subscribe(bus, receiver)
+    await eventually(receiver.joining.is_set)
+    await (await bus.open_channel()).send(b"early")
+    await eventually(lambda: bus.state["deliveries"] == 1)
+    assert receiver.begun == []
+    receiver.may_join.set()
+    await eventually(lambda: receiver.bodies == [b"early"])
+
+
+async def test_properties_of_a_message(
+    instances: Instances,
+    operator: AbstractChannel,
+    namespace: str,
+    subscribe: Subscribe,
+    eventually: Eventually,
+) -> None:
+    bus, receiver = instances(), Recorder()
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    queue = await operator.declare_queue(exclusive=True)
+    await queue.bind(f"cacheinval.{namespace}")
+    channel = await bus.open_channel()
+    before = int(time.time())
+    await channel.send(b"{}")
+    message = await eventually(lambda: queue.get(fail=False))
+    assert message is not None
+    assert (message.content_type, message.type, message.app_id) == (
+        "application/json",
+        "cacheinval.v1",
+        channel.origin,
+    )
+    assert message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
+    assert message.timestamp is not None
+    assert before <= message.timestamp.timestamp() <= time.time()
+    assert (await bus.open_channel()).origin != channel.origin
+
+
+async def test_nothing_is_acknowledged_before_it_was_received(
+    rabbitmq: RabbitMQ,
+    instances: Instances,
+    subscribe: Subscribe,
+    operator: AbstractChannel,
+    eventually: Eventually,
+) -> None:
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus, receiver = instances(on_proxy(rabbitmq, proxy), **OUTSIDE), Recorder()
+        receiver.open.clear()
+        task = subscribe(bus, receiver)
+        await eventually(lambda: receiver.ready)
+        await (await instances().open_channel()).send(b"precious")
+        await eventually(lambda: receiver.begun)
+        proxy.cut_open()
+        await eventually(lambda: receiver.told[1:] and receiver.told[1].startswith("lost"))
+        receiver.open.set()
+        await eventually(lambda: receiver.bodies == [b"precious"])
+        assert [delivery.redelivered for delivery in receiver.begun] == [False, True]
+        assert receiver.told[2:] == ["resumed"]
+        await stop(task)
+    assert await waiting(operator, str(bus.state["queue"])) == 0  # acknowledged by now
+
+
+async def test_no_more_than_the_prefetch_is_under_way(
+    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+) -> None:
+    bus, receiver = instances(prefetch=3, **OUTSIDE), Recorder()
+    receiver.open.clear()
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    channel = await bus.open_channel()
+    sent = [b"%d" % number for number in range(10)]
+    for body in sent:
+        await channel.send(body)
+    await eventually(lambda: bus.state["deliveries"] == 3)
+    assert await waiting(operator, str(bus.state["queue"])) == 7
+    receiver.open.set()
+    await eventually(lambda: receiver.bodies == sent)
+
+
+async def test_malformed_messages_are_dead_lettered_and_their_neighbours_acknowledged(
+    instances: Instances,
+    subscribe: Subscribe,
+    operator: AbstractChannel,
+    namespace: str,
+    eventually: Eventually,
+) -> None:
+    bus = instances(**OUTSIDE)
+    receiver = Recorder(lambda body: "bad" if body.startswith(b"bad") else None)
+    receiver.open.clear()  # so that the rest comes in one batch
+    task = subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    channel = await bus.open_channel()
+    sent = [b"good 0", b"bad 1", b"good 2", b"bad 3", b"bad 4", b"good 5", b"bad 6"]
+    for body in sent:
+        await channel.send(body)
+    await eventually(lambda: bus.state["deliveries"] == len(sent))
+    receiver.open.set()
+    await eventually(lambda: receiver.bodies == sent)
+    dead = f"cacheinval.{namespace}.dead"
+    await eventually(lambda: bus.state["rejected"] == 4)
+    letters = await operator.get_queue(dead)
+    found = [await eventually(lambda: letters.get(fail=False)) for _ in range(4)]
+    assert [letter.body for letter in found if letter] == [b"bad 1", b"bad 3", b"bad 4", b"bad 6"]
+    await stop(task)  # the good ones have been acknowledged: nothing comes back
+    assert await waiting(operator, dead) == 0
+    assert await waiting(operator, str(bus.state["queue"])) == 0
+    assert receiver.told == ["joined", "lost: stopped"]
+
+
+async def test_stopping_finishes_and_acknowledges_what_is_in_hand_and_leaves_the_rest(
+    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+) -> None:
+    bus, receiver = instances(**OUTSIDE), Recorder()
+    receiver.open.clear()
+    task = subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    channel = await bus.open_channel()
+    await channel.send(b"in hand")
+    await eventually(lambda: receiver.begun)
+    await channel.send(b"waits")
+    await eventually(lambda: bus.state["deliveries"] == 2)
+    task.cancel()
+    await eventually(lambda: receiver.told == ["joined", "lost: stopped"])
+    receiver.open.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert receiver.bodies == [b"in hand"]
+    assert await waiting(operator, str(bus.state["queue"])) == 1
+
+
+async def test_stopping_does_not_wait_for_ever(
+    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+) -> None:
+    bus, receiver = instances(**OUTSIDE), Recorder()
+    receiver.open.clear()
+    task = subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    await (await bus.open_channel()).send(b"in hand, for ever")
+    await eventually(lambda: receiver.begun)
+    began = time.monotonic()
+    await stop(task)
+    assert time.monotonic() - began < 8
+    assert receiver.bodies == []
+    assert await waiting(operator, str(bus.state["queue"])) == 1
+
+
+async def test_a_receiver_that_fails_gets_it_again(
+    instances: Instances, subscribe: Subscribe, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus, receiver = instances(**OUTSIDE), Recorder()
+    receiver.failure = RuntimeError("redis is down")
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    await (await bus.open_channel()).send(b"1")
+    await eventually(
+        lambda: receiver.told[:3] == ["joined", "lost: receiving failed: redis is down", "resumed"]
+    )
+    receiver.failure = None
+    await eventually(lambda: receiver.bodies == [b"1"])
+    assert receiver.begun[-1].redelivered
+    assert lines(caplog)[0] == """receiving failed, starting over reason="RuntimeError('redis is down')\""""
+
+
+# Losing the subscription
+
+
+async def test_an_operator_deletes_the_queue_of_a_process(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    bus, receiver = instances(), Recorder()
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    queue = str(bus.state["queue"])
+    assert queue.startswith("amq.gen-")
+    await rabbitmq.ctl("delete_queue", queue)
+    await eventually(lambda: receiver.told[2:] == ["joined"])
+    assert receiver.told[1] == "lost: the broker cancelled the consumer: queue deleted"
+    assert bus.state["queue"] != queue
+    await (await bus.open_channel()).send(b"to the new one")
+    await eventually(lambda: receiver.bodies == [b"to the new one"])
+
+
+async def test_an_operator_deletes_a_durable_queue(
+    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+) -> None:
+    bus, receiver = instances(**OUTSIDE), Recorder()
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    await operator.queue_delete(str(bus.state["queue"]))
+    await eventually(lambda: receiver.told[2:] == ["joined"])  # not resumed: what it held is gone
+    await (await bus.open_channel()).send(b"to the new one")
+    await eventually(lambda: receiver.bodies == [b"to the new one"])
+
+
+async def test_the_broker_is_killed_and_comes_back(
+    own_rabbitmq: RabbitMQ,
+    instances: Instances,
+    subscribe: Subscribe,
+    eventually: Eventually,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "cacheinval.bus")
+    inside, outside = instances(own_rabbitmq.url), instances(own_rabbitmq.url, **OUTSIDE)
+    receiver, durable = Recorder(), Recorder()
+    subscribe(inside, receiver)
+    subscribe(outside, durable)
+    await eventually(lambda: receiver.ready and durable.ready)
+    channel = await inside.open_channel()
+    await channel.send(b"before")
+    await eventually(lambda: receiver.bodies == durable.bodies == [b"before"])
+    await own_rabbitmq.kill()
+    await eventually(lambda: receiver.told[1:] and durable.told[1:])
+    assert not receiver.ready
+    with pytest.raises(PublishError):
+        await channel.send(b"nowhere")
+    await eventually(lambda: any("broker unreachable" in line for line in lines(caplog)))
+    await own_rabbitmq.start()
+    await eventually(lambda: receiver.ready and durable.ready, timeout=20)
+    assert receiver.told[-1] == "joined"
+    assert durable.told[-1] == "resumed"
+    await (await inside.open_channel()).send(b"after")
+    await eventually(lambda: receiver.bodies[-1] == durable.bodies[-1] == b"after")
+    assert (
+        receiver.bodies == list(dict.fromkeys(durable.bodies)) == [b"before", b"after"]
+    )  # perhaps once more
+    assert inside.state["sessions"] == 2
+    for record in caplog.records:
+        assert "guest:guest" not in record.getMessage()
+
+
+async def test_a_cut_connection_is_noticed_at_once(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        subscribe(bus, receiver)
+        await eventually(lambda: receiver.ready)
+        proxy.cut()
+        await eventually(lambda: not receiver.ready, timeout=0.5)
+        proxy.pass_()
+        await eventually(lambda: receiver.ready)
+        assert [line for line in receiver.told if not line.startswith("lost")] == ["joined", "joined"]
+
+
+async def test_a_cut_while_joining_is_lost_and_never_joined(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        receiver.may_join.clear()
+        subscribe(bus, receiver)
+        await eventually(receiver.joining.is_set)
+        proxy.cut()
+        await eventually(lambda: receiver.told)
+        receiver.may_join.set()
+        attempts = proxy.connections
+        await eventually(lambda: proxy.connections > attempts)  # so what was in hand has ended
+        assert [line.partition(":")[0] for line in receiver.told] == ["lost"]
+        proxy.pass_()
+        await eventually(lambda: receiver.ready)
+        assert [line.partition(":")[0] for line in receiver.told] == ["lost", "joined"]
+
+
+async def test_a_silent_connection_is_given_up(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus = instances(on_proxy(rabbitmq, proxy, "?heartbeat=1"), publish_timeout=30)
+        receiver = Recorder()
+        subscribe(bus, receiver)
+        await eventually(lambda: receiver.ready)
+        channel = await bus.open_channel()
+        proxy.swallow()
+        sending = asyncio.create_task(channel.send(b"into the void"))
+        await eventually(lambda: not receiver.ready, timeout=9)
+        assert receiver.told[1] == "lost: no sign of life from the broker"
+        async with asyncio.timeout(3):
+            with pytest.raises(PublishError, match="no sign of life"):
+                await sending
+        proxy.pass_()
+        await eventually(lambda: receiver.ready, timeout=20)
+        await (await bus.open_channel()).send(b"anew")
+        await eventually(lambda: receiver.bodies == [b"anew"])
+
+
+async def test_what_came_while_a_durable_queue_had_no_consumer_is_received(
+    instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    bus, receiver = instances(**OUTSIDE), Recorder()
+    task = subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    await stop(task)
+    channel = await bus.open_channel()
+    sent = [b"%d" % number for number in range(20)]
+    for body in sent:
+        await channel.send(body)
+    again, later = instances(**OUTSIDE), Recorder()
+    subscribe(again, later)
+    await eventually(lambda: len(later.bodies) >= 20)
+    assert later.bodies == sent
+    assert later.told == ["resumed"]
+    assert receiver.bodies == []
+
+
+async def test_a_second_process_with_the_same_name_stands_by_and_takes_over(
+    instances: Instances,
+    subscribe: Subscribe,
+    eventually: Eventually,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attempts: list[Subscription] = []
+    consume = Subscription._consume
+
+    async def counted(subscription: Subscription) -> bool:
+        attempts.append(subscription)
+        return await consume(subscription)
+
+    monkeypatch.setattr(Subscription, "_consume", counted)
+    monkeypatch.setattr(consuming, "STAND_BY", 0.2)
+    first, receiver = instances(**OUTSIDE), Recorder()
+    task = subscribe(first, receiver)
+    await eventually(lambda: receiver.ready)
+    second, standby = instances(**OUTSIDE), Recorder()
+    caplog.clear()
+    subscribe(second, standby)
+    await eventually(lambda: second.state["consumer"] == "standby")
+    channel = await first.open_channel()
+    await channel.send(b"for the first")
+    await eventually(lambda: receiver.bodies == [b"for the first"])
+    attempts.clear()
+    await eventually(lambda: len(attempts) >= 3)  # of which nothing is to be heard
+    assert standby.told == []
+    assert [line for line in lines(caplog) if "standing by" in line] == [
+        f"standing by: another process consumes this queue broker={first.state['url']} queue={first.state['queue']}"
+    ]
+    await stop(task)
+    await channel.send(b"for the second")
+    await eventually(lambda: standby.bodies == [b"for the second"])
+    assert standby.told == ["resumed"]
+    assert second.state["consumer"] == "connected"
+
+
+async def test_a_broker_that_was_never_there_is_told_once(
+    namespace: str, subscribe: Subscribe, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Proxy("127.0.0.1", 1) as proxy:
+        proxy.cut()
+        bus = RabbitBus(Settings(broker_url=f"amqp://me:secret@127.0.0.1:{proxy.port}/", namespace=namespace))
+        receiver = Recorder()
+        task = subscribe(bus, receiver)
+        await eventually(lambda: proxy.connections >= 4)
+        await stop(task)
+    assert receiver.told == []
+    assert sum("broker unreachable, retrying" in line for line in lines(caplog)) == 1
+    assert "secret" not in caplog.text + str(bus.state)
+
+
+async def test_an_exchange_of_another_type_is_refused_loudly(
+    rabbitmq: RabbitMQ,
+    instances: Instances,
+    subscribe: Subscribe,
+    operator: AbstractChannel,
+    namespace: str,
+    eventually: Eventually,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    await operator.declare_exchange(f"cacheinval.{namespace}", "direct", durable=True)
+    with pytest.raises(PublishError, match=r"not a durable fanout.*'direct'"):
+        await instances().open_channel()
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        task = subscribe(bus, receiver)
+        await eventually(lambda: proxy.connections >= 4)
+        assert "PRECONDITION_FAILED" in str(bus.state["reason"])
+        assert [record.levelname for record in caplog.records if "refused" in record.getMessage()] == [
+            "ERROR"
+        ]
+        assert receiver.told == []
+        await operator.exchange_delete(f"cacheinval.{namespace}")
+        await eventually(lambda: receiver.told == ["joined"])
+        await stop(task)
+
+
+async def test_stopping_while_the_broker_does_not_answer(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        proxy.swallow()
+        task = subscribe(instances(on_proxy(rabbitmq, proxy)), Recorder())
+        await eventually(lambda: proxy.open_links == 1)
+        began = time.monotonic()
+        await stop(task)
+        assert time.monotonic() - began < 3
+        await eventually(lambda: proxy.open_links == 0)  # the connection that was begun is closed
+
+
+# Publishing
+
+
+async def test_publishing_where_nobody_has_ever_subscribed(instances: Instances, namespace: str) -> None:
+    bus = instances()
+    with pytest.raises(PublishError, match=f"the exchange cacheinval.{namespace} is missing"):
+        await bus.open_channel()
+    with pytest.raises(PublishError, match=f"the exchange cacheinval.{namespace} is missing"):
+        await bus.ask(b"anybody?", 0.1)
+    with pytest.raises(PublishError):  # and asking did not declare it
+        await bus.open_channel()
+
+
+async def test_publishing_where_nobody_is_subscribed_now_succeeds(
+    instances: Instances, operator: AbstractChannel, namespace: str
+) -> None:
+    await operator.declare_exchange(f"cacheinval.{namespace}", "fanout", durable=True)
+    bus = instances()
+    channel = await bus.open_channel()
+    await channel.send(b"1")
+    await asyncio.gather(*(channel.send(b"%d" % number) for number in range(99)))
+    assert (bus.state["confirmed"], bus.state["unrouted"]) == (100, 100)
+
+
+async def test_the_exchange_is_deleted_under_a_channel(
+    instances: Instances, operator: AbstractChannel, namespace: str
+) -> None:
+    await operator.declare_exchange(f"cacheinval.{namespace}", "fanout", durable=True)
+    bus = instances()
+    channel = await bus.open_channel()
+    await channel.send(b"1")
+    await operator.exchange_delete(f"cacheinval.{namespace}")
+    with pytest.raises(PublishError, match="is missing"):
+        await channel.send(b"2")
+    with pytest.raises(PublishError, match="is missing"):  # of no use any more
+        await channel.send(b"3")
+    await channel.close()
+
+
+async def test_a_frozen_broker_fails_publishing_in_time(
+    own_rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    bus, receiver = instances(own_rabbitmq.url, publish_timeout=1), Recorder()
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    channel = await bus.open_channel()
+    await channel.send(b"1")
+    own_rabbitmq.pause()
+    try:
+
+        async def timed(work: Callable[[], Awaitable[Any]], words: str) -> None:
+            began = time.monotonic()
+            with pytest.raises(PublishError, match=words):
+                await work()
+            assert 0.9 < time.monotonic() - began < 2
+
+        await timed(lambda: channel.send(b"2"), "did not confirm within 1 s")
+        await timed(bus.open_channel, "does not answer")
+        await timed(bus.open_channel, "cannot be reached within 1 s")
+        began = time.monotonic()
+        with pytest.raises(PublishError):
+            await channel.send(b"3")
+        await channel.close()
+        assert time.monotonic() - began < 3
+    finally:
+        own_rabbitmq.resume()
+
+    async def works() -> bool:
+        with suppress(PublishError):
+            await (await bus.open_channel()).send(b"4")
+            return True
+        return False
+
+    await eventually(works)
+    await eventually(lambda: b"4" in receiver.bodies)
+
+
+async def test_an_alarm_blocks_publishing_but_not_the_subscription(
+    own_rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    bus, receiver = instances(own_rabbitmq.url, publish_timeout=1), Recorder()
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    channel = await bus.open_channel()
+    await own_rabbitmq.ctl("set_disk_free_limit", "1000000GB")
+    try:
+        with pytest.raises(PublishError, match="did not confirm"):
+            await channel.send(b"late")
+        await channel.close()
+        for _ in range(3):
+            with pytest.raises(PublishError, match="blocks publishers"):
+                await bus.open_channel()
+        assert len((await own_rabbitmq.ctl("list_connections", "pid")).split()) <= 3  # with its heading
+        assert receiver.told == ["joined"]
+    finally:
+        await own_rabbitmq.ctl("set_disk_free_limit", "1MB")
+    await eventually(lambda: receiver.bodies == [b"late"])  # what timed out came all the same
+    await (await bus.open_channel()).send(b"again")
+    await eventually(lambda: receiver.bodies == [b"late", b"again"])
+
+
+async def test_a_cut_fails_what_is_under_way_at_once_and_the_next_channel_works(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        subscribe(instances(), receiver)
+        await eventually(lambda: receiver.ready)
+        channel = await bus.open_channel()
+        proxy.swallow("reply")
+        sending = [asyncio.create_task(channel.send(b"under way")) for _ in range(10)]
+        await eventually(lambda: len(receiver.bodies) == 10)
+        began = time.monotonic()
+        proxy.cut_open()
+        results = await asyncio.gather(*sending, return_exceptions=True)
+        assert [type(result) for result in results] == [PublishError] * 10
+        assert time.monotonic() - began < 1
+        proxy.pass_()
+        with pytest.raises(PublishError):
+            await channel.send(b"never again")
+        await channel.close()
+        await (await bus.open_channel()).send(b"anew")
+        await eventually(lambda: receiver.bodies[10:] == [b"anew"])
+
+
+async def test_a_sender_that_is_cancelled_spoils_the_channel(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        subscribe(instances(), receiver)
+        await eventually(lambda: receiver.ready)
+        channel = await bus.open_channel()
+        proxy.swallow("reply")
+        sending = asyncio.create_task(channel.send(b"1"))
+        await eventually(lambda: receiver.bodies == [b"1"])
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        with pytest.raises(PublishError, match="given up"):
+            await channel.send(b"2")
+
+
+async def test_channels_share_one_connection(
+    rabbitmq: RabbitMQ,
+    instances: Instances,
+    operator: AbstractChannel,
+    namespace: str,
+    eventually: Eventually,
+) -> None:
+    await operator.declare_exchange(f"cacheinval.{namespace}", "fanout", durable=True)
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        bus = instances(on_proxy(rabbitmq, proxy))
+        channels = await asyncio.gather(*(bus.open_channel() for _ in range(10)))
+        assert proxy.connections == 1
+        assert len({channel.origin for channel in channels}) == 10
+        await asyncio.gather(*(channel.send(b"x") for channel in channels))
+        await bus.close()
+        await eventually(lambda: proxy.open_links == 0)
+        with pytest.raises(PublishError, match="closed"):
+            await bus.open_channel()
+
+
+async def test_a_broker_that_cannot_be_reached(namespace: str) -> None:
+    async with Proxy("127.0.0.1", 1) as proxy:
+        proxy.cut()
+        bus: Bus = RabbitBus(
+            Settings(broker_url=f"amqp://me:secret@127.0.0.1:{proxy.port}/", namespace=namespace)
+        )
+        for work in (
+            bus.open_channel(),
+            bus.ask(b"anybody?", 0.1),
+            bus.answer(Delivery(b"?", "somebody"), b"!"),
+        ):
+            with pytest.raises(PublishError, match="cannot be reached") as failure:
+                await work
+            assert "secret" not in str(failure.value)
+        await bus.close()
+
+
+# Asking
+
+
+async def test_questions_are_answered_by_everybody(
+    instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    class Answers(Recorder):
+        def __init__(self, bus: RabbitBus, name: bytes) -> None:
+            super().__init__()
+            self.bus, self.name = bus, name
+
+        async def receive(self, deliveries):  # type: ignore[no-untyped-def]
+            for delivery in deliveries:
+                await self.bus.answer(delivery, self.name)
+            return await super().receive(deliveries)
+
+    asker, receivers = instances(), [Answers(instances(), name) for name in (b"a", b"b", b"c")]
+    for receiver in receivers:
+        subscribe(receiver.bus, receiver)
+    await eventually(lambda: all(receiver.ready for receiver in receivers))
+    assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
+    assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
+    question = receivers[0].begun[0]
+    for _ in range(2):  # who asked is gone: no error, and the channel still works
+        await receivers[0].bus.answer(question, b"too late")
+    await receivers[0].bus.answer(Delivery(b"nobody asked"), b"x")
+    assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
+
+
+# TLS
+
+
+async def test_tls_with_an_authority_of_ones_own(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    bus, receiver = instances(rabbitmq.tls_url, broker_ca_file=str(rabbitmq.ca_file)), Recorder()
+    task = subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    await (await bus.open_channel()).send(b"secretly")
+    await eventually(lambda: receiver.bodies == [b"secretly"])
+    await stop(task)
+
+
+async def test_tls_refuses_a_stranger(rabbitmq: RabbitMQ, instances: Instances) -> None:
+    with pytest.raises(PublishError, match="CERTIFICATE_VERIFY_FAILED"):
+        await instances(rabbitmq.tls_url).open_channel()
+
+
+async def test_tls_refuses_another_host_name(
+    rabbitmq: RabbitMQ, instances: Instances, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    resolve = loop.getaddrinfo
+
+    async def everything_is_here(host: Any, *rest: Any, **named: Any) -> Any:
+        return await resolve("127.0.0.1", *rest, **named)
+
+    monkeypatch.setattr(loop, "getaddrinfo", everything_is_here)
+    url = rabbitmq.tls_url.replace("localhost", "rabbit.example")
+    with pytest.raises(PublishError, match=r"(?i)hostname mismatch"):
+        await instances(url, broker_ca_file=str(rabbitmq.ca_file)).open_channel()
+
+
+def test_a_ca_file_that_is_none_is_refused_at_once(tmp_path: Path, namespace: str) -> None:
+    (tmp_path / "ca.pem").write_text("nonsense")
+    for path in (tmp_path / "ca.pem", tmp_path / "missing.pem"):
+        settings = Settings(broker_url="amqps://localhost/", broker_ca_file=str(path), namespace=namespace)
+        with pytest.raises(ConfigurationError, match=f"CACHEINVAL_BROKER_CA_FILE={path}: accepted"):
+            RabbitBus(settings)

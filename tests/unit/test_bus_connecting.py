@@ -1,0 +1,134 @@
+"""What of the bus on RabbitMQ can be told without a broker: deadlines, the words of errors, and the order of tags."""
+
+import asyncio
+import ssl
+from collections.abc import Awaitable
+from contextlib import suppress
+from typing import Any
+
+import aio_pika
+import pytest
+from aio_pika.exceptions import AMQPConnectionError, ChannelPreconditionFailed, ConnectionClosed
+from aiormq import spec
+from aiormq.abc import DeliveredMessage
+from conftest import Eventually
+from pamqp.header import ContentHeader
+from recorder import Recorder
+
+from cacheinval.bus import connecting
+from cacheinval.bus.connecting import Broker, Counts, explain, within
+from cacheinval.bus.consuming import Subscription
+from cacheinval.settings import Settings
+
+
+async def test_within_gives_results_and_errors_on() -> None:
+    async def works() -> int:
+        return 1
+
+    async def fails() -> int:
+        raise ValueError("no")
+
+    assert await within(1, works()) == 1
+    with pytest.raises(ValueError, match="no"):
+        await within(1, fails())
+
+
+async def test_within_keeps_its_deadline_even_if_the_work_does_not_end() -> None:
+    released = asyncio.Event()
+
+    async def stubborn() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            await released.wait()  # as an aiormq call does, on a connection that takes no more bytes
+            raise ConnectionError("nobody looks at this any more") from None
+
+    async with asyncio.timeout(2):
+        with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
+            await within(0.05, stubborn())
+    released.set()
+
+
+async def test_within_passes_cancellation_on(eventually: Eventually) -> None:
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        try:
+            began.set()
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    task = asyncio.create_task(within(60, work()))
+    await began.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await eventually(ended.is_set)
+
+
+async def test_within_does_not_take_a_cancellation_inside_the_library_for_its_own() -> None:
+    rejected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    rejected.set_exception(asyncio.CancelledError())
+
+    async def waits_for(future: Awaitable[None]) -> None:
+        await future
+
+    with pytest.raises(ConnectionError, match="no sign of life"):
+        await within(1, waits_for(rejected))
+
+
+async def test_a_connection_that_comes_after_all_is_closed(
+    eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late:
+        closed = False
+
+        async def close(self) -> None:
+            self.closed = True
+
+    late = Late()
+
+    async def connect(*_: Any, **__: Any) -> Late:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return late
+
+    monkeypatch.setattr(aio_pika, "connect", connect)
+    monkeypatch.setattr(connecting, "CONNECT_WITHIN", 0.05)
+    with pytest.raises(TimeoutError):
+        await Broker(Settings()).connect("test")
+    await eventually(lambda: late.closed)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            AMQPConnectionError(111, "Connect call failed ('127.0.0.1', 1)"),
+            "Connect call failed ('127.0.0.1', 1)",
+        ),
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+        (ConnectionClosed(320, "CONNECTION_FORCED - shutdown"), "CONNECTION_FORCED - shutdown"),
+        (ChannelPreconditionFailed("PRECONDITION_FAILED - other\n type"), "PRECONDITION_FAILED - other type"),
+        (AMQPConnectionError(), "AMQPConnectionError"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong"), "[SSL: WRONG_VERSION_NUMBER] wrong"),
+        (asyncio.CancelledError(), "no sign of life from the broker"),
+        (TimeoutError(), "TimeoutError"),
+        (None, "closed"),
+        (ValueError("amqp://me:secret@host/"), "amqp://me:***@host/"),
+    ],
+)
+def test_errors_are_told_in_one_line(error: BaseException | None, words: str) -> None:
+    assert explain(error) == words
+
+
+async def test_a_delivery_out_of_order_ends_the_subscription() -> None:
+    subscription = Subscription(
+        Broker(Settings()), Recorder(), counts := Counts(), name=None, prefetch=10, lost=lambda reason: None
+    )
+    for tag in (1, 2, 4, 5):
+        deliver = spec.Basic.Deliver("tag", delivery_tag=tag, redelivered=False, exchange="", routing_key="")
+        await subscription._arrive(DeliveredMessage(deliver, ContentHeader(), b"", None))  # type: ignore[arg-type]
+    assert counts.deliveries == 2
+    assert subscription._reception.ended == "delivery 4 came after 2"
