@@ -1,24 +1,28 @@
 """Keeps the caches of asyncio services honest: commit to Postgres, publish to RabbitMQ, evict everywhere."""
 
-from cacheinval.cache import CoherentCache, Read
-from cacheinval.client import Client
-from cacheinval.errors import (
-    BusError,
-    CacheError,
-    CacheinvalError,
-    ConfigurationError,
-    DatabaseError,
-    EvictionError,
-    InvalidKeyError,
-    MalformedMessageError,
-    NoDatabaseError,
-    PublishError,
-    SandboxError,
-    SchemaMissingError,
-    SubscriptionError,
-)
-from cacheinval.settings import Settings
-from cacheinval.writes import Transaction
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cacheinval.cache import CoherentCache, Read
+    from cacheinval.client import Client
+    from cacheinval.errors import (
+        BusError,
+        CacheError,
+        CacheinvalError,
+        ConfigurationError,
+        DatabaseError,
+        EvictionError,
+        InvalidKeyError,
+        MalformedMessageError,
+        NoDatabaseError,
+        PublishError,
+        SandboxError,
+        SchemaMissingError,
+        SubscriptionError,
+    )
+    from cacheinval.settings import Settings
+    from cacheinval.writes import Transaction
 
 __all__ = [
     "Client",
@@ -40,3 +44,25 @@ __all__ = [
     "SchemaMissingError",
     "SubscriptionError",
 ]
+
+_HOMES = {
+    "Client": "client",
+    "CoherentCache": "cache",
+    "Read": "cache",
+    "Settings": "settings",
+    "Transaction": "writes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: a command line that prints its help needs neither the broker's client nor the
+    # database's (PEP 562).
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

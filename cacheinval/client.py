@@ -60,8 +60,8 @@ VERSION = version("cacheinval")
 
 # What leaving takes at most, in seconds; together within the 10 s that a supervisor grants before it kills.
 STOP_TIMEOUT = 4.0
-FLUSH_TIMEOUT = 2.0
-CLOSE_TIMEOUT = 2.0
+FLUSH_TIMEOUT = 1.0
+CLOSE_TIMEOUT = 1.0
 
 RESTART_PAUSE = 1.0
 CONNECT_TIMEOUT = 5.0
@@ -175,14 +175,14 @@ class Client:
                 log.exception("%s failed, starting it again", name)
             await asyncio.sleep(RESTART_PAUSE * random.uniform(0.5, 1.5))
 
-    async def _stop(self, *names: str) -> None:
+    async def _stop(self, *names: str, timeout: float = STOP_TIMEOUT) -> None:
         tasks = [self._tasks.pop(name) for name in names if name in self._tasks]
         if "asides" in names:
             tasks += self._asides
         for task in tasks:
             task.cancel()
         if tasks:
-            _, pending = await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+            _, pending = await asyncio.wait(tasks, timeout=timeout)
             for task in pending:
                 logs.event(log, logging.WARNING, "still busy after its time to stop", task=task.get_name())
 
@@ -588,6 +588,12 @@ async def _make_pool(url: str) -> "Pool":
     return await asyncpg.create_pool(
         url, min_size=0, max_size=10, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
     )
+
+
+async def _bounded(close: Callable[[], Awaitable[None]]) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await close()
 
 
 async def _close_pool(pool: "Pool") -> None:

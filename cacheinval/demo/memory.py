@@ -27,7 +27,7 @@ class MemoryStage:
     def __init__(self) -> None:
         bus = EventBus()
         self._writer = Client(_settings("service"), bus=bus)
-        self._repository = MemoryProductRepository(self)
+        self._repository = MemoryProductRepository(self._writer)
         self._service = ProductService(self._repository)
         self.readers = [MemoryReader(f"reader-{number}", bus, self._repository) for number in (1, 2, 3)]
         self._stack = AsyncExitStack()
@@ -55,12 +55,7 @@ class MemoryStage:
 
     async def tell(self, product_id: str) -> None:
         """See `stage.Stage`."""
-        await self.invalidate(product_key(product_id))
-
-    async def invalidate(self, *keys: str) -> None:
-        """What the repository asks for: a change that names no key is a change that nobody hears of."""
-        if keys:
-            await self._writer.invalidate(*keys)
+        await self._writer.invalidate(product_key(product_id))
 
     async def prices(self, product_ids: Sequence[str]) -> Mapping[str, Decimal]:
         """See `stage.Stage`."""

@@ -1,0 +1,257 @@
+"""The command line: parses, calls, and turns errors into one line and an exit code."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cacheinval.errors import (
+    CacheinvalError,
+    ConfigurationError,
+    DatabaseError,
+    InvalidKeyError,
+    PublishError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from cacheinval.settings import Settings
+
+__all__ = ["app", "main"]
+
+PUBLISH_PATIENCE = 2.0  # seconds that `invalidate` waits for the broker, where the row is the safety
+WIDEST = 10_000  # columns of a table that is not for a terminal
+
+# What a command needs is imported when it runs: --help must not wait for aio-pika and uvicorn.
+
+app = typer.Typer(
+    name="cacheinval",
+    help="Keeps the caches of asyncio services honest. Configured by CACHEINVAL_… environment variables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+schema_app = typer.Typer(no_args_is_help=True, help="The schema `cacheinval` in the database.")
+app.add_typer(schema_app, name="schema")
+
+
+def main() -> None:
+    """The command `cacheinval`; ends the process: 0, 1 (failed), 2 (wrong use or configuration)."""
+    try:
+        app(prog_name="cacheinval")
+    except (ConfigurationError, InvalidKeyError) as error:
+        _say(error)
+        sys.exit(2)
+    except CacheinvalError as error:
+        _say(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # a defect, most likely
+        if os.environ.get("CACHEINVAL_LOG_LEVEL", "").upper() == "DEBUG":
+            raise
+        _say(" ".join(f"{type(error).__name__}: {error}".split()))
+        sys.exit(1)
+
+
+def _say(message: object) -> None:
+    for line in str(message).splitlines():
+        print(f"cacheinval: {line}", file=sys.stderr)
+
+
+def _settings() -> "Settings":
+    from cacheinval.settings import Settings, unknown_variables
+
+    for warning in unknown_variables():
+        _say(f"warning: {warning}")
+    return Settings()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("cacheinval"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def serve() -> None:
+    """Run the product service with its cache, over HTTP."""
+    from cacheinval import worker
+
+    raise typer.Exit(worker.serve(_settings()))
+
+
+@app.command("worker")
+def work() -> None:
+    """Keep a cache honest that lives outside the service (CACHEINVAL_CACHE_URL)."""
+    from cacheinval import worker
+
+    raise typer.Exit(worker.worker(_settings()))
+
+
+@app.command()
+def relay() -> None:
+    """Publish what is left in the outbox, alone."""
+    from cacheinval import worker
+
+    raise typer.Exit(worker.relay(_settings()))
+
+
+@app.command()
+def invalidate(
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", show_default=False)] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="All entries that carry this tag.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All entries of the namespace.")] = False,
+) -> None:
+    """Evict keys, tags or everything, in every instance."""
+    if not (keys or tag or everything):
+        raise typer.BadParameter("accepted: at least one KEY, --tag or --all")
+    _run(_invalidate(_settings(), keys or [], tag or [], everything))
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Ask every live instance how it is."""
+    _run(_status(_settings(), as_json))
+
+
+@schema_app.command("show")
+def show_schema() -> None:
+    """Print the SQL of the schema."""
+    from cacheinval.outbox import schema_sql
+
+    print(schema_sql())
+
+
+@schema_app.command("apply")
+def apply_schema() -> None:
+    """Make or update the schema; may be run again and again."""
+    _run(_apply_schema(_settings()))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def sandbox(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- COMMAND...]", show_default=False)
+    ] = None,
+) -> None:
+    """Start private RabbitMQ and Postgres servers, and run COMMAND with CACHEINVAL_… pointing at them."""
+    import asyncio
+
+    from cacheinval import sandbox
+
+    raise typer.Exit(asyncio.run(sandbox.run(command or [])))
+
+
+@app.command()
+def demo(
+    bus: Annotated[
+        Literal["rabbitmq", "memory"], typer.Option(help="`memory` needs no server at all.")
+    ] = "rabbitmq",
+) -> None:
+    """See it work: stale reads, polling, events, and a broker that dies."""
+    from cacheinval import demo
+
+    raise typer.Exit(demo.run(bus))
+
+
+def _run(work: "Coroutine[Any, Any, None]") -> None:
+    import asyncio
+
+    import asyncpg
+
+    from cacheinval import logs
+
+    # A command says by itself, in one line, what a service would log.
+    logs.configure("CRITICAL", "text")
+    try:
+        asyncio.run(work)
+    except (
+        OSError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+    ) as error:  # those of the bus are PublishErrors
+        reason = str(error) or "no answer in time"
+        raise DatabaseError(f"the database cannot be used: {reason}") from error
+
+
+async def _invalidate(settings: "Settings", keys: list[str], tags: list[str], everything: bool) -> None:
+    from cacheinval.client import Client
+
+    async with Client(settings.model_copy(update={"relay": "off"}), subscribe=False) as client:
+        await client.invalidate(*keys, tags=tags, everything=everything)
+        published = await client.publisher.flush(PUBLISH_PATIENCE) and not client.publisher.failing
+    if not published:
+        _say("recorded, but not confirmed by the broker: the relay will send it")
+    print("invalidated", "everything" if everything else " ".join([*keys, *(f"#{tag}" for tag in tags)]))
+
+
+async def _status(settings: "Settings", as_json: bool) -> None:
+    from cacheinval.client import Client
+
+    settings = settings.model_copy(update={"relay": "off", "database_url": ""})
+    async with Client(settings, subscribe=False) as client:
+        try:
+            instances = await client.ask_instances()
+        except PublishError as error:
+            if "no exchange" not in str(error):
+                raise
+            instances = []  # nobody has ever subscribed
+    if as_json:
+        import json
+
+        print(json.dumps({"instances": instances}, ensure_ascii=False, indent=2))
+    elif not instances:
+        print(f"no instance of namespace {settings.namespace} answers")
+    else:
+        _print_table(instances)
+
+
+def _print_table(instances: "list[dict[str, Any]]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("ID", "HOST", "VERSION", "STATE", "WATERMARK AGE", "REASON"):
+        table.add_column(column, no_wrap=True)
+    for instance in sorted(instances, key=lambda instance: str(instance["id"])):
+        state, age = str(instance["state"]), instance.get("watermark_age")
+        table.add_row(
+            Text(str(instance["id"])),
+            Text(str(instance["host"])),
+            Text(str(instance["version"])),
+            Text(state, style="green" if state == "ready" else "yellow"),
+            Text("-" if age is None else f"{age:.1f} s"),
+            Text(str(instance.get("reason") or "")),
+        )
+    # Piped, a line is as long as it has to be: nothing is cut off.
+    Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST).print(table)
+
+
+async def _apply_schema(settings: "Settings") -> None:
+    from cacheinval.client import Client
+    from cacheinval.settings import mask_url
+
+    async with Client(settings.model_copy(update={"relay": "off"}), subscribe=False) as client:
+        made = await client.pool.fetchval("SELECT to_regclass('cacheinval.outbox') IS NULL", timeout=10)
+        await client.apply_schema()
+    done = "made" if made else "is up to date"
+    print(f"the schema cacheinval {done} in {mask_url(settings.database_url)}")

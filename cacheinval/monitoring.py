@@ -1,0 +1,214 @@
+"""Health, metrics and status over HTTP: a bare ASGI application, served alone or within another."""
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from cacheinval.receiver import LATENCY_BUCKETS
+
+__all__ = ["PATHS", "Monitoring", "Readiness"]
+
+PATHS = ("/healthz", "/readyz", "/metrics", "/status")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class Observed(Protocol):
+    """What is monitored: a `Client`."""
+
+    def status(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether this process should be sent work, and how it is."""
+
+    ready: bool
+    status: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Monitoring:
+    """The four paths that say how a process is.
+
+    `/healthz`: it lives. `/readyz`: 200 if it should be sent work, else 503. `/metrics`: for Prometheus. `/status`: JSON.
+
+    Args:
+        observed: asked when somebody looks; nothing is spent otherwise.
+        readiness: says whether the process should be sent work.
+    """
+
+    def __init__(self, observed: Observed, readiness: Callable[[], Readiness]) -> None:
+        self._observed = observed
+        self._readiness = readiness
+        self._metrics = CollectorRegistry(auto_describe=False)
+        self._metrics.register(_Metrics(observed))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            raise NotImplementedError(f"monitoring speaks HTTP, not {scope['type']}")
+        answer = self._answer(scope)
+        headers = [("content-type", answer.content_type), ("cache-control", "no-store"), *answer.headers]
+        headers.append(("content-length", str(len(answer.body))))
+        await send(
+            {
+                "type": "http.response.start",
+                "status": answer.status,
+                "headers": [(name.encode(), value.encode()) for name, value in headers],
+            }
+        )
+        body = b"" if scope["method"] == "HEAD" else answer.body
+        await send({"type": "http.response.body", "body": body})
+
+    def _answer(self, scope: Scope) -> _Answer:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in PATHS:
+            return _json(404, {"detail": f"there is nothing here; accepted: {', '.join(PATHS)}"})
+        if scope["method"] not in ("GET", "HEAD"):
+            return _json(405, {"detail": "accepted: GET, HEAD"}, ("allow", "GET, HEAD"))
+        if path == "/healthz":
+            return _json(200, {"status": "alive"})
+        if path == "/readyz":
+            readiness = self._readiness()
+            said = {"status": readiness.status, "reason": readiness.reason}
+            return _json(200 if readiness.ready else 503, said)
+        if path == "/status":
+            return _json(200, self._observed.status() | {"ready": self._readiness().ready})
+        return self._exposition(scope)
+
+    def _exposition(self, scope: Scope) -> _Answer:
+        accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
+        encode, content_type = choose_encoder(accept.decode("latin-1"))
+        return _Answer(200, encode(self._metrics), content_type)
+
+
+def _json(status: int, content: Mapping[str, Any], *headers: tuple[str, str]) -> _Answer:
+    return _Answer(status, msgspec.json.encode(content), headers=headers)
+
+
+_HELP = {
+    "cache_hits": "Reads answered from the cache.",
+    "cache_misses": "Reads of what was not in the cache.",
+    "cache_bypasses": "Reads past what was in the cache, because its freshness could not be proven.",
+    "cache_loads": "Calls of loaders.",
+    "cache_load_errors": "Loaders that failed.",
+    "cache_not_stored": "Loaded values that were not stored, because their key was evicted meanwhile.",
+    "cache_evicted_entries": "Entries that an invalidation dropped.",
+    "coherence_epochs": "Whole-cache resets.",
+    "coherence_gaps": "Occasions on which messages may have been missed.",
+    "coherence_gap_reasons": "The same, by reason.",
+    "coherence_voided_loads": "Loads in flight that an eviction voided.",
+    "coherence_skipped_echoes": "Messages of this instance's own that needed no eviction when they came back.",
+    "coherence_unknown_messages": "Messages of a kind that this version does not know.",
+    "coherence_duplicates": "Messages that had arrived before.",
+    "receiver_messages": "Messages that arrived.",
+    "receiver_malformed": "Messages that could not be understood, and were dead-lettered.",
+    "receiver_evictions": "Evictions done because of messages.",
+    "receiver_retries": "Evictions that failed and were tried again.",
+    "publisher_confirmed_writes": "Writes whose invalidation the broker confirmed.",
+    "publisher_confirmed_messages": "Messages that the broker confirmed.",
+    "publisher_deleted_rows": "Rows of the outbox deleted after their confirm.",
+    "publisher_failures": "Publishes that failed.",
+    "publisher_left_to_relay": "Writes whose invalidation was left to the relay.",
+    "relay_published_rows": "Rows of the outbox that the relay published.",
+    "relay_published_messages": "Messages that the relay published.",
+    "relay_bad_rows": "Rows that could not be encoded, for which everything was invalidated.",
+    "relay_errors": "Failures of the database or the broker that the relay met.",
+}
+
+
+class _Metrics(Collector):
+    """Turns the status into metrics when Prometheus asks for them."""
+
+    def __init__(self, observed: Observed) -> None:
+        self._observed = observed
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._observed.status()
+        yield _info(status)
+        yield from _gauges(status)
+        for part, counters in status["counters"].items():
+            for name, value in counters.items():
+                if not name.startswith("latenc"):
+                    yield _counter(f"{part}_{name}", value)
+        receiver = status["counters"]["receiver"]
+        yield _latency(receiver["latencies"], receiver["latency_sum"])
+
+
+def _info(status: Mapping[str, Any]) -> Metric:
+    about = {name: str(status[name]) for name in ("version", "namespace", "id", "host")}
+    return InfoMetricFamily("cacheinval_instance", "What runs here.", value=about)
+
+
+def _gauges(status: Mapping[str, Any]) -> Iterator[Metric]:
+    state = GaugeMetricFamily(
+        "cacheinval_state", "1 for the state that the instance is in.", labels=["state"]
+    )
+    for one in ("starting", "ready", "suspect"):
+        state.add_metric([one], float(status["state"] == one))
+    yield state
+    broker, relay = status["broker"] or {}, status["relay"]
+    cache, publisher = status["cache"], status["publisher"]
+    values: dict[str, tuple[float | None, str]] = {
+        "start_time_seconds": (status["started_at"], "When the instance started, in seconds since 1970."),
+        "state_since_seconds": (status["since"], "When the state last changed, in seconds since 1970."),
+        "watermark_age_seconds": (status["watermark_age"], "Age of the newest proof of freshness."),
+        "cache_entries": (cache["entries"], "Entries in the cache of this process."),
+        "cache_epoch": (cache["epoch"], "Number of the present epoch."),
+        "broker_subscribed": (broker.get("consumer") == "connected", "Whether the subscription stands."),
+        "publisher_failing": (publisher["failing"], "Whether the last publish failed."),
+        "publisher_waiting": (publisher["waiting"], "Names that wait to be published."),
+    }
+    if relay is not None:
+        leads = relay["state"] in ("leader", "blocked")
+        values["relay_leader"] = (leads, "Whether this process relays the outbox.")
+        values["outbox_oldest_row_age_seconds"] = (
+            relay["oldest_row_age"],
+            "Age of the oldest row that is due.",
+        )
+    for name, (value, text) in values.items():
+        if value is not None:
+            yield GaugeMetricFamily(f"cacheinval_{name}", text, value=float(value))
+
+
+def _counter(name: str, value: float | Mapping[str, float]) -> Metric:
+    text = _HELP.get(name, name.replace("_", " ").capitalize() + ".")
+    if not isinstance(value, Mapping):
+        return CounterMetricFamily(f"cacheinval_{name}", text, value=value)
+    family = CounterMetricFamily(f"cacheinval_{name}", text, labels=["reason"])
+    for reason, count in value.items():
+        family.add_metric([reason], count)
+    return family
+
+
+def _latency(counts: Sequence[int], total: float) -> Metric:
+    bounds = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
+    buckets = list(zip(bounds, accumulate(counts), strict=True))
+    return HistogramMetricFamily(
+        "cacheinval_eviction_latency_seconds", "From commit to eviction.", buckets=buckets, sum_value=total
+    )

@@ -1,0 +1,20 @@
+"""Processes for acceptance tests, ended after each test whatever came of it."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from running import Started
+
+
+@pytest.fixture
+async def started(tmp_path: Path) -> AsyncIterator[Started]:
+    """Starts processes, and asks them over HTTP."""
+    async with httpx.AsyncClient(timeout=15) as http:
+        started = Started(tmp_path, http)
+        try:
+            yield started
+        finally:
+            for process in started.processes:
+                process.kill()
