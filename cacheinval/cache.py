@@ -17,6 +17,7 @@ __all__ = ["CacheCounters", "CoherentCache", "InProcessCache", "Read", "SharedCa
 T = TypeVar("T")
 Factory = Callable[[], Awaitable[Any]]
 LoadAndStore = Callable[[Load], Awaitable[tuple[Any, bool]]]
+_Owed = tuple[Literal["key", "tag", "everything"], str]
 
 
 class Read(NamedTuple):
@@ -43,6 +44,7 @@ class CacheCounters:
 # its own changes, and so reads past the cache).
 _within: ContextVar[Load | Literal["transaction"] | None] = ContextVar("cacheinval_within", default=None)
 _ABANDONED = object()
+_EVERYTHING: _Owed = ("everything", "")
 
 
 @contextmanager
@@ -128,17 +130,31 @@ class CoherentCache(ABC):
             self.counters.misses += 1
         outcome: Literal["miss", "bypass"] = "bypass" if bypassing else "miss"
         while (load := self._coherence.joinable(key, now, tags)) is not None:
-            _refuse_to_wait_for_oneself(load)
-            flight = self._flights.get(load)
-            if flight is None:
-                flight = self._flights[load] = asyncio.get_running_loop().create_future()
-            landed = await asyncio.shield(flight)
+            landed = await self._wait_for(load)
             if landed is not _ABANDONED:
                 self._inherit(load)
                 return Read(landed, outcome, False)
             now = self._now()  # whoever loaded was cancelled; that is no reason to fail for those who waited
         value, stored = await self._load(key, load_and_store, tags, now)
         return Read(value, outcome, stored)
+
+    async def _wait_for(self, load: Load) -> Any:
+        flight = self._flights.get(load)
+        if flight is None:
+            flight = self._flights[load] = asyncio.get_running_loop().create_future()
+        current = _current_load()
+        if current is None:
+            return await asyncio.shield(flight)
+        if load.depends_on(current):
+            raise CacheError(
+                f"the factory of {current.key!r} reads {load.key!r}, and that of {load.key!r} depends on "
+                f"{current.key!r}: they would wait for each other for ever"
+            )
+        current.parts.append(load)
+        try:
+            return await asyncio.shield(flight)
+        finally:
+            current.parts.remove(load)
 
     async def _load(
         self, key: str, load_and_store: LoadAndStore, tags: frozenset[str], now: float
@@ -283,10 +299,9 @@ class SharedCache(CoherentCache):
     def __init__(self, backend: SharedBackend, coherence: Coherence, clock: Clock, ttl: float) -> None:
         super().__init__(coherence, clock, ttl)
         self._backend = backend
-        # Evictions that are under way or have failed: what they name is not served from here until they are done.
-        self._owed_keys: set[str] = set()
-        self._owed_tags: set[str] = set()
-        self._owed_everything = False
+        # What is being evicted, or could not be: not served from here until an eviction of it, the last one, is done. (An
+        # earlier one may have passed before somebody stored again.)
+        self._owed: dict[_Owed, object] = {}
 
     async def read(
         self,
@@ -299,13 +314,14 @@ class SharedCache(CoherentCache):
     ) -> Read:
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
         if _within.get() == "transaction":
-            return Read(await factory(), "bypass", False)
+            value = self._backend.encode(await factory())
+            return Read(self._backend.decode(value, model), "bypass", False)
         lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
         # As it was before the look: whatever is evicted during the look refuses what the look saw.
-        moment, withheld = self._coherence.moment, self._owed_everything
+        moment, withheld = self._coherence.moment, {name for kind, name in self._owed if kind == "tag"}
         found = await self._find(key, named, model)
         entry = None
-        if found is not None and found.present and not withheld and not (self._owed_tags & found.tags):
+        if found is not None and found.present and withheld.isdisjoint(found.tags):
             entry = Entry(found.value, min(found.load_started, now), *moment, found.expires_at, found.tags)
             if self._coherence.may_serve(entry, now):
                 self._inherit(entry)
@@ -322,11 +338,21 @@ class SharedCache(CoherentCache):
 
     async def _find(self, key: str, tags: frozenset[str], model: Any) -> Any:
         try:
-            if key in self._owed_keys:
-                await self.evict(Eviction([key]))
+            if self._owed:
+                await self._evict_owed(key, tags)
             return await self._backend.find(key, tags, model)
         except CacheError:
             return None
+
+    async def _evict_owed(self, key: str, tags: frozenset[str]) -> None:
+        owed = self._owed
+        eviction = Eviction(
+            [key] if ("key", key) in owed else [],
+            [tag for tag in tags if ("tag", tag) in owed],
+            _EVERYTHING in owed,
+        )
+        if eviction:
+            await self.evict(eviction)
 
     async def _store_then_recheck(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
         if not self._coherence.may_store(load) or load.tags - found.stamps.keys():
@@ -334,9 +360,8 @@ class SharedCache(CoherentCache):
         try:
             await self._backend.store(load.key, value, ttl, load.started, self._now() + ttl, found)
         except BaseException as error:
-            self._owed_keys.add(
-                load.key
-            )  # a time-out is not a refusal: it may land later, so the next read deletes it
+            # A time-out is not a refusal: it may land later, so the next read deletes it.
+            self._owed["key", load.key] = object()
             if isinstance(error, CacheError):
                 return False
             raise
@@ -348,15 +373,16 @@ class SharedCache(CoherentCache):
 
     async def evict(self, eviction: Eviction) -> None:
         """See `CoherentCache.evict`."""
-        self._owed_everything |= eviction.everything
-        self._owed_keys.update(eviction.keys)
-        self._owed_tags.update(eviction.tags)
+        names: list[_Owed] = [("key", key) for key in eviction.keys] + [("tag", tag) for tag in eviction.tags]
+        if eviction.everything:
+            names.append(_EVERYTHING)
+        this = object()
+        self._owed.update(dict.fromkeys(names, this))
         await self._backend.evict(eviction.keys, eviction.tags, eviction.everything)
         self.counters.evicted_entries += len(eviction.keys)
-        self._owed_keys.difference_update(eviction.keys)
-        self._owed_tags.difference_update(eviction.tags)
-        if eviction.everything:
-            self._owed_everything = False
+        for name in names:
+            if self._owed.get(name) is this:
+                del self._owed[name]
 
     async def close(self) -> None:
         """Closes the connections; the entries stay."""
@@ -371,11 +397,3 @@ def _checked(key: str, tags: Collection[str]) -> frozenset[str]:
 def _current_load() -> Load | None:
     within = _within.get()
     return within if isinstance(within, Load) else None
-
-
-def _refuse_to_wait_for_oneself(load: Load) -> None:
-    current = _current_load()
-    if current is not None and current.is_part_of(load):
-        raise CacheError(
-            f"the factory of {load.key!r} reads {load.key!r} again: it would wait for itself for ever"
-        )

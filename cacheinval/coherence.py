@@ -53,7 +53,7 @@ class Entry:
 class Load:
     """The token that a load takes before it reads; compared by identity, voided by an eviction, never revived."""
 
-    __slots__ = ("epoch", "generation", "key", "parent", "started", "tags", "voided")
+    __slots__ = ("epoch", "generation", "key", "parent", "parts", "started", "tags", "voided")
 
     def __init__(
         self,
@@ -70,14 +70,22 @@ class Load:
         self.generation = generation
         self.tags = tags
         self.parent = parent
+        self.parts: list[Load] = []
+        """The loads in flight that its loader has begun, or waits for."""
         self.voided = False
 
-    def is_part_of(self, other: "Load") -> bool:
-        """Whether this load is `other`, or was made by its loader: then it cannot wait for it."""
-        load: Load | None = self
-        while load is not None and load is not other:
-            load = load.parent
-        return load is not None
+    def depends_on(self, other: "Load") -> bool:
+        """Whether this load cannot end before `other` has: then `other` must not wait for it."""
+        seen: set[Load] = set()
+        left = [self]
+        while left:
+            load = left.pop()
+            if load is other:
+                return True
+            if load not in seen:
+                seen.add(load)
+                left += load.parts
+        return False
 
 
 @dataclass(slots=True)
@@ -232,6 +240,8 @@ class Coherence:
         if older is not None:
             older.voided = True  # whoever waits for it gets its value, but the younger load stores
         load = Load(key, now, self.epoch, self._generation, tags, parent)
+        if parent is not None:
+            parent.parts.append(load)
         self._loads[key] = load
         return load
 
@@ -247,6 +257,8 @@ class Coherence:
 
     def end_load(self, load: Load) -> None:
         """The load has ended, however it did."""
+        if load.parent is not None:
+            load.parent.parts.remove(load)
         if self._loads.get(load.key) is load:
             del self._loads[load.key]
 
@@ -397,7 +409,8 @@ class Coherence:
 
     def expect_echo(self, origin: str, seq: int) -> None:
         """This message is about to be published, and all it names has been evicted here, after its commit."""
-        self._echoes.add((origin, seq))
+        if self._subscribed:  # else it may never come, and what is expected would only grow
+            self._echoes.add((origin, seq))
 
     def forget_echoes(self, origin: str) -> None:
         """The channel of `origin` is closed: whatever of it still arrives is treated as anybody's."""

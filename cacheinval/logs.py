@@ -36,7 +36,13 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".")
     text = str(value)
-    return text if text.isprintable() and " " not in text and text else json.dumps(text, ensure_ascii=False)
+    return text if text.isprintable() and " " not in text and text else _json(text)
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # JSON escapes line feeds, but not all that can break a line or drive a terminal.
+    return text if text.isprintable() else json.dumps(value, default=str)
 
 
 class _Text(logging.Formatter):
@@ -53,4 +59,4 @@ class _Json(_Text):
         line = {"at": self.formatTime(record), "level": record.levelname, "logger": record.name, **fields}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _json(line)

@@ -171,6 +171,8 @@ def decode(body: bytes) -> Message | Unknown:
 def _unknown_kind(body: bytes, error: Exception) -> Unknown:
     try:
         header = _header.decode(body)
+    except RecursionError:
+        raise MalformedMessageError("the body is nested too deeply") from None
     except msgspec.DecodeError:
         raise MalformedMessageError(str(error)) from None
     if header.v != 1:
@@ -215,8 +217,7 @@ def split(
     names += [(tag, None, True) for tag in tags]
     start, size = 0, 0
     for at, (name, _, _) in enumerate(names):
-        # JSON escapes a control character as six bytes; 24 more for quotes, comma and the version.
-        cost = 6 * len(name) + 24 if not name.isprintable() else len(name.encode()) * 2 + 24
+        cost = len(_encoder.encode(name)) + 22  # with a comma, and its version with another
         if at - start == MAX_KEYS_SENT or (at > start and size + cost > MAX_BODY_SENT - 1024):
             yield _message(names[start:at])
             start, size = at, 0

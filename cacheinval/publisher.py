@@ -141,6 +141,9 @@ class Publisher:
                 if not self._waiting:
                     self._idle.set()
         finally:
+            left, self._waiting, self._waiting_size = self._waiting, [], 0
+            for one in left:
+                self._leave(one, "stopped")
             self._idle.set()
             await self._drop_channel()
 

@@ -6,6 +6,7 @@ import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from cacheinval import logs
@@ -80,6 +81,7 @@ class Instance:
         self._publish_probe = publish_probe
         self._answer = answer
         self._gap_put_off = asyncio.Event()
+        self._failing = 0  # evictions that are being retried
         self.trusted = asyncio.Event()
         """Set while what is cached can be relied on."""
         self.ever_joined = False
@@ -150,34 +152,47 @@ class Instance:
         """Evicts in every cache, again and again until it is done; the rules come first, so no load slips through."""
         self._coherence.evict(eviction)
         self.counters.evictions += 1
-        for cache in self._caches:
-            await self._evict_in(cache, eviction)
-        if eviction.everything and self._coherence.epoch > 2:  # the first subscription's says nothing new
+        try:
+            for cache in self._caches:
+                await self._evict_in(cache, eviction)
+        except BaseException:
+            if eviction.everything:
+                # Nothing may ask for it again: a message that comes again is a duplicate, a queue just made is found.
+                self._coherence.put_off_gap(eviction.reason)
+                self._gap_put_off.set()
+            raise
+        if eviction.everything:
             logs.event(log, logging.INFO, "new epoch", epoch=self._coherence.epoch, reason=eviction.reason)
 
     async def _evict_in(self, cache: Evictable, eviction: Eviction) -> None:
+        try:
+            await cache.evict(eviction)
+        except CacheError as error:
+            self._failing += 1
+            self._coherence.doubt("eviction", f"eviction failed: {error}")
+            self._note_trust()
+            logs.event(log, logging.ERROR, "eviction failed, retrying", reason=error)
+            try:
+                await self._retry(cache, eviction)
+                logs.event(log, logging.INFO, "evicting again")
+            finally:
+                # If it was given up, another doubt stands by now: the subscription starts over, or a gap is put off.
+                self._failing -= 1
+                if not self._failing:
+                    self._coherence.settle("eviction")
+
+    async def _retry(self, cache: Evictable, eviction: Eviction) -> None:
         loop = asyncio.get_running_loop()
         pause, give_up_at = RETRY_FIRST, loop.time() + RETRY_LIMIT
-        failed = False
         while True:
+            self.counters.retries += 1
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(pause * 2, RETRY_MOST)
             try:
-                await cache.evict(eviction)
+                return await cache.evict(eviction)
             except CacheError as error:
-                self.counters.retries += 1
-                if not failed:
-                    failed = True
-                    self._coherence.doubt("eviction", f"eviction failed: {error}")
-                    self._note_trust()
-                    logs.event(log, logging.ERROR, "eviction failed, retrying", reason=error)
                 if loop.time() > give_up_at:
                     raise EvictionError(f"not evicted within {RETRY_LIMIT:g} s: {error}") from error
-                await asyncio.sleep(pause * random.uniform(0.5, 1))
-                pause = min(pause * 2, RETRY_MOST)
-            else:
-                if failed:
-                    self._coherence.settle("eviction")
-                    logs.event(log, logging.INFO, "evicting again")
-                return
 
     def _note_trust(self) -> None:
         reason = self._coherence.suspect
@@ -221,11 +236,8 @@ class Instance:
                 eviction = self._coherence.take_due_gap(self._clock.now())
                 if eviction is None:
                     continue
-                try:
+                with suppress(EvictionError):  # then it is put off once more
                     await self._evict(eviction)
-                except EvictionError:
-                    self._coherence.put_off_gap(eviction.reason)
-                else:
                     self._coherence.gap_done()
                     self._note_trust()
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -18,27 +18,31 @@ __all__ = ["Settings", "mask_url", "unknown_variables"]
 
 PREFIX = "CACHEINVAL_"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SECRET_PARAMETER = re.compile(r"(?i)\b(password|passwd|pwd|secret|token|sslpassword)=[^&#\s]*")
+_SECRET_PARAMETER = re.compile(
+    r"(?i)\b(password|passwd|pwd|secret|token|sslpassword)(\s*=\s*)('[^']*'?|[^&#\s]*)"
+)
 
 
 def mask_url(url: str) -> str:
     """`url` with its password replaced by `***`; text that is no URL comes back without anything that looks like one."""
     try:
         parts = urlsplit(url)
-        userinfo, at, host = parts.netloc.rpartition("@")
     except ValueError:
-        return "***" if "@" in url else url
+        parts = urlsplit("")
+    if "@" in url.replace(parts.netloc, "", 1):
+        return "***"  # a password with a character that should be escaped: where it ends cannot be told
+    userinfo, at, host = parts.netloc.rpartition("@")
     if at:
         user, colon, _ = userinfo.partition(":")
-        parts = parts._replace(netloc=f"{user}{':***' if colon else ''}@{host}")
-        url = urlunsplit(parts)
-    elif "@" in url:
-        return "***"
-    return _SECRET_PARAMETER.sub(r"\1=***", url)
+        url = urlunsplit(parts._replace(netloc=f"{user}{':***' if colon else ''}@{host}"))
+    return _SECRET_PARAMETER.sub(r"\1\2***", url)
 
 
 def _url(*schemes: str, empty: bool = False) -> Callable[[str], str]:
     accepted = ", ".join(f"{scheme}://…" for scheme in schemes) + (", or empty for none" if empty else "")
+
+    def names_socket(parts: SplitResult) -> bool:  # libpq's way to name one of the same machine
+        return parts.scheme.startswith("postgres") and "host=" in parts.query
 
     def check(url: str) -> str:
         if empty and not url:
@@ -48,7 +52,7 @@ def _url(*schemes: str, empty: bool = False) -> Callable[[str], str]:
             usable = (
                 parts.scheme in schemes
                 and "://" in url
-                and (parts.scheme == "memory" or bool(parts.hostname))
+                and (parts.scheme == "memory" or bool(parts.hostname) or names_socket(parts))
             )
             _ = parts.port  # raises where the port is no number
         except ValueError:
@@ -192,18 +196,22 @@ class Settings(BaseSettings):
 
 def unknown_variables() -> list[str]:
     """A warning for each `CACHEINVAL_…` variable in the environment that no setting reads (a typing error, most likely)."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | {f"{PREFIX}SECRETS_DIR"}
+    known = {name.upper() for name in Settings.model_fields} | {"SECRETS_DIR"}
     warnings = []
     for variable in sorted(os.environ):
-        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-            close = get_close_matches(variable.upper(), known, n=1)
-            warnings.append(f"{variable} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
+        prefix, name = variable.upper()[: len(PREFIX)], variable.upper()[len(PREFIX) :]
+        if prefix == PREFIX and name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
+            warnings.append(f"{variable} is not a setting{hint}")
     return warnings
 
 
 def _secrets_dir() -> str | None:
-    folder = os.environ.get(f"{PREFIX}SECRETS_DIR", "/run/secrets")
-    return folder if os.path.isdir(folder) else None
+    folder = os.environ.get(f"{PREFIX}SECRETS_DIR")
+    if folder and not os.path.isdir(folder):
+        raise ConfigurationError(f"{PREFIX}SECRETS_DIR={folder}: accepted: a folder")
+    return folder or ("/run/secrets" if os.path.isdir("/run/secrets") else None)
 
 
 def _explain(problem: Any, values: dict[str, Any]) -> str:
@@ -217,4 +225,6 @@ def _explain(problem: Any, values: dict[str, Any]) -> str:
         return f"{name} is not a setting" + (f"; did you mean {close[0]}?" if close else "")
     value = problem["input"]
     shown = mask_url(value) if isinstance(value, str) else repr(value)
+    if not shown.isprintable():
+        shown = repr(shown)  # it is to be one line
     return f"{PREFIX}{name.upper()}={shown}: {text}"

@@ -11,6 +11,7 @@ import asyncpg
 
 from cacheinval.cache import without_cache
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
+from cacheinval.errors import DatabaseError
 from cacheinval.messages import check_names
 from cacheinval.outbox import Outbox, Row, combine, explain
 from cacheinval.publisher import Publisher, Unpublished
@@ -186,11 +187,15 @@ class Writes:
             if problem is None:
                 raise
             raise problem from error
+        except DatabaseError as error:  # the same, explained before
+            if isinstance(error.__cause__, asyncpg.PostgresError):
+                outcome = outcome_of_error(error.__cause__.sqlstate)
+            raise
         finally:
             # No await before everything owed is handed over: a cancelled writer still tells the others.
             evicting = self._tell(outcome, invalidations, rows) if invalidations else None
         if evicting is not None:
-            await evicting
+            await asyncio.shield(evicting)  # it goes on, also where nobody waits for it any more
         return result
 
     def _tell(

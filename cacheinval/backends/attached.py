@@ -80,35 +80,46 @@ class AttachedCache:
             CacheError: the cache cannot be reached.
         """
         try:
-            async with asyncio.timeout(OPERATION_TIMEOUT):
-                if eviction.everything:
-                    await self._drop_all()
-                else:
-                    for key in eviction.keys:
-                        await self._cache.delete(key)
+            if eviction.everything:
+                await self._drop_all()
+                return
+            for key in eviction.keys:
+                await _within_deadline(self._cache.delete(key))
+                self._forget_timer(self._cache.build_key(key))
         except Exception as error:  # each driver has errors of its own
             raise CacheError(
-                f"the attached {self._cache.NAME} cache failed: {type(error).__name__} {error}"
+                f"the attached {self._cache.NAME} cache failed: {type(error).__name__} {error}".strip()
             ) from error
 
     async def _unlink_all(self) -> None:
         pattern = re.sub(r"([*?\[\]\\^-])", r"\\\1", self._cache.build_key("")) + "*"
         cursor: Any = 0
         while True:
-            cursor, keys = await self._cache.raw("scan", cursor, match=pattern, count=_SCAN_COUNT)
+            scan = self._cache.raw("scan", cursor, match=pattern, count=_SCAN_COUNT)
+            cursor, keys = await _within_deadline(scan)
             if keys:
-                await self._cache.raw("unlink", *keys)
+                await _within_deadline(self._cache.raw("unlink", *keys))
             if int(cursor) == 0:
                 return
 
     async def _flush_all(self) -> None:
-        await self._cache.raw("flush_all")
+        await _within_deadline(self._cache.raw("flush_all"))
 
     async def _delete_all(self) -> None:
         # aiocache has no public list of keys. Deleting each cancels its timer, which `clear()` forgets to do.
         prefix = self._cache.build_key("")
         for key in [key for key in self._cache._cache if key.startswith(prefix)]:
-            value_was_none = self._cache._cache[key] is None
             await self._cache._delete(key)
-            if value_was_none and (timer := self._cache._handlers.pop(key, None)):
-                timer.cancel()
+            self._forget_timer(key)
+
+    def _forget_timer(self, key: str) -> None:
+        # Deleting a value that is None leaves its timer in aiocache's memory cache, to kill a newer entry.
+        timers = getattr(self._cache, "_handlers", None)
+        if timers and key in timers and key not in self._cache._cache:
+            timers.pop(key).cancel()
+
+
+async def _within_deadline(operation: Awaitable[Any]) -> Any:
+    # For each by itself: many keys, or a large server, take their time.
+    async with asyncio.timeout(OPERATION_TIMEOUT):
+        return await operation

@@ -106,7 +106,7 @@ class BoundedMemoryCache(BaseCache):  # type: ignore[misc]  # aiocache has no ty
             return False
         self._expiry.pop(key, None)
         if ttl:
-            if len(self._expiry) >= self.max_entries:
+            if len(self._expiry) >= 2 * self.max_entries:
                 self._expiry = {known: at for known, at in self._expiry.items() if known in self._values}
             self._expiry[key] = time.monotonic() + ttl
         return True

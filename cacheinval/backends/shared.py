@@ -7,6 +7,8 @@ instance, also when it is stored late. Keys are deleted one by one.
 
 import asyncio
 import hashlib
+import math
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -19,13 +21,17 @@ from aiocache.base import BaseCache
 from aiocache.serializers import StringSerializer
 
 from cacheinval.errors import CacheError, ConfigurationError
+from cacheinval.settings import mask_url
 
 __all__ = ["Found", "SharedEntries", "connect"]
 
 OPERATION_TIMEOUT = 1.0
 """Seconds for one operation; a cache that is slower than the database it stands in front of is no use."""
 
-_PLAIN = re.compile(r"[!-~]{1,180}")
+_PLAIN = re.compile(r"[!-~]{1,170}")  # Memcached takes 250 bytes, of which the prefix may need 76
+_LONGEST_TTL = (
+    30 * 86_400
+)  # what is more is a date to Memcached; `expires_at` in the entry says when it really ends
 _EPOCH = "epoch"
 _DELETES_AT_ONCE = 50
 
@@ -54,15 +60,21 @@ def connect(url: str) -> BaseCache:
     """The aiocache backend for `redis://[user:password@]host:port/db` or `memcached://host:port`.
 
     Raises:
-        ConfigurationError: the driver is not installed.
+        ConfigurationError: the driver is not installed, the number of the Redis database is none, or aiocache is
+            switched off by AIOCACHE_DISABLE, which makes evictions do nothing.
     """
+    if os.environ.get("AIOCACHE_DISABLE") == "1":
+        raise ConfigurationError("AIOCACHE_DISABLE=1 makes aiocache's deletes do nothing; accepted: unset")
     parts = urlsplit(url)
     try:
         if parts.scheme == "memcached":
-            from aiocache.backends.memcached import MemcachedCache
+            from cacheinval.backends.memcached import CarefulMemcachedCache
 
-            return MemcachedCache(
-                serializer=StringSerializer(), endpoint=parts.hostname, port=parts.port or 11211, timeout=None
+            return CarefulMemcachedCache(
+                serializer=StringSerializer(),
+                endpoint=parts.hostname or "",
+                port=parts.port or 11211,
+                timeout=None,
             )
         from aiocache.backends.redis import RedisCache
     except ImportError:
@@ -73,7 +85,7 @@ def connect(url: str) -> BaseCache:
         serializer=StringSerializer(),
         endpoint=parts.hostname,
         port=parts.port or 6379,
-        db=int(parts.path.strip("/") or 0),
+        db=_database(url),
         password=unquote(parts.password) if parts.password else None,
         connection_pool_kwargs={"username": unquote(parts.username)} if parts.username else None,
         create_connection_timeout=OPERATION_TIMEOUT,
@@ -120,7 +132,9 @@ class SharedEntries:
         """Keeps `value`, as read by a load that began after `found` was looked up."""
         envelope = _Envelope(found.epoch, load_started, expires_at, dict(found.stamps), msgspec.Raw(value))
         text = msgspec.json.encode(envelope).decode()
-        await self._bounded(self._backend.set(self._entry(key), text, ttl=max(1, round(ttl))))
+        await self._bounded(
+            self._backend.set(self._entry(key), text, ttl=min(max(1, math.ceil(ttl)), _LONGEST_TTL))
+        )
 
     async def evict(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None:
         """Makes sure that no instance is served what was stored before."""
@@ -170,9 +184,10 @@ class SharedEntries:
         if self._backend.NAME == "redis":
             await self._bounded(self._backend.raw("unlink", *entries))
         else:
-            async with asyncio.TaskGroup() as group:
-                for entry in entries:
-                    group.create_task(self._bounded(self._backend.delete(entry)))
+            deleting = [self._bounded(self._backend.delete(entry)) for entry in entries]
+            for result in await asyncio.gather(*deleting, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    raise result
 
     async def _get(self, names: list[str]) -> list[str | None]:
         values: list[str | None] = await self._bounded(self._backend.multi_get(names))
@@ -183,8 +198,10 @@ class SharedEntries:
         stamp = _stamp()
         try:
             await self._bounded(self._backend.add(name, stamp))
-        except ValueError:  # somebody else was first
-            (other,) = await self._get([name])
+        except CacheError as error:
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            (other,) = await self._get([name])  # somebody else was first
             return other or stamp
         return stamp
 
@@ -192,8 +209,6 @@ class SharedEntries:
         try:
             async with asyncio.timeout(OPERATION_TIMEOUT):
                 return await operation
-        except ValueError:
-            raise
         except Exception as error:  # each driver has errors of its own
             raise CacheError(
                 f"the {self._backend.NAME} cache failed: {type(error).__name__} {error}".strip()
@@ -206,9 +221,18 @@ class SharedEntries:
         return self._name("tag:" + tag)
 
     def _name(self, name: str) -> str:
-        if not _PLAIN.fullmatch(name):  # Memcached takes 250 bytes without spaces, and no other alphabet
-            name = name.partition(":")[0] + ":#" + hashlib.sha256(name.encode()).hexdigest()
+        if not _PLAIN.fullmatch(name):  # Memcached takes neither spaces nor, everywhere, other alphabets
+            name = name.partition(":")[0] + "#:" + hashlib.sha256(name.encode()).hexdigest()
         return self._prefix + name
+
+
+def _database(url: str) -> int:
+    number = urlsplit(url).path.strip("/")
+    if number and not (number.isascii() and number.isdigit()):
+        raise ConfigurationError(
+            f"CACHEINVAL_CACHE_URL={mask_url(url)}: accepted: redis://…/NUMBER, the number of a database"
+        )
+    return int(number or 0)
 
 
 def _open(raw: str | None) -> _Envelope | None:

@@ -1,0 +1,706 @@
+"""Changing a real Postgres: what is committed is published and its rows deleted, what is not is never heard of."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+from conftest import Eventually
+from proxy import Proxy
+from recorder import Recorder
+
+from cacheinval import Client, InvalidKeyError, PublishError, SchemaMissingError, Settings, writes
+from cacheinval.bus.memory import EventBus, EventChannel
+from cacheinval.cache import Read
+from cacheinval.messages import Invalidate, decode
+from cacheinval.outbox import apply_schema
+
+TABLES = """
+    CREATE TABLE things (id text PRIMARY KEY, n int NOT NULL);
+    CREATE TABLE owners (
+        id int PRIMARY KEY,
+        thing text REFERENCES things (id) DEFERRABLE INITIALLY DEFERRED
+    );
+    INSERT INTO things VALUES ('a', 0), ('b', 0);
+"""
+UPDATE = "UPDATE things SET n = n + 1 WHERE id = $1"
+
+
+class Listener(Recorder):
+    """Somebody else on the bus: what was published, in order."""
+
+    @property
+    def messages(self) -> list[Invalidate]:
+        return [message for body in self.bodies if isinstance(message := decode(body), Invalidate)]
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for message in self.messages for key in message.keys]
+
+
+@pytest.fixture
+async def bare(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection beside the client's, to look at the database; it has no schema yet."""
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(TABLES)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def db(bare: asyncpg.Connection) -> asyncpg.Connection:
+    await apply_schema(bare)
+    return bare
+
+
+@pytest.fixture
+def settings(database_url: str, namespace: str) -> Settings:
+    # Without a relay: what is left in the outbox stays to be seen.
+    return Settings(database_url=database_url, broker_url="memory://", namespace=namespace, relay="off")
+
+
+@pytest.fixture
+async def heard(namespace: str, eventually: Eventually) -> AsyncIterator[Listener]:
+    listener = Listener()
+    bus = EventBus.of(namespace)
+    task = asyncio.create_task(bus.run(listener))
+    await eventually(lambda: listener.ready)
+    yield listener
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.fixture
+async def client(settings: Settings, db: asyncpg.Connection, heard: Listener) -> AsyncIterator[Client]:
+    async with Client(settings) as client:
+        await client.wait_ready(5)
+        yield client
+
+
+@pytest.fixture
+async def proxy(database_url: str) -> AsyncIterator[Proxy]:
+    async with Proxy("127.0.0.1", urlsplit(database_url).port or 0) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def far_client(
+    settings: Settings, db: asyncpg.Connection, heard: Listener, proxy: Proxy
+) -> AsyncIterator[Client]:
+    """A client whose database is behind the proxy."""
+    parts = urlsplit(settings.database_url)
+    url = urlunsplit(parts._replace(netloc=f"postgres@127.0.0.1:{proxy.port}"))
+    async with Client(settings.model_copy(update={"database_url": url})) as client:
+        await client.wait_ready(5)
+        yield client
+
+
+async def rows(db: asyncpg.Connection) -> int:
+    count: int = await db.fetchval("SELECT count(*) FROM cacheinval.outbox")
+    return count
+
+
+async def number(db: asyncpg.Connection, thing: str = "a") -> int:
+    value: int = await db.fetchval("SELECT n FROM things WHERE id = $1", thing)
+    return value
+
+
+async def nothing_else_was_heard(client: Client, heard: Listener, eventually: Eventually, *keys: str) -> None:
+    """A later write is heard, and before it nothing but `keys`."""
+    await client.execute(UPDATE, "b", invalidate=["the end"])
+    await eventually(lambda: "the end" in heard.keys)
+    assert heard.keys == [*keys, "the end"]
+
+
+async def keep(client: Client, key: str = "k") -> None:
+    async def load() -> str:
+        return "cached"
+
+    await client.cache.get_or_set(key, load)
+    assert await outcome(client, key) == "hit"
+
+
+async def outcome(client: Client, key: str = "k") -> str:
+    async def load() -> str:
+        return "loaded"
+
+    read: Read = await client.cache.read(key, load)
+    return read.outcome
+
+
+async def write(
+    client: Client, *keys: str, change: str = UPDATE, last: Callable[[], object] = bool, **names: Any
+) -> None:
+    """A transaction that makes a change, invalidates, and does something `last` before its COMMIT."""
+    async with client.transaction() as tx:
+        await tx.execute(change, *(["a"] if "$1" in change else []))
+        tx.invalidate(*keys, **names)
+        last()
+
+
+def fail() -> None:
+    raise LookupError
+
+
+CONNECTION_LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)
+
+
+# Transactions
+
+
+async def test_a_commit_is_published_and_its_row_deleted(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    before = time.time()
+    async with client.transaction() as tx:
+        assert await tx.execute(UPDATE, "a") == "UPDATE 1"
+        assert await tx.fetchval("SELECT n FROM things WHERE id = 'a'") == 1
+        tx.invalidate("k", "l", versions=[7, None], tags=["t"])
+        assert await outcome(client, "k") == "bypass"
+        assert heard.messages == []
+    assert await number(db) == 1
+    assert await outcome(client) == "miss", "evicted here before it returns"
+    await eventually(lambda: heard.messages)
+    (message,) = heard.messages
+    assert (message.keys, message.versions, message.tags, message.all) == (
+        ["k", "l"],
+        [7, None],
+        ["t"],
+        False,
+    )
+    assert (message.seq, len(message.origin or "")) == (1, 32)
+    assert before <= (message.committed_at or 0) <= (message.at or 0) <= time.time()
+    await eventually(lambda: rows_are(db, 0))
+    assert client.stats()["coherence"]["skipped_echoes"] == 1
+
+
+async def rows_are(db: asyncpg.Connection, count: int) -> bool:
+    return await rows(db) == count
+
+
+async def test_the_row_is_in_the_same_transaction_and_has_a_grace(
+    client: Client, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = asyncio.Event()
+
+    async def wait(self: EventChannel, body: bytes) -> None:
+        await release.wait()
+
+    monkeypatch.setattr(EventChannel, "send", wait)
+    async with client.transaction() as tx:
+        tx.invalidate("k", tags=["t"])
+    row = await db.fetchrow("SELECT * FROM cacheinval.outbox")
+    assert row is not None
+    assert (row["namespace"], row["keys"], row["tags"]) == (client.settings.namespace, ["k"], ["t"])
+    assert (row["publish_at"] - row["recorded_at"]).total_seconds() == pytest.approx(0.25, abs=0.05)
+    release.set()
+
+
+async def test_a_rollback_is_never_heard_of(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    with pytest.raises(LookupError):
+        await write(client, "k", everything=True, last=fail)
+    assert await outcome(client) == "hit"
+    assert (await number(db), await rows(db)) == (0, 0)
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+@pytest.mark.parametrize("how", ["a foreign key", "a conflict"])
+async def test_an_error_at_commit_is_a_rollback(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually, how: str
+) -> None:
+    await keep(client)
+    if how == "a foreign key":
+        with pytest.raises(asyncpg.ForeignKeyViolationError):
+            await write(client, "k", change="INSERT INTO owners VALUES (1, 'missing')")
+    else:
+        with pytest.raises(asyncpg.SerializationError):
+            await write_what_another_has_overtaken(client, db)
+    assert await outcome(client) == "hit"
+    assert await rows(db) == 0
+    assert await db.fetchval("SELECT count(*) FROM owners") == 0
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+async def write_what_another_has_overtaken(client: Client, db: asyncpg.Connection) -> None:
+    async with client.transaction(isolation="serializable") as tx:
+        await tx.fetch("SELECT sum(n) FROM things")
+        await tx.execute("INSERT INTO things VALUES ('c', 1)")
+        tx.invalidate("k")
+        async with db.transaction(isolation="serializable"):
+            await db.fetch("SELECT sum(n) FROM things")
+            await db.execute("INSERT INTO things VALUES ('d', 1)")
+
+
+async def test_a_body_that_is_cancelled_is_a_rollback(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    inside = asyncio.Event()
+
+    async def write() -> None:
+        async with client.transaction() as tx:
+            await tx.execute(UPDATE, "a")
+            tx.invalidate("k")
+            inside.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(write())
+    await inside.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert (await number(db), await rows(db)) == (0, 0)
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+async def test_a_transaction_that_invalidates_nothing_publishes_nothing(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    async with client.transaction() as tx:
+        await tx.execute(UPDATE, "a")
+    assert (await number(db), await rows(db)) == (1, 0)
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+@pytest.mark.parametrize("names", [("",), ("a\0",), ("k" * 513,), (7,)])
+async def test_names_that_nobody_could_understand_roll_back(
+    client: Client, db: asyncpg.Connection, names: tuple[Any, ...]
+) -> None:
+    with pytest.raises(InvalidKeyError):
+        await write(client, *names)
+    with pytest.raises(InvalidKeyError):
+        await client.execute(UPDATE, "a", invalidate=names)
+    with pytest.raises(InvalidKeyError):
+        await client.execute(UPDATE, "a", tags=names)
+    with pytest.raises(InvalidKeyError, match="must be a list of strings"):
+        await client.execute(UPDATE, "a", invalidate="k")
+    assert await number(db) == 0
+
+
+async def test_as_many_versions_as_keys(client: Client) -> None:
+    with pytest.raises(ValueError, match="1 versions for 2 keys; accepted: one for each, or None"):
+        await write(client, "k", "l", versions=[1])
+
+
+async def test_5000_keys_in_one_transaction(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    keys = [f"k{n}" for n in range(5_000)]
+    async with client.transaction() as tx:
+        tx.invalidate(*keys[:2_500], tags=["t"])
+        tx.invalidate(*keys[2_500:], versions=list(range(2_500)))
+    await eventually(lambda: len(heard.keys) == 5_000)
+    assert heard.keys == keys
+    assert [message.seq for message in heard.messages] == [1, 2, 3, 4, 5, 6]
+    assert all(len(message.keys) + len(message.tags) <= 1_000 for message in heard.messages)
+    versions = [
+        version for message in heard.messages for version in message.versions or [None] * len(message.keys)
+    ]
+    assert versions == [None] * 2_500 + list(range(2_500))
+    await eventually(lambda: rows_are(db, 0))
+
+
+async def test_everything(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    async with client.transaction() as tx:
+        tx.invalidate("k", tags=["t"], everything=True)
+    assert await outcome(client) == "miss"
+    await eventually(lambda: heard.messages)
+    assert heard.messages[0].all
+    await eventually(lambda: rows_are(db, 0))
+
+
+async def test_many_writers_at_once(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    async def write(n: int) -> None:
+        async with client.transaction() as tx:
+            await tx.execute("INSERT INTO things VALUES ($1, $2)", f"new{n}", n)
+            tx.invalidate(f"k{n}")
+
+    await asyncio.gather(*(write(n) for n in range(60)))
+    await eventually(lambda: len(heard.keys) == 60)
+    assert sorted(heard.keys) == sorted(f"k{n}" for n in range(60))
+    assert [message.seq for message in heard.messages] == list(range(1, len(heard.messages) + 1))
+    await eventually(lambda: rows_are(db, 0))
+
+
+# A commit whose outcome is not known
+
+
+async def test_a_commit_whose_reply_is_lost_is_published_and_its_row_kept(
+    far_client: Client, db: asyncpg.Connection, proxy: Proxy, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(far_client)
+    cut = proxy.cut_reply_after(b"COMMIT")
+    with pytest.raises(CONNECTION_LOST):
+        await write(far_client, "k")
+    assert cut.is_set()
+    assert await outcome(far_client) == "miss"
+    assert await number(db) == 1
+    await eventually(lambda: heard.keys == ["k"])
+    assert await far_client.publisher.flush(5)
+    assert await rows(db) == 1
+    await eventually(lambda: far_client.stats()["receiver"]["messages"] == 1)
+    assert far_client.stats()["coherence"]["skipped_echoes"] == 0
+
+
+async def test_a_commit_that_is_cancelled_is_published_and_its_row_kept(
+    far_client: Client,
+    db: asyncpg.Connection,
+    proxy: Proxy,
+    heard: Listener,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writes, "RELEASE_TIMEOUT", 0.2)
+    await keep(far_client)
+    deleted: list[Any] = []
+
+    async def delete(ids: list[Any]) -> None:  # the real one could not get through
+        deleted.extend(ids)
+
+    far_client.publisher._delete_rows = delete
+    record = far_client._outbox.record  # after which only the COMMIT is left, and its reply never comes
+
+    async def record_then_deafen(*args: Any, **options: Any) -> None:
+        await record(*args, **options)
+        proxy.swallow("reply")
+
+    far_client._outbox.record = record_then_deafen  # type: ignore[method-assign]
+    task = asyncio.create_task(write(far_client, "k"))
+    await eventually(lambda: committed(db))
+    assert heard.keys == []
+    task.cancel()
+    await eventually(lambda: heard.keys == ["k"])
+    assert await outcome(far_client) == "miss"
+    await asyncio.wait([task])
+    assert task.cancelled()
+    proxy.pass_()
+    assert await far_client.publisher.flush(5)
+    assert deleted == []
+    assert await rows(db) == 1
+    assert far_client.stats()["coherence"]["skipped_echoes"] == 0
+
+
+async def committed(db: asyncpg.Connection) -> bool:
+    return await number(db) == 1
+
+
+async def test_a_connection_that_is_cut_before_the_commit_is_a_rollback(
+    far_client: Client, db: asyncpg.Connection, proxy: Proxy, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(far_client)
+    with pytest.raises(CONNECTION_LOST):
+        await write(far_client, "k", last=proxy.cut_open)
+    assert await outcome(far_client) == "hit"
+    assert await number(db) == 0
+    await nothing_else_was_heard(far_client, heard, eventually)
+
+
+# One statement
+
+
+async def test_one_statement(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    assert await client.execute(UPDATE, "a", invalidate=["k"], tags=["t"]) == "UPDATE 1"
+    assert await outcome(client) == "miss"
+    row = await client.fetchrow(UPDATE + " RETURNING *", "a", invalidate=["l"])
+    assert row is not None
+    assert dict(row) == {"id": "a", "n": 2}
+    fetched = await client.fetch("DELETE FROM things RETURNING id", invalidate=["m"])
+    assert sorted(row["id"] for row in fetched) == ["a", "b"]
+    assert await client.execute("INSERT INTO things VALUES ('c', 1)", invalidate=["n"]) == "INSERT 0 1"
+    assert await client.fetchrow(UPDATE + " RETURNING *", "missing", invalidate=["o"]) is None
+    await eventually(lambda: heard.keys == ["k", "l", "m", "n", "o"])
+    assert heard.messages[0].tags == ["t"]
+    await eventually(lambda: rows_are(db, 0))
+
+
+async def test_one_statement_is_one_round_trip(
+    far_client: Client, db: asyncpg.Connection, proxy: Proxy
+) -> None:
+    """With one, its reply can be lost; with BEGIN … COMMIT the pattern below would be in a statement before the last."""
+    await far_client.execute(UPDATE, "a", invalidate=["warm"])
+    cut = proxy.cut_reply_after(b"only-statement")
+    with pytest.raises(CONNECTION_LOST):
+        await far_client.execute(UPDATE, "a", invalidate=["only-statement"])
+    assert cut.is_set()
+    assert await number(db) == 2, "it was committed by the message that carried its arguments"
+
+
+async def test_a_statement_whose_reply_is_lost_is_published_and_its_row_kept(
+    far_client: Client, db: asyncpg.Connection, proxy: Proxy, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(far_client)
+    proxy.cut_reply_after(b"only-here")
+    with pytest.raises(CONNECTION_LOST):
+        await far_client.execute(UPDATE, "a", invalidate=["k", "only-here"])
+    await eventually(lambda: heard.keys == ["k", "only-here"])
+    assert await outcome(far_client) == "miss"
+    assert await far_client.publisher.flush(5)
+    assert (await number(db), await rows(db)) == (1, 1)
+
+
+async def test_a_statement_that_times_out_is_published_and_its_row_kept(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    """Whoever stops waiting cannot know; here it was not committed, and a needless eviction is all it cost."""
+    async with db.transaction():
+        await db.execute(UPDATE, "a")  # holds the lock
+        with pytest.raises(TimeoutError):
+            await client.execute(UPDATE, "a", invalidate=["k"], timeout=0.1)
+    await eventually(lambda: heard.keys == ["k"])
+    assert await number(db) == 1
+
+
+async def test_a_statement_that_fails_is_never_heard_of(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await client.execute("INSERT INTO things VALUES ('a', 1)", invalidate=["k"])
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await client.execute("UPDATE nowhere SET n = 1", invalidate=["k"])
+    with pytest.raises(asyncpg.DataError):
+        await client.execute(UPDATE, 7, invalidate=["k"])
+    assert await outcome(client) == "hit"
+    assert await rows(db) == 0
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+@pytest.mark.parametrize(
+    ("query", "args", "tag"),
+    [
+        ("WITH old AS (SELECT n FROM things) UPDATE things SET n = 5 WHERE id = $1", ("a",), "UPDATE 1"),
+        (
+            "MERGE INTO things USING (SELECT 'a' AS id) AS new ON things.id = new.id "
+            "WHEN MATCHED THEN UPDATE SET n = 5",
+            (),
+            "MERGE 1",
+        ),
+        ("UPDATE things SET n = 4; UPDATE things SET n = 5 WHERE id = 'a'", (), "UPDATE 1"),
+        ("TRUNCATE owners", (), "TRUNCATE TABLE"),
+    ],
+    ids=["with", "merge", "several", "truncate"],
+)
+async def test_statements_that_cannot_be_combined_run_in_a_transaction(
+    client: Client,
+    db: asyncpg.Connection,
+    heard: Listener,
+    eventually: Eventually,
+    query: str,
+    args: tuple[Any, ...],
+    tag: str,
+) -> None:
+    await keep(client)
+    assert await client.execute(query, *args, invalidate=["k"]) == tag
+    if tag != "TRUNCATE TABLE":
+        assert await number(db) == 5
+    assert await outcome(client) == "miss"
+    await eventually(lambda: heard.keys == ["k"])
+    await eventually(lambda: rows_are(db, 0))
+
+
+async def test_half_of_several_statements_is_nothing(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await client.execute("UPDATE things SET n = 4; SELECT 1 / 0", invalidate=["k"])
+    assert await number(db) == 0
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+async def test_a_statement_without_invalidations_is_only_executed(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    assert await client.execute(UPDATE, "a") == "UPDATE 1"
+    assert len(await client.fetch("SELECT * FROM things")) == 2
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+async def test_a_statement_with_2500_keys(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    keys = [f"k{n}" for n in range(2_500)]
+    assert await client.execute(UPDATE, "a", invalidate=keys) == "UPDATE 1"
+    await eventually(lambda: heard.keys == keys)
+    await eventually(lambda: rows_are(db, 0))
+
+
+# Other ways
+
+
+async def test_record_in_a_transaction_of_ones_own(
+    settings: Settings, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    """Its commit cannot be seen, so nothing is published here; the relay tells everyone, this instance too."""
+    async with Client(settings) as client:
+        await client.wait_ready(5)
+        await keep(client)
+        async with client.pool.acquire() as connection, connection.transaction():
+            await connection.execute(UPDATE, "a")
+            await client.record(connection, "k", tags=["t"])
+        row = await db.fetchrow("SELECT * FROM cacheinval.outbox")
+        assert row is not None
+        assert (row["keys"], row["tags"], row["everything"]) == (["k"], ["t"], False)
+        assert (row["publish_at"] - row["recorded_at"]).total_seconds() == pytest.approx(0, abs=0.01)
+        assert await outcome(client) == "hit"
+        assert heard.messages == []
+        with pytest.raises(InvalidKeyError):
+            await client.record(db, "")
+        await client.record(db)
+        assert await rows(db) == 1
+        async with Client(settings.model_copy(update={"relay": "auto"}), subscribe=False):
+            await eventually(lambda: heard.keys == ["k"])
+            await eventually(lambda: outcome_is(client, "miss"))
+            await eventually(lambda: rows_are(db, 0))
+    assert client.stats()["coherence"]["skipped_echoes"] == 0
+
+
+async def outcome_is(client: Client, expected: str) -> bool:
+    return await outcome(client) == expected
+
+
+async def test_record_is_rolled_back_with_the_rest(client: Client, db: asyncpg.Connection) -> None:
+    transaction = db.transaction()
+    await transaction.start()
+    await client.record(db, "k")
+    assert await rows(db) == 1
+    await transaction.rollback()
+    assert await rows(db) == 0
+
+
+async def test_invalidate_commits_its_row(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    await client.invalidate("k", tags=["t"])
+    assert await outcome(client) == "miss"
+    await client.invalidate(*[f"k{n}" for n in range(2_500)])
+    await client.invalidate(everything=True)
+    await eventually(lambda: bool(heard.messages) and heard.messages[-1].all)
+    assert heard.messages[0].keys == ["k"]
+    assert heard.keys[1:] == [f"k{n}" for n in range(2_500)]
+    await eventually(lambda: rows_are(db, 0))
+
+
+async def test_a_pool_of_ones_own_is_used_and_not_closed(
+    settings: Settings, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    async with asyncpg.create_pool(settings.database_url, min_size=1, max_size=2) as pool:
+        nowhere = settings.model_copy(update={"database_url": "postgresql://127.0.0.1:1/nowhere"})
+        async with Client(nowhere, pool=pool) as client:
+            assert client.pool is pool
+            await client.execute(UPDATE, "a", invalidate=["k"])
+            await eventually(lambda: heard.keys == ["k"])
+        assert await pool.fetchval("SELECT n FROM things WHERE id = 'a'") == 1
+        assert pool.get_idle_size() == pool.get_size()
+
+
+async def test_every_connection_is_given_back(
+    client: Client, db: asyncpg.Connection, eventually: Eventually
+) -> None:
+    for _ in range(30):  # more than the pool has
+        with pytest.raises(LookupError):
+            await write(client, last=fail)
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await client.execute("INSERT INTO things VALUES ('a', 1)", invalidate=["k"])
+        await client.execute(UPDATE, "b", invalidate=["k"])
+    await eventually(lambda: client.pool.get_idle_size() == client.pool.get_size())
+
+
+# What is missing or down
+
+
+async def test_without_the_schema_nothing_is_changed(
+    settings: Settings, bare: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    async with Client(settings) as client:
+        await client.wait_ready(5)
+        await keep(client)
+        with pytest.raises(SchemaMissingError, match="cacheinval schema apply"):
+            await write(client, "k")
+        with pytest.raises(SchemaMissingError):
+            await client.execute(UPDATE, "a", invalidate=["k"])
+        with pytest.raises(SchemaMissingError):
+            await client.invalidate("k")
+        with pytest.raises(SchemaMissingError):
+            await client.record(bare, "k")
+        assert await number(bare) == 0
+        assert await outcome(client) == "hit"
+        await client.apply_schema()
+        await client.apply_schema()
+        await nothing_else_was_heard(client, heard, eventually)
+
+
+async def test_a_broker_that_is_down_neither_fails_nor_delays_a_write(
+    client: Client, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    async def refuse() -> Any:
+        raise PublishError("no broker there")
+
+    monkeypatch.setattr(client.bus, "open_channel", refuse)
+    await keep(client)
+    async with asyncio.timeout(5):
+        for _ in range(10):
+            async with client.transaction() as tx:
+                await tx.execute(UPDATE, "a")
+                tx.invalidate("k")
+            await client.execute(UPDATE, "a", invalidate=["k"])
+            await client.invalidate("k")
+    assert await outcome(client) == "miss"
+    assert await client.publisher.flush(5)
+    assert (await number(db), await rows(db)) == (20, 30)
+    assert client.publisher.failing
+
+
+async def test_a_broker_that_hangs_does_not_delay_a_write(
+    client: Client, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = asyncio.Event()
+
+    async def hang() -> Any:
+        await release.wait()
+        raise PublishError("it was no broker")
+
+    monkeypatch.setattr(client.bus, "open_channel", hang)
+    async with asyncio.timeout(2):
+        for _ in range(10):
+            await client.execute(UPDATE, "a", invalidate=["k"])
+    assert await rows(db) == 10
+    release.set()
+
+
+async def test_a_database_that_is_down_is_an_error_and_reads_go_on(
+    far_client: Client, proxy: Proxy, heard: Listener
+) -> None:
+    await keep(far_client)
+    proxy.cut()
+    async with asyncio.timeout(20):
+        with pytest.raises(CONNECTION_LOST):
+            await far_client.execute(UPDATE, "a", invalidate=["k"])
+        with pytest.raises(CONNECTION_LOST):
+            async with far_client.transaction():
+                pytest.fail("entered")
+    assert await outcome(far_client) in ("hit", "miss")
+
+
+async def test_what_is_under_way_is_published_before_the_client_ends(
+    settings: Settings, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    async with Client(settings) as client:
+        for n in range(20):
+            await client.execute(UPDATE, "a", invalidate=[f"k{n}"])
+    await eventually(lambda: len(heard.keys) == 20)
+    assert await rows(db) == 0, "rows are deleted before it ends"

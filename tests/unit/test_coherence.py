@@ -1,0 +1,861 @@
+"""The rules of coherence, without I/O: a machine that tries to make a cache stale, and each rule by itself."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cacheinval import coherence as rules
+from cacheinval.coherence import (
+    GAP_INTERVAL,
+    NO_TAGS,
+    Coherence,
+    Entry,
+    Eviction,
+    Load,
+    WriteOutcome,
+    outcome_of_error,
+    owed_after,
+)
+from cacheinval.messages import Invalidate, Message, Probe, Tick, Unknown
+
+COMMITTED, ABORTED, UNKNOWN = WriteOutcome.COMMITTED, WriteOutcome.ABORTED, WriteOutcome.UNKNOWN
+
+# Which tag each key carries. Changes of keys with a tag are announced by the tag alone. The sum of p and q names no tag
+# of its own: it has to go because of what it was built from.
+TAGS = {"a": None, "b": None, "p": "tp", "q": "tq", "r": "tq", "sum": None}
+BASE = ["a", "b", "p", "q", "r"]
+
+
+@dataclass(eq=False)
+class Loading:
+    """One load as the machine sees it: when it began, and what it has read so far."""
+
+    token: Load
+    began: int
+    value: Any = None
+    parts: dict[str, int] = field(default_factory=dict)
+    part_of: "Loading | None" = None
+
+
+class World(RuleBasedStateMachine):
+    """One instance, its cache and its queue, a database, other writers, and everything that can go wrong between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.step = 0
+        self.database = dict.fromkeys(BASE, 0)
+        self.cache: dict[str, tuple[Entry, int]] = {}
+        self.loads: list[Loading] = []
+        self.evicted: dict[
+            str, int
+        ] = {}  # the last step at which something had to be evicted, by name of key or tag
+        self.queue: dict[
+            str, list[Message | Unknown]
+        ] = {}  # what waits here, by origin: only these keep their order
+        self.seen: list[Message | Unknown] = []
+        self.seqs: dict[str, int] = {}
+        self.known: set[str] = set()  # origins whose numbers this subscription has seen
+        self.consuming = self.bound = False
+        self.own = 0  # the number of the present publishing channel
+        self.skippable: set[tuple[str | None, int | None]] = set()
+        self.uncertain: list[str] = []  # commits whose reply was lost and that may yet become visible
+
+    @initialize(
+        durable=st.booleans(),
+        max_staleness=st.sampled_from([None, 3.0]),
+        most_tags=st.sampled_from([1, 2, 100_000]),
+        joined=st.sampled_from([True, True, False]),
+    )
+    def begin(self, durable: bool, max_staleness: float | None, most_tags: int, joined: bool) -> None:
+        self.durable, self.max_staleness = durable, max_staleness
+        self.saved = rules.MAX_EVICTED_TAGS
+        rules.MAX_EVICTED_TAGS = most_tags
+        self.coherence = Coherence(max_staleness)
+        if joined:
+            self.join(False)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "coherence"):
+            return
+        try:
+            self.everything_comes_to_rest()
+        finally:
+            rules.MAX_EVICTED_TAGS = self.saved
+
+    # What the machine does for the rules: it is the cache, the bus and the clock
+
+    def tick(self) -> int:
+        self.step += 1
+        return self.step
+
+    def apply(self, eviction: Eviction) -> None:
+        self.coherence.evict(eviction)
+        if eviction.everything:
+            self.cache.clear()
+        for key in eviction.keys:
+            self.cache.pop(key, None)
+
+    def must_go(self, message: Invalidate) -> None:
+        step = self.tick()
+        for name in [*message.keys, *message.tags] if not message.all else [*TAGS, "tp", "tq"]:
+            self.evicted[name] = step
+
+    def last_eviction(self, key: str, tags: frozenset[str] = NO_TAGS) -> int:
+        names = {key, *tags} | ({TAGS[key]} - {None})
+        return max(self.evicted.get(name, 0) for name in names)
+
+    def publish(self, origin: str, **names: Any) -> Invalidate:
+        seq = self.seqs[origin] = self.seqs.get(origin, 0) + 1
+        message = Invalidate(v=1, origin=origin, seq=seq, **names)
+        if self.bound:
+            self.queue.setdefault(origin, []).append(message)
+        return message
+
+    def names_of(self, key: str) -> dict[str, list[str]]:
+        tag = TAGS[key]
+        return {"tags": [tag]} if tag else {"keys": [key]}
+
+    def receive(self, message: Message | Unknown) -> None:
+        if isinstance(message, Invalidate):
+            own = (message.origin, message.seq)
+            if own in self.skippable:
+                self.skippable.discard(own)
+            else:
+                self.must_go(message)
+            if message.origin:
+                self.known.add(message.origin)
+        eviction = self.coherence.received(message, self.now)
+        if eviction is not None:
+            self.apply(eviction)
+        self.coherence.evicted()
+
+    def check_served(self, key: str, entry: Entry, began: int) -> None:
+        assert began > self.last_eviction(key, entry.tags), "served what an eviction should have removed"
+        age = self.now - entry.load_started
+        if self.max_staleness is not None:
+            assert age <= self.max_staleness
+        elif self.coherence.suspect:
+            assert age <= 1.0
+        assert self.now < entry.expires_at
+
+    # Reading
+
+    @rule(key=st.sampled_from(BASE), tags=st.booleans())
+    def read(self, key: str, tags: bool) -> None:
+        if key in self.cache:
+            entry, began = self.cache[key]
+            if self.coherence.may_serve(entry, self.now):
+                self.check_served(key, entry, began)
+                return
+        tag = TAGS[key]
+        named = frozenset([tag]) if tag else NO_TAGS
+        joined = self.coherence.joinable(key, self.now, named)
+        if joined is not None:
+            (loading,) = (loading for loading in self.loads if loading.token is joined)
+            assert loading.began > self.last_eviction(key, joined.tags), (
+                "joined a load older than an eviction"
+            )
+            limit = self.max_staleness if self.max_staleness is not None else 1.0
+            if self.max_staleness is not None or self.coherence.suspect:
+                assert self.now - joined.started <= limit
+            return
+        self.start(key, named)
+
+    def start(self, key: str, tags: frozenset[str], part_of: Loading | None = None) -> Loading:
+        token = self.coherence.begin_load(key, self.now, tags, part_of.token if part_of else None)
+        loading = Loading(token, self.tick(), part_of=part_of)
+        self.loads.append(loading)
+        return loading
+
+    @rule()
+    def fill(self) -> None:
+        """Every key is read, and loaded at once where that is needed."""
+        for key in BASE:
+            cached = key in self.cache and self.coherence.may_serve(self.cache[key][0], self.now)
+            if not cached and self.coherence.joinable(key, self.now) is None:
+                tag = TAGS[key]
+                self.finish(self.start(key, frozenset([tag]) if tag else NO_TAGS), False, 1000.0)
+
+    @rule(parts=st.sampled_from([[], ["p", "q"], ["q", "p"]]), ends=st.booleans())
+    def load_sum(self, parts: list[str], ends: bool) -> None:
+        if self.coherence.joinable("sum", self.now) is None:
+            whole = self.start("sum", NO_TAGS)
+            for part in parts:
+                self.take_part(whole, part)
+                for loading in [one for one in self.loads if one.part_of is whole]:
+                    self.finish(loading, False, 1000.0)
+            if parts and ends:
+                self.finish(whole, False, 1000.0)
+
+    @precondition(lambda self: any(one.token.key == "sum" for one in self.loads))
+    @rule(data=st.data(), part=st.sampled_from(["p", "q"]))
+    def go_on_with_sum(self, data: st.DataObject, part: str) -> None:
+        self.take_part(
+            data.draw(st.sampled_from([one for one in self.loads if one.token.key == "sum"])), part
+        )
+
+    def take_part(self, whole: Loading, part: str) -> None:
+        if part in self.cache and self.coherence.may_serve(self.cache[part][0], self.now):
+            entry = self.cache[part][0]
+            self.coherence.inherit(whole.token, entry)
+            whole.parts[part] = entry.value
+            assert whole.token.started <= entry.load_started
+        elif not any(one.part_of is whole and one.token.key == part for one in self.loads):
+            self.start(part, frozenset([TAGS[part] or ""]), whole)
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data())
+    def look_into_the_database(self, data: st.DataObject) -> None:
+        loading = data.draw(st.sampled_from(self.loads))
+        if loading.token.key != "sum":
+            loading.value = self.database[loading.token.key]
+
+    @precondition(lambda self: self.loads)
+    @rule(data=st.data(), fails=st.booleans(), ttl=st.sampled_from([0.5, 1000.0]))
+    def end(self, data: st.DataObject, fails: bool, ttl: float) -> None:
+        self.finish(data.draw(st.sampled_from(self.loads)), fails, ttl)
+
+    def finish(self, loading: Loading, fails: bool, ttl: float) -> None:
+        for part in [one for one in self.loads if one.part_of is loading]:
+            self.finish(part, fails, ttl)
+        token = loading.token
+        if token.key == "sum":
+            fails |= len(loading.parts) < 2
+            loading.value = (loading.parts.get("p"), loading.parts.get("q"))
+        elif loading.value is None:
+            loading.value = self.database[token.key]
+        if not fails and self.coherence.may_store(token):
+            assert loading.began > self.last_eviction(token.key, token.tags), (
+                "stored what was evicted meanwhile"
+            )
+            entry = self.coherence.entry(token, loading.value, self.now + ttl)
+            self.cache[token.key] = (entry, loading.began)
+        if loading.part_of is not None and not fails:
+            self.coherence.inherit(loading.part_of.token, token)
+            loading.part_of.parts[token.key] = loading.value
+        self.coherence.end_load(token)
+        self.loads.remove(loading)
+
+    # Writing
+
+    @rule(key=st.sampled_from(BASE), origin=st.sampled_from(["o1", "o2"]))
+    def another_writes(self, key: str, origin: str) -> None:
+        self.database[key] += 1
+        self.publish(origin, **self.names_of(key))
+
+    @rule(origin=st.sampled_from(["o1", "o2"]))
+    def another_changes_everything(self, origin: str) -> None:
+        for key in BASE:
+            self.database[key] += 1
+        self.publish(origin, all=True)
+
+    @rule(key=st.sampled_from(BASE))
+    def a_program_without_numbers_writes(self, key: str) -> None:
+        self.database[key] += 1
+        if self.bound:
+            self.queue.setdefault("", []).append(Invalidate(v=1, **self.names_of(key)))
+
+    @rule(key=st.sampled_from(BASE), outcome=st.sampled_from(WriteOutcome))
+    def write(self, key: str, outcome: WriteOutcome) -> None:
+        if outcome is COMMITTED:
+            self.database[key] += 1
+        elif outcome is UNKNOWN:
+            self.uncertain.append(key)
+        owed = owed_after(outcome)
+        names = self.names_of(key)
+        if not owed.publish:
+            return
+        self.must_go(Invalidate(v=1, **names))
+        self.apply(Eviction(names.get("keys", []), names.get("tags", [])))
+        origin = f"own{self.own}"
+        if owed.may_skip_echo:
+            self.coherence.expect_echo(origin, self.seqs.get(origin, 0) + 1)
+        message = self.publish(origin, **names)
+        if owed.may_skip_echo and self.bound:
+            self.skippable.add((message.origin, message.seq))
+        if outcome is UNKNOWN and owed.delete_rows:
+            self.uncertain[-1] += " without row"
+
+    @precondition(lambda self: self.uncertain)
+    @rule(committed=st.booleans())
+    def an_uncertain_commit_is_decided(self, committed: bool) -> None:
+        key, _, without_row = self.uncertain.pop(0).partition(" ")
+        if committed:
+            self.database[key] += 1
+            if not without_row:
+                self.publish("relay", **self.names_of(key))
+
+    @rule()
+    def the_publishing_channel_is_replaced(self) -> None:
+        self.coherence.forget_echoes(f"own{self.own}")
+        self.skippable.clear()
+        self.own += 1
+
+    # Delivering
+
+    @precondition(lambda self: self.consuming and any(self.queue.values()))
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def deliver(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            origins = sorted(origin for origin, waiting in self.queue.items() if waiting)
+            if origins:
+                message = self.queue[data.draw(st.sampled_from(origins))].pop(0)
+                self.seen.append(message)
+                self.receive(message)
+
+    def deliver_all(self) -> None:
+        for waiting in self.queue.values():
+            while waiting:
+                self.receive(waiting.pop(0))
+
+    @precondition(lambda self: self.consuming and self.seen)
+    @rule(data=st.data())
+    def deliver_again(self, data: st.DataObject) -> None:
+        self.receive(data.draw(st.sampled_from(self.seen[-5:])))
+
+    @precondition(lambda self: self.consuming and self.known)
+    @rule(data=st.data(), key=st.sampled_from(BASE), last=st.booleans())
+    def a_message_is_lost(self, data: st.DataObject, key: str, last: bool) -> None:
+        """What a purged queue or a full one does. A later message of the origin betrays it, if an earlier one came."""
+        origin = data.draw(st.sampled_from(sorted(self.known)))
+        self.database[key] += 1
+        self.publish(origin, **self.names_of(key))
+        self.queue[origin].pop(-1 if last else 0)
+
+    @precondition(lambda self: self.consuming)
+    @rule()
+    def an_unreadable_message_arrives(self) -> None:
+        eviction = self.coherence.gap("malformed message", self.now)
+        if eviction is not None:
+            self.apply(eviction)
+        else:
+            assert self.coherence.suspect
+
+    @precondition(lambda self: self.consuming)
+    @rule()
+    def lose_the_subscription(self) -> None:
+        self.consuming = False
+        self.coherence.lost("cut")
+        if not self.durable:
+            self.bound = False
+            self.queue.clear()
+        assert self.coherence.suspect
+
+    @precondition(lambda self: not self.consuming)
+    @rule(lost_meanwhile=st.booleans())
+    def join(self, lost_meanwhile: bool) -> None:
+        self.consuming = True
+        if self.durable and self.bound:
+            self.coherence.resumed("marker")
+            self.queue.setdefault("probes", []).append(Probe(v=1, id="stranger"))
+            for origin in list(self.queue):
+                while self.queue[origin]:
+                    self.receive(self.queue[origin].pop(0))
+                    assert self.coherence.suspect
+            self.receive(Probe(v=1, id="marker"))
+            return
+        self.bound = True
+        self.known.clear()
+        self.seen.clear()
+        self.skippable.clear()
+        eviction = self.coherence.joined_anew()
+        assert eviction.everything
+        if lost_meanwhile:
+            self.apply(eviction)
+            self.consuming = self.bound = False
+            self.coherence.lost("cut again")
+            self.coherence.trust()
+            assert self.coherence.suspect, "trusted a subscription that was lost meanwhile"
+            return
+        self.apply(eviction)
+        self.coherence.trust()
+
+    @rule(seconds=st.sampled_from([0.1, 0.6, 1.1, 4.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        eviction = self.coherence.take_due_gap(self.now)
+        if eviction is not None:
+            self.apply(eviction)
+            self.coherence.gap_done()
+
+    # What always holds
+
+    @invariant()
+    def suspect_unless_subscribed(self) -> None:
+        if hasattr(self, "coherence") and not self.consuming:
+            assert self.coherence.suspect
+
+    @invariant()
+    def nothing_too_old_is_servable(self) -> None:
+        for key, (entry, began) in self.cache.items():
+            if self.coherence.may_serve(entry, self.now):
+                self.check_served(key, entry, began)
+
+    def everything_comes_to_rest(self) -> None:
+        """All is sent, received and evicted, and no load is in flight: whatever would be served is true."""
+        if not self.consuming:
+            self.join(False)
+        self.deliver_all()
+        self.fill()
+        while self.uncertain:
+            self.an_uncertain_commit_is_decided(True)
+        for origin in self.known & self.seqs.keys():
+            self.publish(origin, keys=["betrays what was lost before it"])
+        self.deliver_all()
+        self.time_passes(GAP_INTERVAL)
+        while self.loads:
+            self.finish(self.loads[0], False, 1000.0)
+        assert self.coherence.suspect is None
+        assert not self.coherence._loads
+        for key, (entry, _) in self.cache.items():
+            if self.coherence.may_serve(entry, self.now):
+                truth = (self.database["p"], self.database["q"]) if key == "sum" else self.database[key]
+                assert entry.value == truth, f"{key} is stale for ever"
+
+
+TestWorld = World.TestCase
+TestWorld.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+
+
+# Each rule by itself
+
+
+def ready(max_staleness: float | None = None) -> Coherence:
+    coherence = Coherence(max_staleness)
+    coherence.evict(coherence.joined_anew())
+    coherence.trust()
+    return coherence
+
+
+def stored(coherence: Coherence, key: str = "k", now: float = 100.0, tags: frozenset[str] = NO_TAGS) -> Entry:
+    load = coherence.begin_load(key, now, tags)
+    assert coherence.may_store(load)
+    coherence.end_load(load)
+    return coherence.entry(load, "value", math.inf)
+
+
+EVICTIONS = {
+    "its key": Eviction(["other", "k"]),
+    "its tag": Eviction(tags=["other", "t"]),
+    "everything": Eviction(everything=True),
+}
+
+
+@pytest.mark.parametrize("what", EVICTIONS)
+def test_an_eviction_voids_the_token(what: str) -> None:
+    coherence = ready()
+    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    assert coherence.joinable("k", 100.0, frozenset(["t"])) is load
+    coherence.evict(EVICTIONS[what])
+    assert not coherence.may_store(load)
+    assert coherence.joinable("k", 100.0, frozenset(["t"])) is None
+
+
+@pytest.mark.parametrize("eviction", [Eviction(["other"]), Eviction(tags=["other"]), Eviction()])
+def test_an_eviction_of_something_else_voids_nothing(eviction: Eviction) -> None:
+    coherence = ready()
+    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    entry = stored(coherence, "l", tags=frozenset(["t"]))
+    coherence.evict(eviction)
+    assert coherence.may_store(load)
+    assert coherence.may_serve(entry, 100.0)
+
+
+@pytest.mark.parametrize("what", EVICTIONS)
+def test_a_voided_token_is_never_revived(what: str) -> None:
+    coherence = ready()
+    old = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    coherence.evict(EVICTIONS[what])
+    new = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    coherence.end_load(old)
+    assert coherence.may_store(new)
+    assert coherence.joinable("k", 100.0) is new, "the end of the old load took the new one's place"
+    assert not coherence.may_store(old)
+
+
+def test_of_two_loads_of_one_key_only_the_younger_stores() -> None:
+    coherence = ready(max_staleness=3)
+    old = coherence.begin_load("k", 100.0)
+    assert coherence.joinable("k", 103.1) is None
+    new = coherence.begin_load("k", 103.1)
+    assert not coherence.may_store(old)
+    assert coherence.may_store(new)
+
+
+def test_a_reader_of_an_evicted_tag_does_not_join_a_load_that_did_not_name_it() -> None:
+    coherence = ready()
+    load = coherence.begin_load("k", 100.0)
+    coherence.evict(Eviction(tags=["t"]))
+    assert coherence.joinable("k", 100.0, frozenset(["t"])) is None
+    assert coherence.joinable("k", 100.0) is load
+
+
+def test_a_load_goes_with_the_tags_of_whoever_joins_it() -> None:
+    coherence = ready()
+    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    assert coherence.joinable("k", 100.0, frozenset(["u"])) is load
+    assert load.tags == {"t", "u"}
+    coherence.evict(Eviction(tags=["u"]))
+    assert not coherence.may_store(load)
+
+
+def test_tags_learned_while_loading_void_as_well() -> None:
+    coherence = ready()
+    load = coherence.begin_load("k", 100.0)
+    coherence.evict(Eviction(tags=["t"]))
+    assert coherence.may_store(load)
+    coherence.inherit(load, stored(coherence, "part", tags=frozenset(["t"])))
+    assert not coherence.may_store(load)
+
+
+def test_a_value_is_as_old_as_its_oldest_part_and_goes_with_its_tags() -> None:
+    coherence = ready()
+    part = stored(coherence, "part", now=90.0, tags=frozenset(["t"]))
+    whole = coherence.begin_load("whole", 100.0, frozenset(["w"]))
+    coherence.inherit(whole, part)
+    coherence.inherit(whole, coherence.begin_load("young", 101.0, frozenset(["y"])))
+    assert (whole.started, whole.tags) == (90.0, {"w", "t", "y"})
+    entry = coherence.entry(whole, "value", math.inf)
+    assert entry.load_started == 90.0
+    coherence.evict(Eviction(tags=["t"]))
+    assert not coherence.may_serve(entry, 101.0)
+
+
+def test_a_voided_part_voids_the_whole() -> None:
+    coherence = ready()
+    whole = coherence.begin_load("whole", 100.0)
+    part = coherence.begin_load("part", 100.0, parent=whole)
+    coherence.evict(Eviction(["part"]))
+    coherence.inherit(whole, part)
+    assert not coherence.may_store(whole)
+
+
+def test_a_flood_of_tags_is_bounded_and_evicts_rather_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_EVICTED_TAGS", 10)
+    coherence = ready()
+    tagged, plain = stored(coherence, "tagged", tags=frozenset(["t"])), stored(coherence, "plain")
+    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    for n in range(1000):
+        coherence.evict(Eviction(tags=[f"flood {n}"]))
+    assert len(coherence._tag_evicted) <= 10
+    assert not coherence.may_serve(tagged, 100.0)
+    assert not coherence.may_store(load)
+    assert coherence.may_serve(plain, 100.0)
+    assert coherence.may_serve(stored(coherence, tags=frozenset(["t"])), 100.0)
+
+
+def test_an_entry_ends_with_its_ttl() -> None:
+    coherence = ready()
+    load = coherence.begin_load("k", 100.0)
+    entry = coherence.entry(load, "value", 160.0)
+    assert coherence.may_serve(entry, 159.9)
+    assert not coherence.may_serve(entry, 160.0)
+
+
+@pytest.mark.parametrize(("max_staleness", "limit"), [(None, 1.0), (3.0, 3.0)])
+def test_a_suspect_instance_serves_by_age_alone(max_staleness: float | None, limit: float) -> None:
+    coherence = ready(max_staleness)
+    entry, load = stored(coherence), coherence.begin_load("l", 100.0)
+    coherence.lost("cut")
+    assert coherence.may_serve(entry, 100.0 + limit)
+    assert not coherence.may_serve(entry, 100.001 + limit)
+    assert coherence.joinable("l", 100.0 + limit) is load
+    assert coherence.joinable("l", 100.001 + limit) is None
+    assert coherence.bypassing(entry, 100.0)
+
+
+def test_a_healthy_instance_serves_for_the_whole_ttl_unless_a_limit_is_set() -> None:
+    coherence = ready()
+    assert coherence.may_serve(stored(coherence), 1e9)
+    coherence = ready(max_staleness=3)
+    entry = stored(coherence)
+    assert coherence.may_serve(entry, 103.0)
+    assert not coherence.may_serve(entry, 103.1)
+    assert coherence.bypassing(entry, 103.1)
+    assert not coherence.bypassing(entry, 103.0)
+    assert not coherence.bypassing(None, 103.0)
+
+
+def test_before_it_has_ever_joined_it_is_suspect() -> None:
+    coherence = Coherence()
+    assert coherence.suspect == "not subscribed yet"
+    assert not coherence.may_serve(stored(coherence), 101.1)
+
+
+def test_joining_evicts_everything_before_it_is_trusted() -> None:
+    coherence = ready()
+    entry, load = stored(coherence), coherence.begin_load("l", 100.0)
+    coherence.lost("cut")
+    eviction = coherence.joined_anew()
+    assert eviction.everything
+    assert coherence.suspect
+    coherence.evict(eviction)
+    coherence.trust()
+    assert coherence.suspect is None
+    assert not coherence.may_serve(entry, 100.0)
+    assert not coherence.may_store(load)
+
+
+def test_trust_does_not_outrun_a_loss() -> None:
+    coherence = Coherence()
+    eviction = coherence.joined_anew()
+    coherence.lost("cut")
+    coherence.evict(eviction)
+    coherence.trust()
+    assert coherence.suspect == "cut"
+
+
+def test_one_doubt_does_not_settle_another() -> None:
+    coherence = ready()
+    coherence.doubt("eviction", "the cache is down")
+    coherence.lost("cut")
+    coherence.settle("eviction")
+    assert coherence.suspect == "cut"
+
+
+# Resuming a durable queue
+
+
+def test_resumed_it_is_suspect_until_its_own_marker_is_evicted() -> None:
+    coherence = ready()
+    entry = stored(coherence)
+    coherence.lost("cut")
+    coherence.resumed("mine")
+    epoch = coherence.epoch
+    for message in (Probe(v=1, id="another's"), Invalidate(v=1, keys=["x"])):
+        coherence.received(message, 100.0)
+        coherence.evicted()
+        assert coherence.suspect == "catching up with the queue"
+    coherence.received(Probe(v=1, id="mine"), 100.0)
+    assert coherence.suspect, "trusted before what came before the marker was evicted"
+    coherence.evicted()
+    assert coherence.suspect is None
+    assert coherence.epoch == epoch
+    assert coherence.may_serve(entry, 1e6)
+
+
+def test_a_marker_of_a_lost_subscription_does_not_count() -> None:
+    coherence = ready()
+    coherence.lost("cut")
+    coherence.resumed("first")
+    coherence.received(Probe(v=1, id="first"), 100.0)
+    coherence.lost("cut again")
+    coherence.evicted()
+    assert coherence.suspect == "cut again"
+    coherence.resumed("second")
+    coherence.received(Probe(v=1, id="first"), 100.0)
+    coherence.evicted()
+    assert coherence.suspect
+    coherence.received(Probe(v=1, id="second"), 100.0)
+    coherence.evicted()
+    assert coherence.suspect is None
+
+
+def test_a_marker_does_not_outlive_its_subscription() -> None:
+    coherence = ready()
+    coherence.lost("cut")
+    coherence.resumed("mine")
+    coherence.received(Probe(v=1, id="mine"), 100.0)
+    coherence.lost("queue deleted")
+    coherence.joined_anew()
+    coherence.evicted()
+    assert coherence.suspect, "trusted before it was cleared"
+
+
+# Gaps
+
+
+def numbered(seq: int, origin: str = "o", key: str = "k") -> Invalidate:
+    return Invalidate(v=1, origin=origin, seq=seq, keys=[key])
+
+
+def test_the_first_number_of_an_origin_is_a_baseline_and_a_jump_a_gap() -> None:
+    coherence = ready()
+    for message in (numbered(7), numbered(8), numbered(3, "p"), numbered(9), numbered(4, "p")):
+        eviction = coherence.received(message, 100.0)
+        assert eviction is not None
+        assert not eviction.everything
+    eviction = coherence.received(numbered(11), 100.0)
+    assert eviction is not None
+    assert eviction.everything
+    assert coherence.counters.gap_reasons == {"missing messages": 1}
+
+
+def test_a_new_subscription_has_baselines_of_its_own() -> None:
+    coherence = ready()
+    coherence.received(numbered(7), 100.0)
+    coherence.lost("cut")
+    coherence.evict(coherence.joined_anew())
+    coherence.trust()
+    assert coherence.received(numbered(20), 100.0) == Eviction(["k"], [], False)
+    assert coherence.counters.gaps == 0
+
+
+@pytest.mark.parametrize("seq", [1, 4, 5])
+def test_a_duplicate_is_no_gap_and_is_evicted_again(seq: int) -> None:
+    coherence = ready()
+    for n in range(1, 6):
+        coherence.received(numbered(n), 100.0)
+    eviction = coherence.received(numbered(seq, key="dup"), 100.0)
+    assert eviction == Eviction(["dup"], [], False)
+    assert coherence.counters.gaps == 0
+    assert coherence.counters.duplicates == 1
+    assert coherence.received(numbered(6), 100.0) == Eviction(["k"], [], False)
+
+
+def test_messages_without_numbers_are_evicted_and_never_a_gap() -> None:
+    coherence = ready()
+    for message in (Invalidate(v=1, keys=["k"], seq=9), Invalidate(v=1, keys=["k"], origin="o")):
+        assert coherence.received(message, 100.0) == Eviction(["k"], [], False)
+    assert coherence.counters.gaps == 0
+
+
+def test_gaps_are_coalesced_to_one_epoch_a_second_and_suspect_meanwhile() -> None:
+    coherence = ready()
+    eviction = coherence.gap("malformed message", 100.0)
+    assert eviction is not None
+    assert eviction.everything
+    assert coherence.suspect is None
+    assert coherence.gap("malformed message", 100.2) is None
+    assert coherence.gap("malformed message", 100.9) is None
+    assert coherence.suspect == "malformed message"
+    assert coherence.gap_due_at == 101.0
+    assert coherence.take_due_gap(100.99) is None
+    eviction = coherence.take_due_gap(101.0)
+    assert eviction is not None
+    assert eviction.everything
+    assert coherence.suspect, "trusted before the epoch that was put off has begun"
+    assert coherence.gap("another", 101.5) is None
+    coherence.gap_done()
+    assert coherence.suspect == "another", "the end of one gap settled the next"
+    assert coherence.take_due_gap(102.0) is not None
+    coherence.gap_done()
+    assert coherence.suspect is None
+    assert coherence.take_due_gap(200.0) is None
+    assert coherence.counters.gaps == 4
+
+
+def test_the_message_behind_a_gap_that_is_put_off_is_evicted_itself() -> None:
+    coherence = ready()
+    coherence.received(numbered(1), 100.0)
+    assert coherence.received(numbered(3), 100.0) == Eviction(everything=True, reason="missing messages")
+    assert coherence.received(numbered(5, key="now"), 100.5) == Eviction(["now"], [], False)
+
+
+def test_origins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_ORIGINS", 10)
+    coherence = ready()
+    for n in range(100):
+        coherence.received(numbered(n + 1, "busy"), 100.0)
+        coherence.received(numbered(1, f"o{n}"), 100.0)
+        assert "busy" in coherence._seqs, "the busiest origin was forgotten"
+    assert len(coherence._seqs) == 10
+
+
+def test_messages_that_are_no_invalidation_evict_nothing() -> None:
+    coherence = ready()
+    for message in (Unknown("news"), Probe(v=1, id="x"), Tick(v=1, origin="o", seq=1, as_of=1.0)):
+        assert coherence.received(message, 100.0) is None
+    assert coherence.counters.unknown_messages == 1
+
+
+# Echoes
+
+
+def test_an_echo_is_skipped_once() -> None:
+    coherence = ready()
+    coherence.expect_echo("mine", 1)
+    assert coherence.received(numbered(1, "mine"), 100.0) is None
+    assert coherence.received(numbered(1, "mine"), 100.0) == Eviction(["k"], [], False)
+    assert coherence.counters.skipped_echoes == 1
+
+
+def test_an_unexpected_message_of_ones_own_is_a_strangers() -> None:
+    coherence = ready()
+    coherence.expect_echo("mine", 2)
+    assert coherence.received(numbered(1, "mine"), 100.0) == Eviction(["k"], [], False)
+    assert coherence.received(numbered(2, "mine"), 100.0) is None
+
+
+def test_what_comes_late_of_a_channel_that_is_closed_is_a_strangers() -> None:
+    coherence = ready()
+    for origin in ("mine", "mine too"):
+        coherence.expect_echo(origin, 1)
+    coherence.forget_echoes("mine")
+    assert coherence.received(numbered(1, "mine"), 100.0) == Eviction(["k"], [], False)
+    assert coherence.received(numbered(1, "mine too"), 100.0) is None
+
+
+def test_a_new_subscription_expects_no_echo() -> None:
+    coherence = ready()
+    coherence.expect_echo("mine", 1)
+    coherence.lost("cut")
+    coherence.joined_anew()
+    assert coherence.received(numbered(1, "mine"), 100.0) == Eviction(["k"], [], False)
+
+
+def test_a_gap_counts_in_ones_own_messages_too() -> None:
+    coherence = ready()
+    for seq in (1, 2, 3):
+        coherence.expect_echo("mine", seq)
+    coherence.received(numbered(1, "mine"), 100.0)
+    eviction = coherence.received(numbered(3, "mine"), 100.0)
+    assert eviction is not None
+    assert eviction.everything
+
+
+def test_who_is_not_subscribed_does_not_collect_echoes() -> None:
+    coherence = Coherence()
+    for seq in range(100):
+        coherence.expect_echo("mine", seq)
+    assert not coherence._echoes
+
+
+# What a write owes
+
+
+@pytest.mark.parametrize(
+    ("outcome", "publish", "delete_rows", "may_skip_echo"),
+    [(COMMITTED, True, True, True), (ABORTED, False, False, False), (UNKNOWN, True, False, False)],
+)
+def test_what_is_owed(outcome: WriteOutcome, publish: bool, delete_rows: bool, may_skip_echo: bool) -> None:
+    owed = owed_after(outcome)
+    assert (owed.publish, owed.delete_rows, owed.may_skip_echo) == (publish, delete_rows, may_skip_echo)
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "outcome"),
+    [
+        (None, UNKNOWN),
+        ("08006", UNKNOWN),  # connection failure
+        ("57014", UNKNOWN),  # query canceled: by a timeout of the client, which cannot know how far it came
+        ("57P01", UNKNOWN),  # administrator's shutdown
+        ("57P02", UNKNOWN),  # crash
+        ("58030", UNKNOWN),  # I/O error
+        ("XX000", UNKNOWN),
+        ("40003", UNKNOWN),  # statement completion unknown
+        ("40001", ABORTED),  # serialization failure
+        ("40P01", ABORTED),  # deadlock
+        ("23503", ABORTED),  # foreign key, also a deferred one
+        ("22001", ABORTED),
+        ("42P01", ABORTED),
+        ("25P02", ABORTED),
+    ],
+)
+def test_outcome_of_an_error(sqlstate: str | None, outcome: WriteOutcome) -> None:
+    assert outcome_of_error(sqlstate) is outcome
+
+
+def test_merged() -> None:
+    merged = Eviction.merged([Eviction(["a", "b"]), Eviction(["b", "c"], ["t"]), Eviction(tags=["t", "u"])])
+    assert merged == Eviction(["a", "b", "c"], ["t", "u"])
+    assert bool(merged)
+    everything = Eviction(everything=True, reason="gap")
+    assert Eviction.merged([Eviction(["a"]), everything, Eviction(["b"])]) == everything
+    assert not Eviction.merged([])

@@ -1,0 +1,387 @@
+"""Publishing: together what waits together, in order, at once, and nothing deleted that was not confirmed."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID, uuid4
+
+import pytest
+from conftest import Eventually
+
+from cacheinval import publisher as publishing
+from cacheinval.coherence import Coherence
+from cacheinval.errors import PublishError
+from cacheinval.messages import Invalidate, decode
+from cacheinval.publisher import Publisher, Unpublished
+
+
+@dataclass
+class Broker:
+    """Opens channels, and notes what each has sent; while `confirms` is not set, it confirms nothing."""
+
+    sent: list[Invalidate] = field(default_factory=list)
+    confirms: asyncio.Event = field(default_factory=asyncio.Event)
+    refuses: bool = False
+    fails: bool = False
+    channels: "list[Channel]" = field(default_factory=list)
+    attempts: int = 0
+    deleted: list[UUID] = field(default_factory=list)
+    deletes: bool = True
+
+    async def open_channel(self) -> "Channel":
+        self.attempts += 1
+        if self.refuses:
+            raise PublishError("no broker there")
+        self.channels.append(Channel(self, f"origin{len(self.channels)}"))
+        return self.channels[-1]
+
+    async def delete(self, rows: Sequence[UUID]) -> None:
+        if not self.deletes:
+            raise OSError("no database there")
+        self.deleted += rows
+
+
+@dataclass
+class Channel:
+    broker: Broker
+    origin: str
+    closed: bool = False
+
+    async def send(self, body: bytes) -> None:
+        message = decode(body)
+        assert isinstance(message, Invalidate)
+        self.broker.sent.append(message)
+        await self.broker.confirms.wait()
+        if self.broker.fails:
+            raise PublishError("refused")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+async def broker() -> Broker:
+    broker = Broker()
+    broker.confirms.set()
+    return broker
+
+
+@pytest.fixture
+def coherence() -> Coherence:
+    coherence = Coherence()
+    coherence.evict(coherence.joined_anew())
+    coherence.trust()
+    return coherence
+
+
+Make = Callable[..., Awaitable[Publisher]]
+
+
+@pytest.fixture
+async def make(broker: Broker, coherence: Coherence, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Make]:
+    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 0.01)
+    tasks = []
+
+    async def make(timeout: float = 5.0) -> Publisher:
+        publisher = Publisher(broker.open_channel, broker.delete, coherence, timeout)
+        tasks.extend(asyncio.create_task(run()) for run in (publisher.run, publisher.delete_confirmed))
+        await asyncio.sleep(0)
+        return publisher
+
+    yield make
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert all(task.cancelled() for task in tasks)
+
+
+def write(*keys: str, rows: int = 0, **fields: object) -> Unpublished:
+    return Unpublished(keys=list(keys), rows=[uuid4() for _ in range(rows)], **fields)  # type: ignore[arg-type]
+
+
+async def test_a_write_is_published_confirmed_and_deleted(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    one = write("a", tags=["t"], versions=[8], rows=2, committed_at=5.0)
+    publisher.submit(one)
+    assert await publisher.flush(5)
+    (message,) = broker.sent
+    assert (message.keys, message.tags, message.versions) == (["a"], ["t"], [8])
+    assert (message.origin, message.seq, message.committed_at) == ("origin0", 1, 5.0)
+    assert message.at is not None
+    assert broker.deleted == one.rows
+    assert (publisher.counters.confirmed_writes, publisher.counters.deleted_rows) == (1, 2)
+
+
+async def test_numbers_go_up_by_one_on_one_channel(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    for n in range(5):
+        publisher.submit(write(f"k{n}"))
+        assert await publisher.flush(5)
+    assert [message.seq for message in broker.sent] == [1, 2, 3, 4, 5]
+    assert len(broker.channels) == 1
+
+
+async def test_what_comes_while_a_confirm_is_awaited_goes_out_together(
+    make: Make, broker: Broker, eventually: Eventually
+) -> None:
+    publisher = await make()
+    broker.confirms.clear()
+    publisher.submit(write("first", rows=1, committed_at=9.0))
+    await eventually(lambda: len(broker.sent) == 1)
+    for n in range(100):
+        publisher.submit(write(f"k{n % 10}", tags=["t"], versions=[n], rows=1, committed_at=float(n)))
+    assert len(broker.sent) == 1
+    assert broker.deleted == []
+    broker.confirms.set()
+    assert await publisher.flush(5)
+    first, second = broker.sent
+    assert first.keys == ["first"]
+    assert second.keys == [f"k{n}" for n in range(10)]
+    assert second.versions == list(range(90, 100)), "of several versions of a key the highest counts"
+    assert second.tags == ["t"]
+    assert second.committed_at == 0.0, "latency counts from the oldest commit"
+    assert len(broker.deleted) == 101
+
+
+async def test_everything_makes_the_names_needless(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    for one in (write("a", rows=1), write(everything=True, rows=1), write("b", tags=["t"], rows=1)):
+        publisher.submit(one)
+    assert await publisher.flush(5)
+    (message,) = broker.sent
+    assert message.all
+    assert message.keys == message.tags == []
+    assert len(broker.deleted) == 3
+
+
+async def test_a_batch_of_many_messages_keeps_its_order(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    keys = [f"k{n}" for n in range(5_500)]
+    publisher.submit(write(*keys[:3_000], rows=1))
+    publisher.submit(write(*keys[3_000:], rows=1))
+    assert await publisher.flush(5)
+    assert [message.seq for message in broker.sent] == [1, 2, 3, 4, 5, 6]
+    assert [key for message in broker.sent for key in message.keys] == keys
+    assert publisher.counters.confirmed_messages == 6
+
+
+async def test_one_message_of_a_batch_that_fails_keeps_the_rows_of_all(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    sent = Channel.send
+
+    async def fail_second(self: Channel, body: bytes) -> None:
+        await sent(self, body)
+        if len(broker.sent) == 2:
+            raise PublishError("refused")
+
+    broker.confirms.set()
+    Channel.send = fail_second  # type: ignore[method-assign]
+    try:
+        publisher.submit(write(*[f"k{n}" for n in range(2_500)], rows=1))
+        assert await publisher.flush(5)
+    finally:
+        Channel.send = sent  # type: ignore[method-assign]
+    assert len(broker.sent) == 3
+    assert broker.deleted == []
+    assert broker.channels[0].closed
+
+
+# Failures
+
+
+@pytest.mark.parametrize("how", ["refused", "no confirm", "no channel"])
+async def test_what_is_not_confirmed_is_left_to_the_relay(
+    make: Make, broker: Broker, eventually: Eventually, how: str
+) -> None:
+    publisher = await make(timeout=0.05)
+    broker.refuses, broker.fails = how == "no channel", how == "refused"
+    if how == "no confirm":
+        broker.confirms.clear()
+    publisher.submit(write("a", rows=1))
+    assert await publisher.flush(5)
+    assert broker.deleted == []
+    assert publisher.failing
+    assert (publisher.counters.failures, publisher.counters.left_to_relay) == (1, 1)
+    assert publisher.counters.confirmed_writes == 0
+    assert all(channel.closed for channel in broker.channels)
+
+
+async def test_a_new_channel_is_a_new_origin_that_counts_from_one(
+    make: Make, broker: Broker, eventually: Eventually
+) -> None:
+    publisher = await make()
+    publisher.submit(write("a"))
+    assert await publisher.flush(5)
+    broker.fails = True
+    publisher.submit(write("b"))
+    assert await publisher.flush(5)
+    broker.fails = False
+
+    async def published() -> bool:
+        publisher.submit(write("c", rows=1))
+        await publisher.flush(5)
+        return not publisher.failing
+
+    await eventually(published)
+    assert [(message.origin, message.seq) for message in broker.sent] == [
+        ("origin0", 1),
+        ("origin0", 2),
+        ("origin1", 1),
+    ]
+    assert len(broker.deleted) == 1
+
+
+async def test_while_the_broker_is_away_writes_are_left_at_once_and_it_is_asked_rarely(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 60.0)
+    publisher = await make()
+    broker.refuses = True
+    for _ in range(20):
+        publisher.submit(write("a", rows=1))
+        assert await publisher.flush(5)
+    assert broker.attempts == 1
+    assert publisher.counters.left_to_relay == 20
+    assert broker.deleted == []
+
+
+async def test_rows_that_cannot_be_deleted_are_no_failure_of_the_publish(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    broker.deletes = False
+    publisher.submit(write("a", rows=1))
+    assert await publisher.flush(5)
+    assert publisher.counters.confirmed_writes == 1
+    assert publisher.counters.deleted_rows == 0
+    broker.deletes = True
+    later = write("b", rows=1)
+    publisher.submit(later)
+    assert await publisher.flush(5)
+    assert broker.deleted == later.rows
+
+
+# Without a database the writer waits for the confirm itself
+
+
+async def test_who_waits_for_the_confirm_learns_of_it(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    confirmed = asyncio.get_running_loop().create_future()
+    publisher.submit(write("a", confirmed=confirmed))
+    await asyncio.wait_for(confirmed, 5)
+    assert publisher.counters.left_to_relay == 0
+
+
+async def test_who_waits_for_the_confirm_is_told_why_it_failed_and_each_time_tried(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 60.0)
+    publisher = await make()
+    broker.refuses = True
+    for _ in range(2):
+        confirmed = asyncio.get_running_loop().create_future()
+        publisher.submit(write("a", confirmed=confirmed))
+        with pytest.raises(PublishError, match="not confirmed: no broker there"):
+            await asyncio.wait_for(confirmed, 5)
+    broker.refuses = False
+    confirmed = asyncio.get_running_loop().create_future()
+    publisher.submit(write("a", confirmed=confirmed))
+    await asyncio.wait_for(confirmed, 5)
+    assert not publisher.failing
+    assert publisher.counters.left_to_relay == 0
+
+
+async def test_who_waits_when_it_stops_is_told(
+    broker: Broker, coherence: Coherence, eventually: Eventually
+) -> None:
+    publisher = Publisher(broker.open_channel, None, coherence, 5.0)
+    broker.confirms.clear()
+    running = asyncio.create_task(publisher.run())
+    waiting = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    publisher.submit(write("in flight", confirmed=waiting[0]))
+    await eventually(lambda: broker.sent)
+    publisher.submit(write("behind it", confirmed=waiting[1]))
+    running.cancel()
+    await asyncio.wait([running])
+    for confirmed in waiting:
+        with pytest.raises(PublishError, match="stopped"):
+            await asyncio.wait_for(confirmed, 5)
+    assert broker.channels[0].closed
+
+
+# Bounds and the end
+
+
+async def test_what_waits_is_bounded(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    monkeypatch.setattr(publishing, "MAX_WAITING", 10)
+    publisher = await make()
+    broker.confirms.clear()
+    publisher.submit(write("in flight"))
+    await eventually(lambda: broker.sent)
+    for n in range(20):
+        publisher.submit(write(f"k{n}", rows=1))
+    assert publisher.waiting == 5  # a write counts as its names and one more
+    assert publisher.counters.left_to_relay == 15
+    broker.confirms.set()
+    assert await publisher.flush(5)
+    assert len(broker.deleted) == 5
+    large = write(*[f"k{n}" for n in range(100)], rows=1)
+    publisher.submit(large)  # alone it may be larger than the bound
+    assert await publisher.flush(5)
+    assert large.rows[0] in broker.deleted
+
+
+async def test_flush_says_whether_it_got_there(make: Make, broker: Broker, eventually: Eventually) -> None:
+    publisher = await make()
+    assert await publisher.flush(0.01)
+    broker.confirms.clear()
+    publisher.submit(write("a"))
+    assert not await publisher.flush(0.02)
+    broker.confirms.set()
+    assert await publisher.flush(5)
+
+
+async def test_flush_waits_until_the_rows_are_deleted(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    gate = asyncio.Event()
+    delete = broker.delete
+
+    async def slow(rows: Sequence[UUID]) -> None:
+        await gate.wait()
+        await delete(rows)
+
+    publisher._delete_rows = slow
+    publisher.submit(write("a", rows=1))
+    assert not await publisher.flush(0.05)
+    gate.set()
+    assert await publisher.flush(5)
+    assert len(broker.deleted) == 1
+
+
+# Echoes
+
+
+async def test_the_echo_is_expected_only_where_all_of_a_message_was_evicted_here(
+    make: Make, broker: Broker, coherence: Coherence, eventually: Eventually
+) -> None:
+    publisher = await make()
+    publisher.submit(write("a", evicted_here=True))
+    assert await publisher.flush(5)
+    publisher.submit(write("b", evicted_here=True))
+    publisher.submit(write("c", evicted_here=False))
+    assert await publisher.flush(5)
+    first, second = broker.sent
+    assert coherence.received(first, 1.0) is None
+    eviction = coherence.received(second, 1.0)
+    assert eviction is not None
+    assert eviction.keys == ["b", "c"]
+
+
+async def test_after_a_failure_no_echo_is_expected(make: Make, broker: Broker, coherence: Coherence) -> None:
+    publisher = await make()
+    broker.fails = True
+    publisher.submit(write("a", evicted_here=True))
+    assert await publisher.flush(5)
+    eviction = coherence.received(broker.sent[0], 1.0)  # it arrives nevertheless, and late
+    assert eviction is not None
+    assert eviction.keys == ["a"]

@@ -1,0 +1,423 @@
+"""What an instance does with what arrives: it evicts first and answers afterwards, whatever fails in between."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+from conftest import Eventually
+
+from cacheinval import coherence as rules
+from cacheinval import receiver
+from cacheinval.clock import Clock
+from cacheinval.coherence import Coherence, Eviction
+from cacheinval.errors import CacheError, EvictionError, PublishError
+from cacheinval.messages import Ask, Invalidate, Probe, decode, encode
+from cacheinval.receiver import Instance
+
+
+@dataclass(frozen=True)
+class Delivery:
+    body: bytes
+    reply_to: str | None = None
+
+
+class Cache:
+    """Notes what it is told to evict; while `down`, it fails, and while `open` is not set, it waits."""
+
+    def __init__(self) -> None:
+        self.evicted: list[Eviction] = []
+        self.attempts = 0
+        self.down = False
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def evict(self, eviction: Eviction) -> None:
+        self.attempts += 1
+        await self.open.wait()
+        if self.down:
+            raise CacheError("the cache is down")
+        self.evicted.append(eviction)
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for eviction in self.evicted for key in eviction.keys]
+
+    @property
+    def resets(self) -> int:
+        return sum(eviction.everything for eviction in self.evicted)
+
+
+class SetClock(Clock):
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+
+@dataclass
+class House:
+    """An instance with two caches, and what it asked for."""
+
+    instance: Instance
+    coherence: Coherence
+    clock: SetClock
+    caches: list[Cache]
+    probes: list[bytes]
+    asked: list[Delivery]
+
+
+@pytest.fixture
+async def house(monkeypatch: pytest.MonkeyPatch) -> House:
+    monkeypatch.setattr(receiver, "RETRY_FIRST", 0.001)
+    monkeypatch.setattr(receiver, "RETRY_MOST", 0.004)
+    monkeypatch.setattr(rules, "GAP_INTERVAL", 0.02)
+    coherence, clock, caches = Coherence(), SetClock(), [Cache(), Cache()]
+    probes: list[bytes] = []
+    asked: list[Delivery] = []
+
+    async def publish_probe(body: bytes) -> None:
+        probes.append(body)
+
+    return House(
+        Instance(coherence, clock, caches, publish_probe, asked.append),
+        coherence,
+        clock,
+        caches,
+        probes,
+        asked,
+    )
+
+
+@pytest.fixture
+async def joined(house: House) -> House:
+    await house.instance.joined(resumed=False)
+    for cache in house.caches:
+        cache.evicted.clear()
+        cache.attempts = 0
+    return house
+
+
+@pytest.fixture
+async def gaps(joined: House) -> AsyncIterator[House]:
+    """With the task that begins the epochs that were put off."""
+    task = asyncio.create_task(joined.instance.begin_epochs_put_off())
+    yield joined
+    assert not task.done()
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def invalidate(*keys: str, seq: int | None = None, **fields: object) -> Delivery:
+    origin = None if seq is None else "o"
+    return Delivery(encode(Invalidate(v=1, origin=origin, seq=seq, keys=list(keys), **fields)))  # type: ignore[arg-type]
+
+
+BAD = Delivery(b"not JSON")
+
+
+# Joining
+
+
+async def test_joining_clears_every_cache_before_it_is_ready(house: House) -> None:
+    first, second = house.caches
+    second.open.clear()
+    joining = asyncio.create_task(house.instance.joined(resumed=False))
+    while not second.attempts:
+        await asyncio.sleep(0)
+    assert first.resets == 1
+    assert not house.instance.trusted.is_set()
+    second.open.set()
+    await joining
+    assert second.resets == 1
+    assert house.instance.trusted.is_set()
+    assert house.instance.ever_joined
+    assert house.coherence.suspect is None
+
+
+async def test_a_subscription_that_is_lost_while_it_joins_is_not_trusted(house: House) -> None:
+    house.caches[0].open.clear()
+    joining = asyncio.create_task(house.instance.joined(resumed=False))
+    await asyncio.sleep(0)
+    house.instance.lost("cut")
+    house.caches[0].open.set()
+    await joining
+    assert not house.instance.trusted.is_set()
+    assert house.coherence.suspect == "cut"
+
+
+async def test_lost_is_suspect_at_once(joined: House) -> None:
+    joined.instance.lost("connection cut")
+    assert not joined.instance.trusted.is_set()
+    assert joined.coherence.suspect == "connection cut"
+
+
+async def test_resumed_it_clears_nothing_and_waits_for_its_own_marker(joined: House) -> None:
+    joined.instance.lost("cut")
+    await joined.instance.joined(resumed=True)
+    (probe,) = joined.probes
+    assert not joined.instance.trusted.is_set()
+    await joined.instance.receive([invalidate("a"), Delivery(encode(Probe(v=1, id="another's")))])
+    assert not joined.instance.trusted.is_set()
+    await joined.instance.receive([invalidate("b"), Delivery(probe)])
+    assert joined.instance.trusted.is_set()
+    assert joined.caches[0].keys == ["a", "b"]
+    assert joined.caches[0].resets == 0
+
+
+async def test_each_resumption_has_a_marker_of_its_own(joined: House) -> None:
+    for _ in range(2):
+        joined.instance.lost("cut")
+        await joined.instance.joined(resumed=True)
+    first, second = joined.probes
+    assert first != second
+    await joined.instance.receive([Delivery(first)])
+    assert not joined.instance.trusted.is_set()
+    await joined.instance.receive([Delivery(second)])
+    assert joined.instance.trusted.is_set()
+
+
+async def test_a_marker_that_cannot_be_published_fails_the_subscription() -> None:
+    async def fail(body: bytes) -> None:
+        raise PublishError("no broker")
+
+    instance = Instance(Coherence(), SetClock(), [], fail, lambda delivery: None)
+    with pytest.raises(PublishError):
+        await instance.joined(resumed=True)
+    assert not instance.trusted.is_set()
+
+
+# Receiving
+
+
+async def test_it_answers_when_every_cache_has_evicted(joined: House) -> None:
+    joined.caches[1].open.clear()
+    receiving = asyncio.create_task(joined.instance.receive([invalidate("a"), invalidate("b", "a")]))
+    while not joined.caches[1].attempts:
+        await asyncio.sleep(0)
+    assert joined.caches[0].keys == ["a", "b"]
+    assert not receiving.done()
+    joined.caches[1].open.set()
+    assert await receiving == [None, None]
+    assert joined.caches[1].keys == ["a", "b"]
+
+
+async def test_the_rules_know_before_the_caches_do(joined: House) -> None:
+    load = joined.coherence.begin_load("a", 1000.0)
+    joined.caches[0].open.clear()
+    receiving = asyncio.create_task(joined.instance.receive([invalidate("a")]))
+    while not joined.caches[0].attempts:
+        await asyncio.sleep(0)
+    assert not joined.coherence.may_store(load)
+    joined.caches[0].open.set()
+    await receiving
+
+
+async def test_tags_and_all_are_passed_on(joined: House) -> None:
+    await joined.instance.receive([Delivery(encode(Invalidate(v=1, tags=["t"])))])
+    assert joined.caches[0].evicted == [Eviction([], ["t"])]
+    await joined.instance.receive([Delivery(encode(Invalidate(v=1, all=True)))])
+    assert joined.caches[0].resets == 1
+
+
+async def test_what_cannot_be_understood_is_told_and_is_a_gap(
+    joined: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "cacheinval.receiver"):
+        answers = await joined.instance.receive([invalidate("a"), BAD, invalidate("b")])
+    assert answers[0] is answers[2] is None
+    assert "JSON" in (answers[1] or "")
+    assert joined.caches[0].resets == 1
+    assert joined.instance.counters.malformed == 1
+    assert caplog.text.count("malformed message dead-lettered") == 1
+
+
+async def test_unknown_kinds_are_acknowledged_and_evict_nothing(joined: House) -> None:
+    assert await joined.instance.receive([Delivery(b'{"v":1,"kind":"news"}')]) == [None]
+    assert joined.caches[0].attempts == 0
+    assert joined.coherence.counters.unknown_messages == 1
+
+
+async def test_an_echo_evicts_nothing(joined: House) -> None:
+    joined.coherence.expect_echo("o", 1)
+    assert await joined.instance.receive([invalidate("a", seq=1)]) == [None]
+    assert joined.caches[0].keys == []
+    assert await joined.instance.receive([invalidate("a", seq=1)]) == [None]
+    assert joined.caches[0].keys == ["a"]
+
+
+async def test_a_question_is_answered_where_there_is_an_address(joined: House) -> None:
+    ask = encode(Ask(v=1))
+    await joined.instance.receive([Delivery(ask, reply_to="here"), Delivery(ask)])
+    assert [delivery.reply_to for delivery in joined.asked] == ["here"]
+
+
+async def test_latency_is_counted_from_the_commit(joined: House) -> None:
+    await joined.instance.receive(
+        [invalidate("a", at=999.9, committed_at=999.0), invalidate("b", at=999.996)]
+    )
+    counters = joined.instance.counters
+    seen = dict(zip(receiver.LATENCY_BUCKETS, counters.latencies, strict=False))
+    assert seen[1.0] == seen[0.005] == 1
+    assert sum(counters.latencies) == 2
+    assert counters.latency_sum == pytest.approx(1.004)
+    await joined.instance.receive([invalidate("a", at=2000.0), invalidate("a", at=1.0), invalidate("a")])
+    assert counters.latencies[0] == counters.latencies[-1] == 1  # clocks that differ count as no time at all
+
+
+async def test_one_line_for_each_message(joined: House, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "cacheinval.receiver"):
+        await joined.instance.receive([invalidate("a", "b", seq=1, at=999.9)])
+    (record,) = caplog.records
+    assert record.getMessage() == "evicted key=a keys=2 origin=o seq=1 latency_ms=100"
+
+
+# A cache that fails
+
+
+async def test_an_eviction_that_fails_is_tried_again_before_it_answers(
+    joined: House, eventually: Eventually
+) -> None:
+    joined.caches[1].down = True
+    receiving = asyncio.create_task(joined.instance.receive([invalidate("a")]))
+    await eventually(lambda: joined.caches[1].attempts > 4)
+    assert not receiving.done()
+    assert not joined.instance.trusted.is_set()
+    assert joined.coherence.suspect == "eviction failed: the cache is down"
+    joined.caches[1].down = False
+    assert await receiving == [None]
+    assert joined.instance.trusted.is_set()
+    assert joined.caches[1].keys == ["a"]
+    assert joined.instance.counters.retries > 3
+
+
+async def test_failures_are_told_once(
+    joined: House, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    joined.caches[1].down = True
+    with caplog.at_level(logging.INFO, "cacheinval.receiver"):
+        receiving = asyncio.create_task(joined.instance.receive([invalidate("a")]))
+        await eventually(lambda: joined.caches[1].attempts > 6)
+        joined.caches[1].down = False
+        await receiving
+    assert caplog.text.count("eviction failed, retrying") == 1
+    assert caplog.text.count("evicting again") == 1
+
+
+async def test_after_its_limit_it_gives_up_without_an_answer(
+    joined: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "RETRY_LIMIT", 0.02)
+    joined.caches[0].down = True
+    with pytest.raises(EvictionError, match=r"not evicted within 0.02 s: the cache is down"):
+        await joined.instance.receive([invalidate("a")])
+
+
+@pytest.mark.parametrize("how", ["given up", "cancelled"])
+async def test_a_new_subscription_is_trusted_after_an_eviction_that_never_succeeded(
+    joined: House, monkeypatch: pytest.MonkeyPatch, eventually: Eventually, how: str
+) -> None:
+    joined.caches[0].down = True
+    if how == "given up":
+        monkeypatch.setattr(receiver, "RETRY_LIMIT", 0.01)
+    receiving = asyncio.create_task(joined.instance.receive([invalidate("a")]))
+    await eventually(lambda: joined.caches[0].attempts > 0)
+    if how == "cancelled":
+        receiving.cancel()
+    await asyncio.wait([receiving])
+    assert receiving.cancelled() or isinstance(receiving.exception(), EvictionError)
+    joined.instance.lost("receiving failed")
+    assert joined.coherence.suspect
+    joined.caches[0].down = False
+    await joined.instance.joined(resumed=False)
+    assert joined.coherence.suspect is None
+    assert joined.instance.trusted.is_set()
+
+
+async def test_a_gap_that_could_not_be_evicted_is_not_forgotten_when_its_message_comes_again(
+    gaps: House, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """A durable queue brings the message back, by then as a duplicate, which is no gap."""
+    monkeypatch.setattr(receiver, "RETRY_LIMIT", 0.01)
+    await gaps.instance.receive([invalidate("a", seq=1)])
+    gaps.caches[0].down = True
+    with pytest.raises(EvictionError):
+        await gaps.instance.receive([invalidate("a", seq=3)])
+    gaps.instance.lost("receiving failed")
+    await gaps.instance.joined(resumed=True)
+    gaps.caches[0].down = False
+    await gaps.instance.receive([invalidate("a", seq=3), Delivery(gaps.probes[0])])
+    gaps.clock.time += 2
+    await eventually(lambda: gaps.instance.trusted.is_set())
+    assert gaps.caches[0].resets == gaps.caches[1].resets == 1
+
+
+async def test_a_queue_that_is_new_is_cleared_even_if_the_first_attempt_failed(
+    gaps: House, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """The first attempt made the durable queue, so the second one finds it."""
+    monkeypatch.setattr(receiver, "RETRY_LIMIT", 0.01)
+    gaps.instance.lost("queue deleted")
+    gaps.caches[1].down = True
+    with pytest.raises(EvictionError):
+        await gaps.instance.joined(resumed=False)
+    gaps.instance.lost("receiving failed")
+    gaps.caches[1].down = False
+    await gaps.instance.joined(resumed=True)
+    await gaps.instance.receive([Delivery(gaps.probes[0])])
+    gaps.clock.time += 2
+    await eventually(lambda: gaps.instance.trusted.is_set())
+    assert gaps.caches[1].resets == 1
+
+
+# Gaps
+
+
+async def test_a_flood_of_malformed_messages_costs_one_epoch_a_second(
+    gaps: House, eventually: Eventually
+) -> None:
+    for _ in range(50):
+        await gaps.instance.receive([BAD] * 20)
+    assert gaps.caches[0].resets == 1
+    assert not gaps.instance.trusted.is_set()
+    epoch = gaps.coherence.epoch
+    gaps.clock.time += 1.01
+    await eventually(lambda: gaps.instance.trusted.is_set())
+    assert gaps.caches[0].resets == gaps.caches[1].resets == 2
+    assert gaps.coherence.epoch == epoch + 1
+
+
+async def test_an_epoch_that_was_put_off_is_tried_until_it_succeeds(
+    gaps: House, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    monkeypatch.setattr(receiver, "RETRY_LIMIT", 0.005)
+    await gaps.instance.receive([BAD])
+    await gaps.instance.receive([BAD])
+    gaps.caches[1].down = True
+
+    def goes_on() -> bool:
+        gaps.clock.time += 0.5
+        return gaps.coherence.epoch > epoch + 2  # one for each attempt
+
+    epoch = gaps.coherence.epoch
+    await eventually(goes_on)
+    assert not gaps.instance.trusted.is_set()
+    gaps.caches[1].down = False
+    gaps.clock.time += 1.01
+    await eventually(lambda: gaps.instance.trusted.is_set())
+    assert gaps.caches[1].resets == 2
+
+
+async def test_the_marker_is_the_one_that_was_published(joined: House) -> None:
+    await joined.instance.joined(resumed=True)
+    probe = decode(joined.probes[0])
+    assert isinstance(probe, Probe)
+    assert len(probe.id) >= 16
+
+
+async def test_every_delivery_has_its_answer(joined: House) -> None:
+    deliveries: Sequence[Delivery] = [BAD, invalidate("a"), BAD, Delivery(b""), invalidate("b")]
+    answers = await joined.instance.receive(deliveries)
+    assert [answer is None for answer in answers] == [False, True, False, False, True]
