@@ -1,16 +1,16 @@
 """Fixtures for all tests: private servers, each started when the first test asks for it."""
 
 import asyncio
-import inspect
 import itertools
+import logging
 import os
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 import pytest
+from waiting import Eventually, until
 
 from cacheinval.sandbox import Memcached, Postgres, RabbitMQ, Redis, Sandbox
 
@@ -18,18 +18,22 @@ _T = TypeVar("_T")
 _numbers = itertools.count(1)
 
 
-class Eventually(Protocol):
-    """The fixture `eventually`."""
-
-    async def __call__(
-        self, predicate: Callable[[], _T | Awaitable[_T]], timeout: float = 10.0, *, describe: object = None
-    ) -> _T: ...
-
-
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """Run it in an event loop and thread of its own, whatever loop the test that asks is going to use."""
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(asyncio.run, work).result(timeout=120)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """What a test configures, for example by running a command in this process, is undone."""
+    root = logging.getLogger()
+    loggers = [root, *map(logging.getLogger, ("cacheinval", "aio_pika", "aiormq", "aiocache"))]
+    handlers, levels = root.handlers[:], [logger.level for logger in loggers]
+    yield
+    root.handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
@@ -145,28 +149,4 @@ def eventually() -> Eventually:
     The predicate, a function or coroutine function, is called until what it returns is true, and that is returned. A
     predicate that raises AssertionError is not true yet. After `timeout` seconds the test fails with what it saw last.
     """
-    return _eventually
-
-
-async def _eventually(
-    predicate: Callable[[], _T | Awaitable[_T]], timeout: float = 10.0, *, describe: object = None
-) -> _T:
-    end = time.monotonic() + timeout
-    pause = 0.001
-    while True:
-        seen: object
-        try:
-            value = predicate()
-            if inspect.isawaitable(value):
-                async with asyncio.timeout(max(0.1, end - time.monotonic())):
-                    value = await value
-            if value:
-                return value
-            seen = value
-        except (AssertionError, TimeoutError) as error:
-            seen = error
-        if time.monotonic() > end:
-            about = f" ({describe() if callable(describe) else describe})" if describe is not None else ""
-            pytest.fail(f"not true within {timeout:g} s; last seen: {seen!r}{about}")
-        await asyncio.sleep(pause)
-        pause = min(pause * 2, 0.05)
+    return until

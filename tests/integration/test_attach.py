@@ -10,8 +10,8 @@ from aiocache import SimpleMemoryCache
 from aiocache.backends.memcached import MemcachedCache
 from aiocache.backends.redis import RedisCache
 from aiocache.base import BaseCache
-from conftest import Eventually
 from proxy import Proxy
+from waiting import Eventually
 
 from cacheinval import CacheError, Client, ConfigurationError, Settings
 from cacheinval.backends import attached as attaching

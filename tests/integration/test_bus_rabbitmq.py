@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel
-from conftest import Eventually
 from proxy import Proxy
 from recorder import Recorder
+from waiting import Eventually
 
 from cacheinval.bus import Bus, Delivery, consuming
 from cacheinval.bus.consuming import Subscription

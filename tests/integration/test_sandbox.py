@@ -17,7 +17,7 @@ from pathlib import Path
 import aio_pika
 import asyncpg
 import pytest
-from conftest import Eventually
+from waiting import Eventually
 
 from cacheinval import processes, servers
 from cacheinval.errors import SandboxError

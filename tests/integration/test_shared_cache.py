@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
-from conftest import Eventually
 from proxy import Proxy
+from waiting import Eventually
 
 from cacheinval.backends import shared
 from cacheinval.backends.shared import SharedEntries, connect

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from conftest import Eventually
 from proxy import Proxy
 from recorder import Recorder
+from waiting import Eventually
 
 from cacheinval import Client, InvalidKeyError, PublishError, SchemaMissingError, Settings, writes
 from cacheinval.bus.memory import EventBus, EventChannel

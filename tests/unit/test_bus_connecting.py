@@ -11,9 +11,9 @@ import pytest
 from aio_pika.exceptions import AMQPConnectionError, ChannelPreconditionFailed, ConnectionClosed
 from aiormq import spec
 from aiormq.abc import DeliveredMessage
-from conftest import Eventually
 from pamqp.header import ContentHeader
 from recorder import Recorder
+from waiting import Eventually
 
 from cacheinval.bus import connecting
 from cacheinval.bus.connecting import Broker, Counts, explain, within

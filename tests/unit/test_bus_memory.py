@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
-from conftest import Eventually
 from recorder import Recorder
+from waiting import Eventually
 
 from cacheinval.bus import Bus, memory, receiving
 from cacheinval.bus.memory import EventBus

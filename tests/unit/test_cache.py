@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from conftest import Eventually
+from waiting import Eventually
 
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache, Read, without_cache

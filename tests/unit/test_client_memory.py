@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from aiocache import SimpleMemoryCache
-from conftest import Eventually
+from waiting import Eventually
 
 import cacheinval.client as wiring
 from cacheinval import Client, ConfigurationError, InvalidKeyError, NoDatabaseError, PublishError, Settings

@@ -6,8 +6,8 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from conftest import Eventually
 from proxy import Proxy
+from waiting import Eventually
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from uuid import UUID, uuid4
 
 import pytest
-from conftest import Eventually
+from waiting import Eventually
 
 from cacheinval import publisher as publishing
 from cacheinval.coherence import Coherence

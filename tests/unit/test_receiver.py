@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import pytest
-from conftest import Eventually
+from waiting import Eventually
 
 from cacheinval import coherence as rules
 from cacheinval import receiver

@@ -1,0 +1,227 @@
+"""The broker dies, freezes, or refuses messages: writes go on, and nobody keeps an old value."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+import pytest
+from proxy import Proxy
+from scene import (
+    EVENTUAL,
+    OUTBOX,
+    SET_PRICE,
+    Clients,
+    Eventually,
+    Program,
+    Programs,
+    has_price,
+    price,
+    through,
+)
+
+from cacheinval import Client
+from cacheinval.sandbox import RabbitMQ
+
+pytest_plugins = ("scene",)
+
+DB = asyncpg.Connection
+
+PRODUCTS = [f"p{number}" for number in range(20)]
+PUBLISH_TIMEOUT = 3.0
+
+
+@pytest.mark.timeout(120)
+async def test_the_broker_is_killed_and_restarted_during_a_thousand_updates(
+    own_rabbitmq: RabbitMQ,
+    database_url: str,
+    db: DB,
+    clients: Clients,
+    programs: Programs,
+    eventually: Eventually,
+) -> None:
+    async with Proxy("127.0.0.1", own_rabbitmq.port) as proxy:
+        settings: dict[str, Any] = {"broker_url": own_rabbitmq.url, "database_url": database_url}
+        services = [programs("-m", "cacheinval", "serve", **settings) for _ in range(2)]
+        here = await clients(**settings)
+        late = await clients(**settings | {"broker_url": through(proxy, own_rabbitmq.url)})
+        for service in services:
+            await eventually(service.ready, EVENTUAL)
+        for client in (here, late):
+            await client.wait_ready(EVENTUAL)
+        instances = [*map(_over_http, services), _embedded(here), _embedded(late)]
+        writer = Writer(here)
+        for product in [*PRODUCTS, "marker"]:
+            await writer.write(product)
+
+        readers = asyncio.gather(*map(_keep_reading, instances[:-1]))
+        await writer.write_many(300)
+        for product in PRODUCTS:
+            await instances[-1](product)
+        await own_rabbitmq.kill()
+        proxy.cut()
+        await writer.write_many(400)
+        assert await db.fetchval(OUTBOX) > 300  # nobody else knows what was written meanwhile
+        starting = asyncio.create_task(own_rabbitmq.start())
+        await writer.write_many(300)
+        await starting
+        await eventually(lambda: db.fetchval(f"SELECT ({OUTBOX}) = 0"), EVENTUAL)
+        for service in services:
+            await eventually(service.ready, EVENTUAL)
+        await here.wait_ready(EVENTUAL)
+        assert late.state == "suspect"
+        proxy.pass_()  # this one was not there when the others were told
+        await late.wait_ready(EVENTUAL)
+        readers.cancel()
+        with suppress(asyncio.CancelledError):
+            await readers
+
+        # Everything is confirmed. Who evicts what is published from now on has evicted all of it.
+        for instance in instances:
+            await instance("marker")
+            assert await instance("marker") == (writer.last["marker"], True)
+        await writer.write("marker")
+        for instance in instances:
+            await eventually(lambda instance=instance: _gives(instance, "marker", writer.last["marker"]))
+        assert {row["id"]: row["price"] for row in await db.fetch("SELECT * FROM products")} == writer.last
+        for instance in instances:
+            assert {product: (await instance(product))[0] for product in PRODUCTS} == writer.last_of(PRODUCTS)
+            assert [(await instance(product))[1] for product in PRODUCTS] == [True] * len(PRODUCTS)
+        assert writer.count == 1000 + len(PRODUCTS) + 2
+        assert writer.slowest < here.settings.publish_timeout
+
+
+Instance = Callable[[str], Awaitable[tuple[Decimal, bool]]]
+"""Reads a product: its price, and whether it came from the cache."""
+
+
+def _over_http(service: Program) -> Instance:
+    async def read(product: str) -> tuple[Decimal, bool]:
+        answer = await service.request("GET", f"/products/{product}")
+        assert answer is not None, "no answer"
+        return Decimal(answer.json()["price"]), answer.headers["cache-status"] == "cacheinval; hit"
+
+    return read
+
+
+def _embedded(client: Client) -> Instance:
+    async def read(product: str) -> tuple[Decimal, bool]:
+        query = "SELECT price FROM products WHERE id = $1"
+        found = await client.cache.read(f"product:{product}", lambda: client.pool.fetchval(query, product))
+        return found.value, found.outcome == "hit"
+
+    return read
+
+
+async def _keep_reading(instance: Instance) -> None:
+    while True:
+        await instance(random.choice(PRODUCTS))
+        await asyncio.sleep(0.005)
+
+
+async def _gives(instance: Instance, product: str, price: Decimal) -> bool:
+    return (await instance(product))[0] == price
+
+
+class Writer:
+    """Changes prices, one after the other, and knows what they should be."""
+
+    def __init__(self, client: Client) -> None:
+        self.last: dict[str, Decimal] = {}
+        self.count = 0
+        self.slowest = 0.0
+        self._client = client
+
+    async def write(self, product: str) -> None:
+        self.count += 1
+        self.last[product] = Decimal(self.count)
+        began = time.monotonic()
+        await self._client.execute(
+            "INSERT INTO products VALUES ($1, 'Tea', $2, 0) ON CONFLICT (id) DO UPDATE SET price = excluded.price",
+            product,
+            self.last[product],
+            invalidate=[f"product:{product}"],
+        )
+        self.slowest = max(self.slowest, time.monotonic() - began)
+
+    def last_of(self, products: list[str]) -> dict[str, Decimal]:
+        return {product: self.last[product] for product in products}
+
+    async def write_many(self, count: int) -> None:
+        for number in range(count):
+            await self.write(PRODUCTS[number % len(PRODUCTS)])
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("fault", ["frozen", "alarm", "unreachable"])
+async def test_writes_do_not_wait_for_the_broker(
+    fault: str,
+    own_rabbitmq: RabbitMQ,
+    database_url: str,
+    db: DB,
+    clients: Clients,
+    eventually: Eventually,
+) -> None:
+    async with Proxy("127.0.0.1", own_rabbitmq.port) as proxy:
+        settings: dict[str, Any] = {
+            "broker_url": own_rabbitmq.url,
+            "database_url": database_url,
+            "publish_timeout": PUBLISH_TIMEOUT,
+        }
+        reader = await clients(**settings)
+        writer = await clients(**settings | {"broker_url": through(proxy, own_rabbitmq.url), "relay": "auto"})
+        for client in (reader, writer):
+            await client.wait_ready(EVENTUAL)
+            assert (await price(client, "a")).value == 1
+        await eventually(lambda: writer.relay is not None and writer.relay.leads)
+
+        async def write(value: int) -> float:
+            began = time.monotonic()
+            await writer.execute(SET_PRICE, "a", value, invalidate=["a"])
+            return time.monotonic() - began
+
+        await write(2)
+        await eventually(lambda: has_price(reader, "a", 2))
+        await eventually(lambda: db.fetchval(f"SELECT ({OUTBOX}) = 0"))
+
+        if fault == "frozen":
+            own_rabbitmq.pause()
+        elif fault == "alarm":
+            await own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.0000001")
+        else:
+            proxy.cut()
+        took = [await write(value) for value in range(3, 103)]
+        assert max(took) < PUBLISH_TIMEOUT
+        assert await db.fetchval(OUTBOX) > 50
+        assert (await price(writer, "a")).value == 102
+        await eventually(lambda: writer.publisher.failing, EVENTUAL)
+        took = [await write(value) for value in range(103, 203)]
+        assert max(took) < PUBLISH_TIMEOUT
+        assert await db.fetchval(OUTBOX) > 150
+        await eventually(
+            lambda: writer.relay is not None and writer.relay.state["state"] == "blocked", EVENTUAL
+        )
+
+        if fault == "frozen":
+            own_rabbitmq.resume()
+        elif fault == "alarm":
+            await own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+        else:
+            proxy.pass_()
+        await eventually(lambda: has_price(reader, "a", 202), EVENTUAL)
+        await eventually(lambda: db.fetchval(f"SELECT ({OUTBOX}) = 0"), EVENTUAL)
+        for client in (reader, writer):
+            await client.wait_ready(EVENTUAL)
+
+        async def publishes_again() -> (
+            bool
+        ):  # which it tries, some seconds after a failure, when it has something
+            await write(203)
+            return not writer.publisher.failing
+
+        await eventually(publishes_again, EVENTUAL)
+        await eventually(lambda: has_price(reader, "a", 203))

@@ -1,0 +1,293 @@
+"""A write that has been committed reaches everybody, whatever becomes of its writer, of the reply, or of the database."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from proxy import Proxy
+from scene import (
+    EVENTUAL,
+    OUTBOX,
+    SET_PRICE,
+    Clients,
+    Eventually,
+    Program,
+    Programs,
+    evicted,
+    giving,
+    listening,
+    price,
+    through,
+)
+
+from cacheinval import Client
+from cacheinval.sandbox import Postgres, RabbitMQ
+
+pytest_plugins = ("scene",)
+
+DB = asyncpg.Connection
+LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)
+
+# The first thing that a publisher does is to open a channel; by then the write has been committed.
+KILLED_BEFORE_PUBLISHING = """
+import asyncio, os, signal
+from cacheinval import Client
+from cacheinval.bus.rabbitmq import RabbitBus
+
+async def die(self):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+RabbitBus.open_channel = die
+
+async def main():
+    async with Client(subscribe=False) as client, client.transaction() as tx:
+        await tx.execute("UPDATE prices SET price = 2 WHERE id = 'a'")
+        tx.invalidate("a")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.timeout(60)
+async def test_the_writer_is_killed_between_commit_and_publish(
+    rabbitmq: RabbitMQ,
+    database_url: str,
+    db: DB,
+    clients: Clients,
+    programs: Programs,
+    eventually: Eventually,
+) -> None:
+    servers: dict[str, Any] = {"broker_url": rabbitmq.url, "database_url": database_url}
+    readers = [await clients(**servers) for _ in range(3)]
+    for reader in readers:
+        await reader.wait_ready(EVENTUAL)
+        assert (await price(reader, "a")).value == 1
+        assert (await price(reader, "b")).value == 1
+
+    writer = programs("-c", KILLED_BEFORE_PUBLISHING, **servers, relay="off")
+    async with asyncio.timeout(EVENTUAL):
+        assert await writer.ended() == -signal.SIGKILL
+    assert await db.fetchval("SELECT price FROM prices WHERE id = 'a'") == 2
+    assert await db.fetchval(OUTBOX) == 1
+    assert [await price(reader, "a") for reader in readers] == [(1, "hit", False)] * 3  # nobody told them
+
+    programs("-m", "cacheinval", "relay", **servers)
+    await eventually(lambda: [evicted(reader) for reader in readers] == [1, 1, 1], EVENTUAL)
+    assert [await price(reader, "a") for reader in readers] == [(2, "miss", True)] * 3
+    assert [await price(reader, "b") for reader in readers] == [(1, "hit", False)] * 3
+    await eventually(lambda: db.fetchval(f"SELECT ({OUTBOX}) = 0"))
+
+
+async def write_in_a_transaction(writer: Client, proxy: Proxy, db: DB) -> None:
+    cut = proxy.cut_reply_after(b"COMMIT")
+    with pytest.raises(LOST):  # noqa: PT012 (it is raised at the end of the transaction)
+        async with writer.transaction() as tx:
+            await tx.execute(SET_PRICE, "a", 2)
+            tx.invalidate("a", "lost-reply")
+    assert cut.is_set()
+
+
+async def write_in_one_statement(writer: Client, proxy: Proxy, db: DB) -> None:
+    cut = proxy.cut_reply_after(b"lost-reply")
+    with pytest.raises(LOST):
+        await writer.execute(SET_PRICE, "a", 2, invalidate=["a", "lost-reply"])
+    assert cut.is_set()
+
+
+async def write_and_be_cancelled(writer: Client, proxy: Proxy, db: DB) -> None:
+    async with db.transaction():
+        await db.execute("SELECT FROM prices WHERE id = 'a' FOR UPDATE")
+        writing = asyncio.create_task(writer.execute(SET_PRICE, "a", 2, invalidate=["a", "lost-reply"]))
+        async with asyncio.timeout(EVENTUAL):
+            while not await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+        proxy.swallow("reply")
+    async with asyncio.timeout(EVENTUAL):
+        while await db.fetchval("SELECT price FROM prices WHERE id = 'a'") == 1:
+            await asyncio.sleep(0.01)
+    writing.cancel()
+    await asyncio.sleep(0)
+    proxy.pass_()  # else it would wait, for some seconds, for the server to take the cancelling in
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("write", [write_in_a_transaction, write_in_one_statement, write_and_be_cancelled])
+async def test_the_reply_to_a_commit_is_lost(
+    write: Callable[[Client, Proxy, DB], Awaitable[None]],
+    rabbitmq: RabbitMQ,
+    postgres: Postgres,
+    database_url: str,
+    namespace: str,
+    db: DB,
+    clients: Clients,
+    eventually: Eventually,
+) -> None:
+    async with (
+        Proxy("127.0.0.1", postgres.port) as proxy,
+        listening(rabbitmq.url, namespace) as heard,
+    ):
+        reader = await clients(broker_url=rabbitmq.url, database_url=database_url)
+        writer = await clients(broker_url=rabbitmq.url, database_url=through(proxy, database_url))
+        for client in (reader, writer):
+            await client.wait_ready(EVENTUAL)
+            assert (await price(client, "a")).value == 1
+        await write(writer, proxy, db)
+        await eventually(lambda: len(heard) == 1 and evicted(reader) == evicted(writer) == 1)
+        assert await price(reader, "a") == (2, "miss", True)
+        # The row stays, for the commit might become visible only now: what was just loaded would be the old value.
+        await eventually(lambda: writer.publisher.counters.confirmed_writes == 1)
+        assert await writer.publisher.flush(EVENTUAL)
+        assert await db.fetchval(OUTBOX) == 1
+        # Nor may the writer take its own message for old news.
+        await eventually(lambda: writer.stats()["receiver"]["messages"] >= 1)
+        assert writer.stats()["coherence"]["skipped_echoes"] == 0
+        assert await price(writer, "a") == (2, "miss", True)
+
+        await clients(broker_url=rabbitmq.url, database_url=database_url, relay="auto", subscribe=False)
+        await eventually(lambda: len(heard) == 2 and evicted(reader) == evicted(writer) == 2, EVENTUAL)
+        assert [message["keys"] for message in heard] == [["a", "lost-reply"]] * 2
+        assert heard[0]["origin"] != heard[1]["origin"]
+        assert await price(reader, "a") == await price(writer, "a") == (2, "miss", True)
+        await eventually(lambda: db.fetchval(f"SELECT ({OUTBOX}) = 0"))
+        assert len(heard) == 2
+
+
+ALL_AT_ONCE = """
+import asyncio
+from cacheinval import Client
+
+async def main():
+    async with Client(subscribe=False) as client:
+        async with client.transaction() as tx:
+            tx.invalidate(*(f"key:{number}" for number in range(100_000)))
+        while client.publisher.counters.deleted_rows < 100:
+            await asyncio.sleep(0.01)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.timeout(60)
+async def test_a_hundred_thousand_keys_in_one_transaction(
+    rabbitmq: RabbitMQ,
+    database_url: str,
+    db: DB,
+    clients: Clients,
+    programs: Programs,
+    eventually: Eventually,
+) -> None:
+    servers: dict[str, Any] = {"broker_url": rabbitmq.url, "database_url": database_url}
+    reader = await clients(**servers, cache_max_entries=200_000)
+    await reader.wait_ready(EVENTUAL)
+    for key in [f"key:{number}" for number in range(100_000)] + ["another"]:
+        await reader.cache.get_or_set(key, giving(1))
+    assert reader.status()["cache"]["entries"] == 100_001
+
+    async with watching_the_loop() as late:
+        writer = programs("-c", ALL_AT_ONCE, **servers, relay="off")
+        await eventually(lambda: reader.status()["cache"]["entries"] == 1, EVENTUAL)
+    assert await reader.cache.read("another", giving(2)) == (1, "hit", False)
+    assert await reader.cache.read("key:99999", giving(2)) == (2, "miss", True)
+    assert max(late) < 1.0, "receiving held everything else up"
+    async with asyncio.timeout(EVENTUAL):
+        assert await writer.ended() == 0
+    assert await db.fetchval(OUTBOX) == 0
+
+
+@asynccontextmanager
+async def watching_the_loop() -> AsyncIterator[list[float]]:
+    """By how many seconds the event loop is late, each time that it is looked at."""
+    late = [0.0]
+
+    async def watch() -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + 0.01
+            await asyncio.sleep(0.01)
+            late.append(loop.time() - due)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield late
+    finally:
+        task.cancel()
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("end", ["stop", "kill"])
+async def test_postgres_is_restarted_under_a_running_service(
+    end: str,
+    rabbitmq: RabbitMQ,
+    own_postgres: Postgres,
+    namespace: str,
+    programs: Programs,
+    eventually: Eventually,
+) -> None:
+    settings: dict[str, Any] = {
+        "broker_url": rabbitmq.url,
+        "database_url": own_postgres.url,
+        "tick_interval": 0.2,
+    }
+    service = programs("-m", "cacheinval", "serve", **settings)
+    await eventually(service.ready, EVENTUAL)
+    await eventually(lambda: relay_is(service, "leader"))
+    assert await put(service, "a", "1")
+    assert await put(service, "b", "1")
+    assert await get(service, "a") == (200, "cacheinval; fwd=miss; stored", "1")
+
+    await getattr(own_postgres, end)()
+    assert await get(service, "a") == (200, "cacheinval; hit", "1")  # nobody can have changed it
+    assert (await get(service, "b"))[0] == 503
+    assert not await put(service, "c", "1")
+    await eventually(lambda: relay_is(service, "disconnected"))
+    assert await service.ready()
+
+    await own_postgres.start()
+    await eventually(lambda: put(service, "c", "2"), EVENTUAL)
+    await eventually(lambda: relay_is(service, "leader"), EVENTUAL)
+    assert [(await get(service, product))[2] for product in "abc"] == ["1", "1", "2"]
+    for product in "abc":
+        await eventually(
+            lambda product=product: is_hit(service, product)
+        )  # the relay may repeat itself first
+    # Somebody else's change, which only the relay can tell anybody.
+    async with asyncio.timeout(EVENTUAL):
+        psql = await asyncpg.connect(own_postgres.url)
+        async with psql.transaction():
+            await psql.execute("UPDATE products SET price = 4")
+            keys = ["product:a", "product:b", "product:c"]
+            await psql.execute("SELECT cacheinval.invalidate($1, namespace => $2)", keys, namespace)
+        await psql.close()
+    for product in "abc":
+        await eventually(lambda product=product: has_price(service, product, "4"))
+
+
+async def relay_is(service: Program, state: str) -> bool:
+    return bool((await service.status())["relay"]["state"] == state)
+
+
+async def put(service: Program, product: str, price: str) -> bool:
+    body = {"name": "Tea", "price": price}
+    answer = await service.request("PUT", f"/products/{product}", json=body)
+    return answer is not None and answer.status_code in (200, 201)
+
+
+async def get(service: Program, product: str) -> tuple[int, str, str]:
+    """The status, the Cache-Status and the price."""
+    answer = await service.request("GET", f"/products/{product}")
+    assert answer is not None, "no answer"
+    return answer.status_code, answer.headers["cache-status"], answer.json().get("price", "")
+
+
+async def is_hit(service: Program, product: str) -> bool:
+    return (await get(service, product))[1] == "cacheinval; hit"
+
+
+async def has_price(service: Program, product: str, price: str) -> bool:
+    return (await get(service, product))[2] == price
