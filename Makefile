@@ -16,7 +16,7 @@ demo: .venv/installed  ## the story, told with real servers in under a minute
 	@$(BIN)/cacheinval demo
 
 test: setup  ## all tests, against private servers
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check --quiet .
