@@ -8,7 +8,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import version
 from string import Formatter
@@ -106,7 +106,7 @@ class Client:
         self._subscribe = subscribe
         self._pool, self._own_pool = pool, pool is None
         self._has_database = pool is not None or bool(self.settings.database_url)
-        self._coherence = Coherence(self.settings.max_staleness)
+        self._coherence = Coherence(self.settings.max_staleness, self.settings.max_clock_skew)
         self._bus = bus
         self.cache: CoherentCache = self._make_cache()
         self._caches: list[Any] = [self.cache]
@@ -116,13 +116,22 @@ class Client:
             self._delete_rows if self._has_database else None,
             self._coherence,
             self.settings.publish_timeout,
+            self.settings.tick_interval,
         )
         self.instance = Instance(
-            self._coherence, self._clock, self._caches, self._publish_probe, self._answer
+            self._coherence,
+            self._clock,
+            self._caches,
+            self._publish_probe,
+            self._answer,
+            self._resubscribe,
+            tick_interval=self.settings.tick_interval,
+            max_clock_skew=self.settings.max_clock_skew,
         )
         self._writes = Writes(lambda: self.pool, self._outbox, self.publisher, self._evict_here)
         self.relay = self._make_relay()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._bus_run: asyncio.Task[None] | None = None
         self._asides: set[asyncio.Task[None]] = set()
         self._stack = AsyncExitStack()
         self._started_at: float | None = None
@@ -144,15 +153,20 @@ class Client:
             )  # made here, so that its own settings are refused at start
             stack.push_async_callback(self._stop, "publisher", "outbox", "asides")
             stack.push_async_callback(self.publisher.flush, FLUSH_TIMEOUT)
-            stack.push_async_callback(self._stop, "subscription", "gaps", "relay")
+            stack.push_async_callback(self._stop, "subscription", "gaps", "watch", "source", "relay")
             self._start("publisher", self.publisher.run)
             if self._has_database:
                 self._start("outbox", self.publisher.delete_confirmed)
+            else:
+                self._start("outbox", self.publisher.beat)
             if self.relay is not None:
                 self._start("relay", self.relay.run)
             if self._subscribe:
                 self._start("gaps", self.instance.begin_epochs_put_off)
-                self._start("subscription", lambda: self.bus.run(self.instance))
+                self._start("watch", self.instance.watch)
+                if self._has_database:
+                    self._start("source", self._learn_source)
+                self._start("subscription", self._stay_subscribed)
             self._stack = stack.pop_all()
         return self
 
@@ -423,6 +437,7 @@ class Client:
             namespace=self.settings.namespace,
             tick_interval=self.settings.tick_interval,
             publish_timeout=self.settings.publish_timeout,
+            max_clock_skew=self.settings.max_clock_skew,
         )
 
     async def _connect_relay(self) -> Any:
@@ -432,8 +447,35 @@ class Client:
             )
         return _Borrowed(self.pool, await self.pool.acquire(timeout=CONNECT_TIMEOUT))
 
-    async def _delete_rows(self, rows: Sequence[Any]) -> None:
-        await self._outbox.delete(self.pool, rows)
+    async def _stay_subscribed(self) -> None:
+        while True:
+            run = self._bus_run = asyncio.create_task(self.bus.run(self.instance))
+            try:
+                await asyncio.wait({run})
+            finally:
+                run.cancel()
+                await asyncio.wait({run}, timeout=STOP_TIMEOUT)
+            if not run.cancelled():
+                run.result()
+
+    def _resubscribe(self, reason: str) -> None:
+        logs.event(log, logging.WARNING, "subscribing anew", reason=reason)
+        if self._bus_run is not None:
+            self._bus_run.cancel()
+
+    async def _learn_source(self) -> None:
+        """Asks the database who it is, once: only its own relay's ticks prove anything here."""
+        while True:
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT):
+                    source = await self.pool.fetchval("SELECT cacheinval.source()")
+                self._coherence.proof.trust_only(source)
+                await asyncio.Event().wait()  # for good: the task ends with the client
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await asyncio.sleep(RESTART_PAUSE)
+
+    async def _delete_rows(self, rows: Sequence[Any], confirmed: Mapping[str, int]) -> None:
+        await self._outbox.delete(self.pool, rows, confirmed)
 
     async def _open_channel(self) -> Channel:
         return await self.bus.open_channel()
@@ -480,6 +522,12 @@ class Client:
         """Why the client is not ready."""
         return self._coherence.suspect
 
+    @property
+    def watermark_age(self) -> float | None:
+        """Seconds since the moment up to which every commit is known to be evicted here; None before the first tick."""
+        age = self._clock.now() - self._coherence.proof.watermark
+        return max(0.0, age) if age < float("inf") else None
+
     async def wait_ready(self, timeout: float) -> None:
         """Waits until what is cached can be relied on.
 
@@ -502,7 +550,8 @@ class Client:
             "reason": reason,
             "since": self.instance.since,
             "started_at": self._started_at,
-            "watermark_age": None,
+            "watermark_age": self.watermark_age,
+            "tick_refused": self._coherence.proof.refused,
             "broker": getattr(self.bus, "state", None),
             "relay": None if self.relay is None else self.relay.state,
             "publisher": {"failing": self.publisher.failing, "waiting": self.publisher.waiting},

@@ -14,6 +14,14 @@ class Clock:
     def __init__(self) -> None:
         self._start = time.time() - time.clock_gettime(_ELAPSED)
 
+    def drift(self) -> float:
+        """Seconds by which the wall clock has been set, or has run differently, since the start or `restart`."""
+        return time.time() - self.now()
+
+    def restart(self) -> None:
+        """Takes the wall clock as it is now; `now` may jump, in either direction."""
+        self._start = time.time() - time.clock_gettime(_ELAPSED)
+
     def now(self) -> float:
-        """Seconds since 1970; never goes back within a process."""
+        """Seconds since 1970; never goes back but by `restart`."""
         return self._start + time.clock_gettime(_ELAPSED)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cacheinval.messages import Invalidate, Message, Probe, Unknown
+from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
 
 __all__ = ["Coherence", "Entry", "Eviction", "Load", "Owed", "WriteOutcome", "outcome_of_error", "owed_after"]
 
@@ -157,6 +157,66 @@ def owed_after(outcome: WriteOutcome) -> Owed:
     return Owed(publish=outcome is not WriteOutcome.ABORTED, delete_rows=committed, may_skip_echo=committed)
 
 
+class Proof:
+    """What ticks prove: all that was committed before the watermark has been evicted here (PROTOCOL.md, "Ticks and watermark").
+
+    Args:
+        max_staleness: seconds; None: nothing needs proof.
+        max_clock_skew: seconds by which clocks of hosts and database may differ.
+    """
+
+    def __init__(self, max_staleness: float | None, max_clock_skew: float) -> None:
+        self.watermark = -math.inf
+        self.source: str | None = None
+        self.refused: str | None = None
+        """Why the last tick was not believed."""
+        self.until = -math.inf
+        """Reads that begin until then may be served what was loaded since `extends`, however long ago that was."""
+        self.extends = math.inf
+        self._max_staleness = -math.inf if max_staleness is None else max_staleness
+        self._max_clock_skew = max_clock_skew
+
+    @property
+    def baselined(self) -> bool:
+        """Whether a tick of this subscription has told the numbers from which gaps are counted."""
+        return self.extends < math.inf
+
+    def start_over(self) -> None:
+        """A new subscription: its first tick tells numbers, and proves nothing of what was loaded before it."""
+        self.watermark = self.until = -math.inf
+        self.extends = math.inf
+
+    def trust_only(self, source: str) -> None:
+        """The source of truth of this instance is known: ticks of any other database prove nothing."""
+        if self.source not in (None, source):
+            self.start_over()
+        self.source = source
+
+    def believes(self, tick: Tick, now: float) -> bool:
+        """Whether `tick` comes from the one source and from no future."""
+        self.source = self.source or tick.source
+        if tick.source != self.source:
+            self.refused = f"a tick of another database: {tick.source}, not {self.source}"
+            self.watermark = self.until = -math.inf  # who speaks for which is for a person to find out
+            return False
+        if tick.as_of > now + self._max_clock_skew:
+            self.refused = f"a tick from the future, by {tick.as_of - now:.3f} s: the clocks differ"
+            return False
+        self.refused = None
+        return True
+
+    def advance(self, tick: Tick, now: float) -> None:
+        """All that came before `tick` has been evicted, and no number was missing."""
+        if not self.baselined:
+            self.extends = now
+        self.watermark = max(self.watermark, tick.as_of)
+        self.until = self.watermark - self._max_clock_skew + self._max_staleness
+
+    def covers(self, load_started: float, now: float) -> bool:
+        """Whether a read that begins at `now` may be given what was read by a load that began then."""
+        return now <= self.until and load_started > self.extends
+
+
 @dataclass(slots=True)
 class Counters:
     """What the rules decided, counted since the start."""
@@ -167,6 +227,8 @@ class Counters:
     skipped_echoes: int = 0
     unknown_messages: int = 0
     duplicates: int = 0
+    ticks: int = 0
+    refused_ticks: int = 0
     gap_reasons: dict[str, int] = field(default_factory=dict)
 
 
@@ -175,9 +237,11 @@ class Coherence:
 
     Args:
         max_staleness: seconds; how old a served value may be. None: eventual consistency.
+        max_clock_skew: seconds by which clocks of hosts and database may differ.
     """
 
-    def __init__(self, max_staleness: float | None = None) -> None:
+    def __init__(self, max_staleness: float | None = None, max_clock_skew: float = 0.1) -> None:
+        self.proof = Proof(max_staleness, max_clock_skew)
         self.epoch = 1
         self.counters = Counters()
         self._max_staleness = max_staleness
@@ -197,6 +261,8 @@ class Coherence:
         self._subscribed = False
         self._marker: str | None = None
         self._marker_passed = False
+        self._tick_passed: Tick | None = None
+        self._heard_at = -math.inf
         self._last_gap = -math.inf
         self._gap_due: str | None = None
 
@@ -209,7 +275,7 @@ class Coherence:
 
     def may_serve(self, entry: Entry, now: float) -> bool:
         """Whether a read that begins at `now` may be answered with `entry`."""
-        if entry.epoch != self.epoch or now >= entry.expires_at or now - entry.load_started > self._age_limit:
+        if entry.epoch != self.epoch or now >= entry.expires_at or self._too_old(entry.load_started, now):
             return False
         if entry.generation == self._generation or not entry.tags:
             return True
@@ -218,6 +284,9 @@ class Coherence:
         entry.generation = self._generation  # looked at once for each tag eviction, not at each hit
         return True
 
+    def _too_old(self, load_started: float, now: float) -> bool:
+        return now - load_started > self._age_limit and not self.proof.covers(load_started, now)
+
     def joinable(self, key: str, now: float, tags: frozenset[str] = NO_TAGS) -> Load | None:
         """The load in flight whose value a read of `key` that begins at `now` may share.
 
@@ -225,7 +294,7 @@ class Coherence:
         may be old.
         """
         load = self._loads.get(key)
-        if load is None or now - load.started > self._age_limit or not self._stands(load, load.tags | tags):
+        if load is None or self._too_old(load.started, now) or not self._stands(load, load.tags | tags):
             return None
         load.tags |= tags
         return load
@@ -253,7 +322,7 @@ class Coherence:
         """Whether a load is made because freshness cannot be proven, rather than because nothing is cached."""
         if self._doubts:
             return True
-        return entry is not None and entry.epoch == self.epoch and now - entry.load_started > self._age_limit
+        return entry is not None and entry.epoch == self.epoch and self._too_old(entry.load_started, now)
 
     def end_load(self, load: Load) -> None:
         """The load has ended, however it did."""
@@ -343,20 +412,25 @@ class Coherence:
         """The subscription is lost: connection, channel, consumer or queue."""
         self._subscribed = False
         self._marker, self._marker_passed = None, False
+        self._tick_passed = None
         self.doubt("subscription", reason)
 
-    def joined_anew(self) -> Eviction:
+    def joined_anew(self, now: float) -> Eviction:
         """A new queue receives from now on; what was published before may have been missed. Evict, then `trust`."""
         self._subscribed = True
+        self._heard_at = now
         self._seqs.clear()
         self._echoes.clear()
+        self.proof.start_over()
         self.doubt("subscription", "new subscription: not cleared yet")
         return Eviction(everything=True, reason="new subscription")
 
-    def resumed(self, marker: str) -> None:
+    def resumed(self, marker: str, now: float) -> None:
         """The queue was still there; the instance is behind until it has processed `marker`, a probe of its own."""
         self._subscribed = True
+        self._heard_at = now
         self._marker, self._marker_passed = marker, False
+        self.proof.start_over()
         self.doubt("subscription", "catching up with the queue")
 
     def trust(self) -> None:
@@ -364,21 +438,30 @@ class Coherence:
         if self._subscribed:
             self.settle("subscription")
 
-    def evicted(self) -> None:
+    def evicted(self, now: float) -> None:
         """All that `received` has answered so far is evicted, in every cache. Acknowledge after this, never before."""
         if self._marker_passed:
             self._marker, self._marker_passed = None, False
             self.trust()
+        tick, self._tick_passed = self._tick_passed, None
+        if tick is not None and not self._doubts:
+            self.proof.advance(tick, now)
 
     # What arrives
 
     def received(self, message: Message | Unknown, now: float) -> Eviction | None:
         """What has to go because `message` arrived at `now`; None where nothing has to."""
+        self._heard_at = now
         if isinstance(message, Invalidate):
             return self._received_invalidate(message, now)
         if isinstance(message, Probe):
             # The marker counts only once what came before it is evicted: see `evicted`.
             self._marker_passed = self._marker_passed or message.id == self._marker
+        elif isinstance(message, Tick):
+            return self._received_tick(message, now)
+        elif isinstance(message, Beat):
+            if self._is_behind(message.origin, message.seq, unknown_counts=False):
+                return self.gap("messages missing before a beat", now)
         elif isinstance(message, Unknown):
             self.counters.unknown_messages += 1
         return None
@@ -396,16 +479,40 @@ class Coherence:
             return None
         return Eviction(message.keys, message.tags, message.all)
 
+    def _received_tick(self, tick: Tick, now: float) -> Eviction | None:
+        self.counters.ticks += 1
+        if not self.proof.believes(tick, now):
+            self.counters.refused_ticks += 1
+            return None
+        # All of them, so that what is missing is counted once; and before the watermark may move.
+        numbers = {**tick.seqs, tick.origin: tick.seq}
+        behind = [self._is_behind(*number, unknown_counts=True) for number in numbers.items()]
+        if self.proof.baselined and any(behind):
+            return self.gap("messages missing before a tick", now)
+        self._tick_passed = tick
+        return None
+
+    def _is_behind(self, origin: str, seq: int, unknown_counts: bool) -> bool:
+        """Whether a confirmed message of `origin` has not arrived; from here on it counts as known to be missing."""
+        last = self._seqs.get(origin)
+        if seq <= (last or 0):
+            return False
+        self._note_seq(origin, seq)
+        return last is not None or unknown_counts
+
     def _in_sequence(self, origin: str, seq: int) -> bool:
         last = self._seqs.get(origin)
         if last is not None and seq <= last:
             self.counters.duplicates += 1
             return True
+        self._note_seq(origin, seq)
+        return last is None or seq == last + 1
+
+    def _note_seq(self, origin: str, seq: int) -> None:
         self._seqs[origin] = seq
         self._seqs.move_to_end(origin)
         if len(self._seqs) > MAX_ORIGINS:
             self._seqs.popitem(last=False)
-        return last is None or seq == last + 1
 
     def expect_echo(self, origin: str, seq: int) -> None:
         """This message is about to be published, and all it names has been evicted here, after its commit."""
@@ -418,6 +525,10 @@ class Coherence:
 
     # Gaps
 
+    def silent(self, now: float, limit: float) -> bool:
+        """Whether nothing has arrived for `limit` seconds, although the subscription stands: anything may be missing."""
+        return self._subscribed and now - self._heard_at > limit
+
     def gap(self, reason: str, now: float) -> Eviction | None:
         """Messages may have been missed: everything has to go; None where it is put off (see `gap_due_at`)."""
         self.counters.gaps += 1
@@ -427,6 +538,15 @@ class Coherence:
             return None
         self._last_gap = now
         return Eviction(everything=True, reason=reason)
+
+    def clock_stepped(self) -> Eviction:
+        """The clock by which everything here was judged was set: nothing that was judged by it counts any more."""
+        self.counters.gaps += 1
+        self.counters.gap_reasons["clock stepped"] = self.counters.gap_reasons.get("clock stepped", 0) + 1
+        self._last_gap = -math.inf
+        self._tick_passed = None
+        self.proof.start_over()
+        return Eviction(everything=True, reason="clock stepped")
 
     def put_off_gap(self, reason: str) -> None:
         """An epoch has yet to begin for this gap; suspect until then."""

@@ -34,6 +34,7 @@ MAX_BODY_ACCEPTED = 2 << 20
 
 Origin = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Seq = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+LastSeq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Version = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -60,20 +61,26 @@ class Invalidate(_Message, tag="invalidate", frozen=True, kw_only=True):
 
 
 class Tick(_Message, tag="tick", frozen=True, kw_only=True):
-    """The relay's word that everything committed before `as_of` in the database `source` has been confirmed."""
+    """The relay's word that everything committed before `as_of` in the database `source` has been confirmed.
 
+    `seqs` are the last confirmed numbers of other origins. A tick has no number of its own: `seq` is the last one that its
+    origin has used, 0 for none.
+    """
+
+    v: Literal[1]
     origin: Origin
-    seq: Seq
+    seq: LastSeq
     as_of: float
     source: str | None = None
-    seqs: dict[str, int] = {}
+    seqs: dict[str, LastSeq] = {}
 
 
 class Beat(_Message, tag="beat", frozen=True, kw_only=True):
     """The last number of a publisher that has no database to tell it."""
 
+    v: Literal[1]
     origin: Origin
-    seq: Seq
+    seq: LastSeq
 
 
 class Probe(_Message, tag="probe", frozen=True, kw_only=True):

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import UUID
@@ -14,7 +15,7 @@ import msgspec
 from cacheinval import logs
 from cacheinval.coherence import Coherence
 from cacheinval.errors import PublishError
-from cacheinval.messages import Invalidate, encode, split
+from cacheinval.messages import Beat, Invalidate, encode, split
 
 __all__ = ["Publisher", "PublisherCounters", "Unpublished"]
 
@@ -22,6 +23,9 @@ log = logging.getLogger("cacheinval.publisher")
 
 MAX_WAITING = 200_000
 """Names that may wait here; what comes beyond is left to the relay."""
+
+BEATS = 10
+"""Tick intervals after a publish for which its number is said again."""
 
 BACKOFF_FIRST, BACKOFF_MOST = 0.2, 5.0
 ROWS_AT_ONCE = 1_000
@@ -75,22 +79,28 @@ class Publisher:
 
     Args:
         open_channel: opens a publishing channel; raises PublishError.
-        delete_rows: deletes confirmed rows of the outbox; None without a database.
+        delete_rows: deletes confirmed rows of the outbox, and notes there the last confirmed number of each origin, so
+            that ticks can tell it; None without a database.
         timeout: seconds for one publish, confirm included.
     """
 
     def __init__(
         self,
         open_channel: Callable[[], Awaitable[Channel]],
-        delete_rows: Callable[[Sequence[UUID]], Awaitable[Any]] | None,
+        delete_rows: Callable[[Sequence[UUID], Mapping[str, int]], Awaitable[Any]] | None,
         coherence: Coherence,
         timeout: float,
+        tick_interval: float = 1.0,
     ) -> None:
         self.counters = PublisherCounters()
         self._open_channel = open_channel
         self._delete_rows = delete_rows
         self._coherence = coherence
         self._timeout = timeout
+        self._tick_interval = tick_interval
+        self._confirmed_seqs: dict[str, int] = {}
+        self._sending = False
+        self._beat_until = 0.0
         self._channel: Channel | None = None
         self._seq = 0
         self._failing_since: float | None = None
@@ -155,8 +165,23 @@ class Publisher:
             while self._confirmed_rows:
                 rows = self._confirmed_rows[:ROWS_AT_ONCE]
                 del self._confirmed_rows[: len(rows)]
-                await self._delete(rows)
+                confirmed, self._confirmed_seqs = self._confirmed_seqs, {}
+                await self._delete(rows, confirmed)
             self._rows_deleted.set()
+
+    async def beat(self) -> None:
+        """Without a database nobody else can say what was published: for a while the last number is said again.
+
+        Runs until cancelled.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._tick_interval)
+            if self._channel is None or self._sending or loop.time() > self._beat_until:
+                continue
+            with suppress(PublishError, TimeoutError):  # the next publish finds out, and says so
+                async with asyncio.timeout(self._timeout):
+                    await self._channel.send(encode(Beat(v=1, origin=self._channel.origin, seq=self._seq)))
 
     async def flush(self, timeout: float) -> bool:
         """Waits, for at most `timeout` seconds, until nothing waits to be published, and the rows of what is confirmed are
@@ -179,6 +204,7 @@ class Publisher:
             if not batch:
                 return
         try:
+            self._sending = True
             async with asyncio.timeout(self._timeout):
                 await self._send(batch)
         except (PublishError, TimeoutError) as error:
@@ -189,6 +215,8 @@ class Publisher:
             raise
         else:
             self._succeeded(batch)
+        finally:
+            self._sending = False
 
     async def _send(self, batch: list[Unpublished]) -> None:
         if self._channel is None:
@@ -224,6 +252,9 @@ class Publisher:
             logs.event(log, logging.INFO, "publishing again")
         self._pause = BACKOFF_FIRST
         self.counters.confirmed_writes += len(batch)
+        if self._channel is not None:
+            self._confirmed_seqs[self._channel.origin] = self._seq
+            self._beat_until = asyncio.get_running_loop().time() + BEATS * self._tick_interval
         for one in batch:
             self._confirmed_rows += one.rows
             if one.confirmed is not None and not one.confirmed.done():
@@ -256,11 +287,11 @@ class Publisher:
             self._coherence.forget_echoes(channel.origin)
             await channel.close()
 
-    async def _delete(self, rows: Sequence[UUID]) -> None:
+    async def _delete(self, rows: Sequence[UUID], confirmed: Mapping[str, int]) -> None:
         assert self._delete_rows is not None
         try:
             async with asyncio.timeout(self._timeout):
-                await self._delete_rows(rows)
+                await self._delete_rows(rows, confirmed)
         except (
             Exception
         ) as error:  # whatever the database says: the relay publishes them again, and deletes them

@@ -12,7 +12,7 @@ from typing import Protocol
 from cacheinval import logs
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
-from cacheinval.errors import CacheError, EvictionError, MalformedMessageError
+from cacheinval.errors import BusError, CacheError, EvictionError, MalformedMessageError
 from cacheinval.messages import Ask, Invalidate, Message, Probe, Unknown, decode, encode
 
 __all__ = ["LATENCY_BUCKETS", "Instance", "ReceiverCounters"]
@@ -22,6 +22,10 @@ log = logging.getLogger("cacheinval.receiver")
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Seconds from commit to eviction, upper bounds."""
 
+SILENT_TICKS = 3
+"""Tick intervals without any message after which a subscription has to prove that it hears."""
+
+PROBE_TIMEOUT = 2.0
 RETRY_FIRST, RETRY_MOST, RETRY_LIMIT = 0.05, 2.0, 30.0
 
 
@@ -64,6 +68,9 @@ class Instance:
         caches: whatever is to be evicted, the instance's own cache first.
         publish_probe: publishes a marker and returns when the broker has confirmed it.
         answer: called for each message that asks for this instance's status.
+        resubscribe: ends the subscription, so that a new one is made.
+        tick_interval: seconds.
+        max_clock_skew: seconds.
     """
 
     def __init__(
@@ -73,6 +80,10 @@ class Instance:
         caches: Sequence[Evictable],
         publish_probe: Callable[[bytes], Awaitable[None]],
         answer: Callable[[Delivery], None],
+        resubscribe: Callable[[str], None],
+        *,
+        tick_interval: float = 1.0,
+        max_clock_skew: float = 0.1,
     ) -> None:
         self.counters = ReceiverCounters()
         self._coherence = coherence
@@ -80,6 +91,11 @@ class Instance:
         self._caches = caches
         self._publish_probe = publish_probe
         self._answer = answer
+        self._resubscribe = resubscribe
+        self._tick_interval = tick_interval
+        self._max_clock_skew = max_clock_skew
+        self._refusal: str | None = None
+        self._heard = asyncio.Event()
         self._gap_put_off = asyncio.Event()
         self._failing = 0  # evictions that are being retried
         self.trusted = asyncio.Event()
@@ -92,10 +108,10 @@ class Instance:
         """See `bus.Receiver.joined`."""
         if resumed:
             marker = secrets.token_hex(8)
-            self._coherence.resumed(marker)
+            self._coherence.resumed(marker, self._clock.now())
             await self._publish_probe(encode(Probe(v=1, id=marker)))
             return
-        await self._evict(self._coherence.joined_anew())
+        await self._evict(self._coherence.joined_anew(self._clock.now()))
         self._coherence.trust()
         self._note_trust()
 
@@ -106,6 +122,7 @@ class Instance:
 
     async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
         """See `bus.Receiver.receive`."""
+        self._heard.set()
         now = self._clock.now()
         answers: list[str | None] = []
         evictions: list[Eviction] = []
@@ -124,7 +141,7 @@ class Instance:
         if evictions:
             await self._evict(Eviction.merged(evictions))
             self._tell(evicted)
-        self._coherence.evicted()
+        self._coherence.evicted(self._clock.now())
         self._note_trust()
         if self._coherence.gap_due_at is not None:
             self._gap_put_off.set()
@@ -225,6 +242,52 @@ class Instance:
                     seq=message.seq,
                     latency_ms=None if since is None else max(0.0, now - since) * 1e3,
                 )
+
+    async def watch(self) -> None:
+        """Runs until cancelled: notices silence, a clock that was set, and ticks that cannot be believed."""
+        while True:
+            await asyncio.sleep(self._tick_interval / 2)
+            self._tell_refusal()
+            if abs(self._clock.drift()) > self._max_clock_skew:
+                await self._start_clock_over()
+            silence = SILENT_TICKS * self._tick_interval
+            if self._coherence.silent(self._clock.now(), silence):
+                # Whoever probes first speaks for all: a probe is heard by every instance.
+                await asyncio.sleep(random.uniform(0, self._tick_interval))
+                if self._coherence.silent(self._clock.now(), silence):
+                    await self._probe(silence)
+
+    async def _probe(self, silence: float) -> None:
+        self._heard.clear()
+        try:
+            await self._publish_probe(encode(Probe(v=1, id=secrets.token_hex(8))))
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                await self._heard.wait()
+        except BusError as error:
+            reason = f"silence, and a probe could not be published: {error}"
+        except TimeoutError:
+            reason = "silence: a probe was published and did not arrive"
+        else:
+            return
+        if not self._heard.is_set() and self._coherence.silent(self._clock.now(), silence):
+            self.lost(reason)
+            self._resubscribe(reason)
+
+    async def _start_clock_over(self) -> None:
+        drift = self._clock.drift()
+        eviction = self._coherence.clock_stepped()
+        self._clock.restart()
+        logs.event(log, logging.WARNING, "the clock was set", seconds=drift)
+        with suppress(EvictionError):  # then a gap is put off, and begins its epoch
+            await self._evict(eviction)
+
+    def _tell_refusal(self) -> None:
+        refusal = self._coherence.proof.refused
+        kind = None if refusal is None else refusal.partition(":")[0].partition(",")[0]
+        if kind != self._refusal:
+            self._refusal = kind
+            if refusal is not None:
+                logs.event(log, logging.ERROR, "a tick is not believed", reason=refusal)
 
     async def begin_epochs_put_off(self) -> None:
         """Runs until cancelled: gaps come at most once a second, and this begins the epochs of the others."""

@@ -15,6 +15,7 @@ from cacheinval import logs
 from cacheinval.errors import DatabaseError, PublishError
 from cacheinval.outbox.sending import Channel, Sender
 from cacheinval.outbox.session import LOST, Session
+from cacheinval.outbox.ticks import Ticks
 
 if TYPE_CHECKING:
     import asyncpg
@@ -32,6 +33,7 @@ CLOSE_TIMEOUT = 2.0
 PAUSES = (0.2, 5.0)  # seconds: the first and the longest between two attempts
 PATIENCE = (5.0, 300.0)
 """Seconds that a leader waits for the broker before it lets others try: at first, and at most."""
+FORGET_EVERY = 60  # ticks
 REASONS_SAID = 5
 
 State = Literal["starting", "disconnected", "unready", "standby", "leader", "blocked", "stopped"]
@@ -53,6 +55,7 @@ class Relay:
         namespace: whose rows are relayed.
         tick_interval: seconds; a standby tries this often, and takes over from a frozen leader after 2.5 times this.
         publish_timeout: seconds for a message to be confirmed.
+        max_clock_skew: seconds by which this host's clock and the database's may differ; no ticks while it is more.
     """
 
     def __init__(
@@ -63,12 +66,16 @@ class Relay:
         namespace: str,
         tick_interval: float = 1.0,
         publish_timeout: float = 5.0,
+        max_clock_skew: float = 0.1,
     ) -> None:
         self._connect = connect
         self._namespace = namespace
         self._tick_interval = tick_interval
         self._poll_interval = min(POLL_INTERVAL, tick_interval / 2)
+        self._max_clock_skew = max_clock_skew
         self._sender = Sender(open_channel, publish_timeout)
+        self._ticks = Ticks(tick_interval)
+        self._clocks_differ = False
         self._pauses = _Pauses()
         self._patience = PATIENCE[0]
         self._state: State = "starting"
@@ -96,6 +103,7 @@ class Relay:
             "published_rows": self._sender.published_rows,
             "published_messages": self._sender.published_messages,
             "bad_rows": self._sender.bad_rows,
+            "ticks": self._sender.ticks,
             "errors": self._errors,
         }
 
@@ -130,6 +138,7 @@ class Relay:
             await self._lead(session)
         finally:
             self._oldest = None
+            self._ticks = Ticks(self._tick_interval)
             try:
                 await session.close()  # first of all, since it frees the lock
             finally:
@@ -141,6 +150,8 @@ class Relay:
         while True:
             try:
                 more = await self._round(session)
+                if not more:
+                    await self._tick(session)
             except PublishError as error:
                 self._failed("blocked", str(error))
                 if time.monotonic() - leading_since > self._patience:
@@ -156,6 +167,7 @@ class Relay:
 
     async def _round(self, session: Session) -> bool:
         """Publishes and deletes what is due; returns whether there is probably more of it."""
+        await self._look(session)
         rows = await session.due()
         self._oldest = min((row["recorded_at"] for row in rows), default=None)
         if self._state in ("starting", "standby", "disconnected"):
@@ -165,11 +177,46 @@ class Relay:
         before = self._sender.published_messages
         confirmed: list[UUID] = []
         failure = await self._meanwhile(session, self._sender.publish(rows, confirmed))
-        await session.delete(confirmed)  # each was seen in the table before its publish began
+        # Each was seen in the table before its publish began.
+        await session.delete(confirmed, self._sender.confirmed if failure is None else {})
+        self._ticks.confirmed(confirmed)
         if failure is not None:
             raise failure
         self._oldest = None
         return self._sender.published_messages > before + 1
+
+    async def _look(self, session: Session) -> None:
+        """Begins a tick, when it is time for one: notes what it waits for."""
+        if not self._ticks.due(time.monotonic()):
+            return
+        look = await session.look()
+        apart = max(look.took[0] - look.as_of, look.as_of - look.took[1])
+        if apart > self._max_clock_skew:
+            if not self._clocks_differ:
+                logs.event(
+                    log, logging.ERROR, "no ticks: this clock and the database's differ", seconds=apart
+                )
+            self._clocks_differ = True
+            self._ticks.put_off(time.monotonic())
+            return
+        self._clocks_differ = False
+        self._ticks.begin(look, time.monotonic())
+
+    async def _tick(self, session: Session) -> None:
+        """Sends the tick, once every row that it waits for has been confirmed, by this relay or by its client."""
+        wanted = self._ticks.wanted
+        if wanted is None:
+            return
+        self._ticks.left(*await session.left(wanted))
+        told = self._ticks.take()
+        if told is None:
+            return
+        look, seqs = told
+        failure = await self._meanwhile(session, self._sender.tick(look.as_of, look.source, seqs))
+        if failure is not None:
+            raise failure
+        if self._sender.ticks % FORGET_EVERY == 0:
+            await session.forget_old_origins()
 
     async def _meanwhile(self, session: Session, work: Coroutine[Any, Any, _T]) -> _T:
         """Awaits `work`, and uses the session often enough to keep it, and with it the leadership."""

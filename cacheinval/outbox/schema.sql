@@ -4,6 +4,7 @@
 -- Who needs what:
 --   a role that calls cacheinval.invalidate()  nothing: PUBLIC may
 --   an embedded client, a worker or a relay    GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …;
+--                                              GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins TO …;
 --                                              GRANT SELECT ON cacheinval.schema_version TO …;
 -- Clients write the outbox by a plain INSERT, not by a function: only an INSERT can be put in front of another
 -- statement as a WITH that surely runs (a SELECT that nobody refers to is skipped), it is the cheaper of the two, and
@@ -66,6 +67,28 @@ CREATE TABLE IF NOT EXISTS cacheinval.outbox (
     toast.autovacuum_vacuum_cost_delay = 0,
     toast.autovacuum_vacuum_insert_threshold = -1
 );
+
+-- The last confirmed number of each publishing channel, noted together with the deletion of what it confirmed. Ticks tell
+-- these numbers, so that an instance which missed a message learns of it although nothing further is published. A row
+-- for each channel that was open lately; the relay's leader removes old ones.
+CREATE TABLE IF NOT EXISTS cacheinval.origins (
+    namespace text NOT NULL,
+    origin text NOT NULL,
+    seq bigint NOT NULL,
+    confirmed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (namespace, origin)
+) WITH (
+    fillfactor = 50, -- updated all the time: new versions find room in the same page
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 500,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- Which database this is: the cluster that it was made in, and the database within it.
+CREATE OR REPLACE FUNCTION cacheinval.source() RETURNS text
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT (SELECT system_identifier FROM pg_control_system()) || '.' || oid FROM pg_database WHERE datname = current_database()
+$$;
 
 -- Refuses what could not be published as a message; `what` is the argument that the error names.
 CREATE OR REPLACE FUNCTION cacheinval.check_names(what text, names text[]) RETURNS void

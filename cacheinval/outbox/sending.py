@@ -9,7 +9,7 @@ from uuid import UUID
 
 from cacheinval import logs
 from cacheinval.errors import PublishError
-from cacheinval.messages import Invalidate, encode
+from cacheinval.messages import Invalidate, Tick, encode
 from cacheinval.outbox.batches import Batch, batches, stamped
 
 __all__ = ["Channel", "Sender"]
@@ -42,7 +42,7 @@ class Sender:
         self._deadline = publish_timeout + 1
         self._channel: Channel | None = None
         self._seq = 0
-        self.published_rows = self.published_messages = self.bad_rows = 0
+        self.published_rows = self.published_messages = self.bad_rows = self.ticks = 0
 
     async def publish(self, rows: Sequence[Mapping[str, Any]], confirmed: list[UUID]) -> PublishError | None:
         """Publishes all rows, and notes in `confirmed` which may be deleted; returns what went wrong first, if anything."""
@@ -72,6 +72,39 @@ class Sender:
                 raise failure
             problem = problem or failure
         return problem
+
+    @property
+    def confirmed(self) -> dict[str, int]:
+        """The last confirmed number by origin: of the one channel, while nothing is in flight."""
+        return {} if self._channel is None else {self._channel.origin: self._seq}
+
+    async def tick(self, as_of: float, source: str, seqs: Mapping[str, int]) -> PublishError | None:
+        """Says that all that was committed before `as_of` is confirmed; returns what went wrong, if anything."""
+        try:
+            async with asyncio.timeout(self._deadline):
+                if self._channel is None:
+                    self._channel = await self._open_channel()
+                    self._seq = 0
+                known = {origin: seq for origin, seq in seqs.items() if origin != self._channel.origin}
+                await self._channel.send(
+                    encode(
+                        Tick(
+                            v=1,
+                            origin=self._channel.origin,
+                            seq=self._seq,
+                            as_of=as_of,
+                            source=source,
+                            seqs=known,
+                        )
+                    )
+                )
+        except (PublishError, TimeoutError) as error:
+            await self.close()
+            return (
+                error if isinstance(error, PublishError) else PublishError("a tick was not confirmed in time")
+            )
+        self.ticks += 1
+        return None
 
     async def close(self) -> None:
         """Gives the channel back; the next publish opens a new one. Never raises, and ends within seconds."""

@@ -1,26 +1,28 @@
 """The relay's session with the database: the lock that makes it leader, and the rows that are due."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import asyncpg
 
 from cacheinval.errors import DatabaseError
 from cacheinval.outbox.schema import OLDEST_SERVER
-from cacheinval.outbox.writing import explain
+from cacheinval.outbox.writing import DELETE, explain
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
     Prepared = asyncpg.prepared_stmt.PreparedStatement[asyncpg.Record]
 
-__all__ = ["LOST", "Session"]
+__all__ = ["LOST", "MOST_WAITING", "Look", "Session"]
 
 _T = TypeVar("_T")
 
 ROWS_PER_ROUND = 5_000
 BYTES_PER_ROUND = 1 << 20  # as stored; names compress about tenfold at best
+MOST_WAITING = 100_000  # rows; with more, a tick waits until the backlog is shorter
 ANSWER_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
 
@@ -55,7 +57,20 @@ _DUE = """
     ) AS measured
     WHERE bytes_before IS NULL OR bytes_before < $3
 """
-_DELETE = "DELETE FROM cacheinval.outbox WHERE id = ANY($1)"
+
+# `now()` is when the transaction began, and each statement sees what was committed before *it* began: the time is taken by
+# a statement of its own, before the one that looks. (In one statement it would come after the look's snapshot.)
+_TIME = "SELECT extract(epoch FROM now())::float8"
+_LOOK = """
+    SELECT cacheinval.source() AS source,
+        ARRAY(SELECT id FROM cacheinval.outbox WHERE namespace = $1 LIMIT $2) AS waiting
+"""
+_LEFT = """
+    SELECT ARRAY(SELECT id FROM cacheinval.outbox WHERE id = ANY($2::uuid[])) AS ids,
+        ARRAY(SELECT origin FROM cacheinval.origins WHERE namespace = $1 ORDER BY origin) AS origins,
+        ARRAY(SELECT seq FROM cacheinval.origins WHERE namespace = $1 ORDER BY origin) AS seqs
+"""
+_FORGET = "DELETE FROM cacheinval.origins WHERE namespace = $1 AND confirmed_at < now() - interval '1 hour'"
 
 # A database whose encoding is not UTF8 may hold names that cannot be sent to anybody.
 _UNREADABLE = (
@@ -63,6 +78,17 @@ _UNREADABLE = (
     asyncpg.CharacterNotInRepertoireError,
     asyncpg.UntranslatableCharacterError,
 )
+
+
+class Look(NamedTuple):
+    """The outbox at one moment."""
+
+    as_of: float
+    """The database's time: all that was committed before is in here, or was confirmed."""
+    took: tuple[float, float]
+    """Our own wall clock before and after the database told its time."""
+    source: str
+    waiting: set[UUID]
 
 
 class Session:
@@ -74,6 +100,7 @@ class Session:
         self._due: Prepared | None = None
         self._due_unreadable: Prepared | None = None
         self._delete: Prepared | None = None
+        self._others: dict[str, Prepared] = {}
 
     async def prepare(self, idle_timeout: float) -> None:
         """Makes ready for everything, and tries it, so that whoever gets the lock is able to use it.
@@ -96,9 +123,14 @@ class Session:
         self._due_unreadable = await _answer(
             connection.prepare(_DUE.format(names="NULL AS keys, NULL AS versions, NULL AS tags"))
         )
-        self._delete = await _answer(connection.prepare(_DELETE))
+        self._delete = await _answer(connection.prepare(DELETE))
+        for statement in (_TIME, _LOOK, _LEFT, _FORGET):
+            self._others[statement] = await _answer(connection.prepare(statement))
         await self.due(rows=0)
-        await self.delete([UUID(int=0)])
+        await self.delete([UUID(int=0)], {})
+        await self.look()
+        await self.left(set())
+        await self.forget_old_origins()
 
     async def lead(self) -> bool:
         """Takes the lock, if nobody else has it; to be tried until it is taken, and only by one for a namespace."""
@@ -115,11 +147,33 @@ class Session:
             found = await _answer(self._due_unreadable.fetch(*limits))
         return cast("Sequence[Mapping[str, Any]]", found)
 
-    async def delete(self, ids: Sequence[UUID]) -> None:
-        """Deletes these rows."""
+    async def delete(self, ids: Sequence[UUID], confirmed: Mapping[str, int]) -> None:
+        """Deletes these rows, and notes the last confirmed number of each origin."""
         assert self._delete is not None
         if ids:
-            await _answer(self._delete.fetch(ids))
+            numbers = list(confirmed), list(confirmed.values())
+            await _answer(self._delete.fetch(ids, self._namespace, *numbers))
+
+    async def look(self) -> Look:
+        """What the outbox holds, due or not."""
+        await _answer(self._connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"))
+        before = time.time()
+        as_of = await _answer(self._others[_TIME].fetchval())
+        after = time.time()
+        row = await _answer(self._others[_LOOK].fetchrow(self._namespace, MOST_WAITING))
+        await _answer(self._connection.execute("COMMIT"))
+        assert row is not None
+        return Look(as_of, (before, after), row["source"], set(row["waiting"]))
+
+    async def left(self, ids: set[UUID]) -> tuple[set[UUID], dict[str, int]]:
+        """Which of these rows nobody has deleted yet, and the last confirmed numbers by origin, in one snapshot."""
+        row = await _answer(self._others[_LEFT].fetchrow(self._namespace, list(ids)))
+        assert row is not None
+        return set(row["ids"]), dict(zip(row["origins"], row["seqs"], strict=True))
+
+    async def forget_old_origins(self) -> None:
+        """Removes the numbers of channels that have long been silent: every instance has been told them."""
+        await _answer(self._others[_FORGET].fetch(self._namespace))
 
     async def keep(self) -> None:
         """A word to the server, so that it does not end the session for being idle."""

@@ -1,6 +1,6 @@
 """Writing the outbox in the transaction of the change, and emptying it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -19,10 +19,15 @@ _UNDEFINED = frozenset({"42P01", "42703", "42883", "3F000"})  # table, column, f
 
 # A row that comes back after a crash of the server is only published once more: the DELETE need not wait for the disk.
 # (The setting lasts for this statement's own transaction; a caller's transaction keeps it until its end.)
-_DELETE = """
-    DELETE FROM cacheinval.outbox
-    USING (SELECT set_config('synchronous_commit', 'off', true)) AS unhurried
-    WHERE id = ANY($1::uuid[])
+DELETE = """
+    WITH unhurried AS (SELECT set_config('synchronous_commit', 'off', true)),
+    confirmed AS (
+        INSERT INTO cacheinval.origins AS known (namespace, origin, seq)
+        SELECT $2, origin, seq FROM unnest($3::text[], $4::bigint[]) AS told (origin, seq)
+        ON CONFLICT (namespace, origin) DO UPDATE
+            SET seq = greatest(known.seq, excluded.seq), confirmed_at = clock_timestamp()
+    )
+    DELETE FROM cacheinval.outbox USING unhurried WHERE id = ANY($1::uuid[])
 """
 
 
@@ -116,19 +121,30 @@ class Outbox:
                 raise
             raise problem from error
 
-    async def delete(self, executor: Executor, ids: Sequence[UUID], *, timeout: float | None = None) -> int:
+    async def delete(
+        self,
+        executor: Executor,
+        ids: Sequence[UUID],
+        confirmed: Mapping[str, int] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> int:
         """Removes rows whose publish began after their commit was known, and was confirmed; returns how many it found.
 
-        `executor` is a pool, or a connection that is in no transaction; `timeout` in seconds for each 5000 ids.
+        `confirmed` are the last confirmed numbers by origin, which ticks will tell: whoever has not seen them has missed
+        something. `executor` is a pool, or a connection that is in no transaction; `timeout` in seconds for each 5000 ids.
 
         Raises:
             SchemaMissingError: `cacheinval schema apply` has not been run.
             DatabaseError: the role may not delete from the outbox.
         """
-        deleted = 0
+        deleted, origins = 0, confirmed or {}
         try:
             for start in range(0, len(ids), IDS_PER_DELETE):
-                tag = await executor.execute(_DELETE, ids[start : start + IDS_PER_DELETE], timeout=timeout)
+                few = ids[start : start + IDS_PER_DELETE]
+                tag = await executor.execute(
+                    DELETE, few, self._namespace, list(origins), list(origins.values()), timeout=timeout
+                )
                 deleted += int(tag.rpartition(" ")[2])
         except asyncpg.PostgresError as error:
             problem = explain(error)

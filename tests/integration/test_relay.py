@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from cacheinval.errors import PublishError
-from cacheinval.messages import Invalidate, decode
+from cacheinval.messages import Invalidate, Tick, decode
 from cacheinval.outbox import apply_schema
 from cacheinval.outbox import relay as relay_module
 from cacheinval.outbox.relay import Relay
@@ -29,6 +29,7 @@ class Broker:
 
     def __init__(self) -> None:
         self.messages: list[Invalidate] = []
+        self.ticks: list[Tick] = []
         self.channels: list[Channel] = []
         self.refuses: str | None = None
         self.confirms = asyncio.Event()
@@ -59,8 +60,11 @@ class Channel:
         assert not self.closed
         broker = self._broker
         message = decode(body)
-        assert isinstance(message, Invalidate)
-        broker.messages.append(message)
+        if isinstance(message, Tick):
+            broker.ticks.append(message)
+        else:
+            assert isinstance(message, Invalidate)
+            broker.messages.append(message)
         broker.in_flight += 1
         broker.most_in_flight = max(broker.most_in_flight, broker.in_flight)
         try:

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import cacheinval.coherence as rules
 
+from .freshness import Relaying, Span
 from .worlds import Glue, Shape
 
 STORE = Shape(writes=2, readers=2)
@@ -32,16 +33,32 @@ class Mutant:
 
     def rules(self) -> ModuleType:
         """The changed module; importable by name, for worlds are pickled."""
-        if not self.changes:
-            return rules
-        source = inspect.getsource(rules)
-        for line, changed in self.changes:
-            assert source.count(line) == 1, f"{self.name}: {source.count(line)} places are {line!r}"
-            source = source.replace(line, changed)
-        module = ModuleType("cacheinval_mutant_" + "".join(c if c.isalnum() else "_" for c in self.name))
-        sys.modules[module.__name__] = module
-        exec(compile(source, module.__name__, "exec"), module.__dict__)
-        return module
+        return changed(rules, self.changes, self.name)
+
+
+def changed(original: ModuleType, changes: tuple[tuple[str, str], ...], name: str) -> ModuleType:
+    """A copy of `original` with these lines changed, importable by name."""
+    if not changes:
+        return original
+    source = inspect.getsource(original)
+    for line, instead in changes:
+        assert source.count(line) == 1, f"{name}: {source.count(line)} places are {line!r}"
+        source = source.replace(line, instead)
+    module = ModuleType("cacheinval_mutant_" + "".join(c if c.isalnum() else "_" for c in name))
+    sys.modules[module.__name__] = module
+    exec(compile(source, module.__name__, "exec"), module.__dict__)
+    return module
+
+
+@dataclass(frozen=True)
+class TimedMutant:
+    """The same for the world with time."""
+
+    name: str
+    span: Span
+    changes: tuple[tuple[str, str], ...] = ()
+    tick_changes: tuple[tuple[str, str], ...] = ()
+    relaying: Relaying | None = None
 
 
 MUTANTS = [
@@ -102,6 +119,55 @@ MUTANTS = [
             (
                 "        if self._subscribed:\n            self.settle",
                 "        if True:\n            self.settle",
+            ),
+        ),
+    ),
+]
+
+DROPPED_IN_TIME = Span(drops=1)
+
+TIMED_MUTANTS = [
+    TimedMutant(
+        "tick sent before the confirms",
+        Span(),
+        tick_changes=(("self._seqs = None if self.waiting else seqs", "self._seqs = seqs"),),
+    ),
+    TimedMutant(
+        "tick from a cursor instead of a set",
+        Span(writes=1, slow_writes=1, until=4),
+        relaying=Relaying(by_cursor=True),
+    ),
+    TimedMutant(
+        "numbers told as the look saw them", DROPPED_IN_TIME, relaying=Relaying(numbers_of_look=True)
+    ),
+    TimedMutant("tick time read after the snapshot", Span(), relaying=Relaying(time_after_look=True)),
+    TimedMutant(
+        "watermark moved before the numbers are checked",
+        DROPPED_IN_TIME,
+        (('            return self.gap("messages missing before a tick", now)', "            pass"),),
+    ),
+    TimedMutant(
+        "the first tick extends what was loaded before",
+        Span(drops=1, baselined=False, until=4),
+        (("            self.extends = now\n", "            self.extends = -1\n"),),
+    ),
+    TimedMutant(
+        "another database's tick believed",
+        Span(foreign_ticks=2, looks=0),
+        (("if tick.source != self.source:", "if False:"),),
+    ),
+    TimedMutant(
+        "a late reader joining a hung load",
+        Span(hung_loads=True, looks=1),
+        (("load is None or self._too_old(load.started, now) or not", "load is None or not"),),
+    ),
+    TimedMutant(
+        "age counted from the end of a load",
+        Span(hung_loads=True, looks=0),
+        (
+            (
+                "return now - load_started > self._age_limit and",
+                "return now - load_started > self._age_limit + 1 and",
             ),
         ),
     ),

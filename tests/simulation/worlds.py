@@ -213,17 +213,17 @@ class World:
 
     def clear_first(self) -> None:
         self.joined = True
-        self._evict(self.coherence.joined_anew())
+        self._evict(self.coherence.joined_anew(self.now))
 
     def join(self) -> None:
         self.joined = True
         if self.shape.resumes and self.left["resumed"]:
-            self.coherence.resumed("m")
+            self.coherence.resumed("m", self.now)
             self.backlog = self.seq
             self.queue.append(Probe(v=1, id="m"))
             return
         self.left["resumed"] = 1
-        self._evict(self.coherence.joined_anew())
+        self._evict(self.coherence.joined_anew(self.now))
         for key in self.shape.keys:
             self.evicted[key] = self.database[key]
         if self.shape.slow_join:
@@ -280,7 +280,7 @@ class World:
                 self.hole = False
                 key = self.shape.keys[int(message.committed_at or 0)]
                 self.evicted[key] = max(self.evicted[key], int(message.at or 0))
-        self.coherence.evicted()
+        self.coherence.evicted(self.now)
 
     def malformed(self) -> None:
         self.left["malformed"] -= 1
@@ -413,7 +413,7 @@ class World:
             tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())),
             tuple(sorted(c._doubts)),
             tuple(c._seqs.items()),
-            c._marker, c._marker_passed, c._subscribed, c._gap_due, c._last_gap,
+            c._marker, c._marker_passed, c._tick_passed is None, c._subscribed, c._gap_due, c._last_gap,
         )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def clock() -> SetClock:
 @pytest.fixture
 def coherence() -> Coherence:
     coherence = Coherence()
-    coherence.evict(coherence.joined_anew())
+    coherence.evict(coherence.joined_anew(0.0))
     coherence.trust()
     return coherence
 

@@ -133,7 +133,7 @@ class World(RuleBasedStateMachine):
         eviction = self.coherence.received(message, self.now)
         if eviction is not None:
             self.apply(eviction)
-        self.coherence.evicted()
+        self.coherence.evicted(0.0)
 
     def check_served(self, key: str, entry: Entry, began: int) -> None:
         assert began > self.last_eviction(key, entry.tags), "served what an eviction should have removed"
@@ -352,7 +352,7 @@ class World(RuleBasedStateMachine):
     def join(self, lost_meanwhile: bool) -> None:
         self.consuming = True
         if self.durable and self.bound:
-            self.coherence.resumed("marker")
+            self.coherence.resumed("marker", 0.0)
             self.queue.setdefault("probes", []).append(Probe(v=1, id="stranger"))
             for origin in list(self.queue):
                 while self.queue[origin]:
@@ -364,7 +364,7 @@ class World(RuleBasedStateMachine):
         self.known.clear()
         self.seen.clear()
         self.skippable.clear()
-        eviction = self.coherence.joined_anew()
+        eviction = self.coherence.joined_anew(0.0)
         assert eviction.everything
         if lost_meanwhile:
             self.apply(eviction)
@@ -428,7 +428,7 @@ TestWorld.settings = settings(max_examples=300, stateful_step_count=30, deadline
 
 def ready(max_staleness: float | None = None) -> Coherence:
     coherence = Coherence(max_staleness)
-    coherence.evict(coherence.joined_anew())
+    coherence.evict(coherence.joined_anew(0.0))
     coherence.trust()
     return coherence
 
@@ -592,7 +592,7 @@ def test_joining_evicts_everything_before_it_is_trusted() -> None:
     coherence = ready()
     entry, load = stored(coherence), coherence.begin_load("l", 100.0)
     coherence.lost("cut")
-    eviction = coherence.joined_anew()
+    eviction = coherence.joined_anew(0.0)
     assert eviction.everything
     assert coherence.suspect
     coherence.evict(eviction)
@@ -604,7 +604,7 @@ def test_joining_evicts_everything_before_it_is_trusted() -> None:
 
 def test_trust_does_not_outrun_a_loss() -> None:
     coherence = Coherence()
-    eviction = coherence.joined_anew()
+    eviction = coherence.joined_anew(0.0)
     coherence.lost("cut")
     coherence.evict(eviction)
     coherence.trust()
@@ -626,15 +626,15 @@ def test_resumed_it_is_suspect_until_its_own_marker_is_evicted() -> None:
     coherence = ready()
     entry = stored(coherence)
     coherence.lost("cut")
-    coherence.resumed("mine")
+    coherence.resumed("mine", 0.0)
     epoch = coherence.epoch
     for message in (Probe(v=1, id="another's"), Invalidate(v=1, keys=["x"])):
         coherence.received(message, 100.0)
-        coherence.evicted()
+        coherence.evicted(0.0)
         assert coherence.suspect == "catching up with the queue"
     coherence.received(Probe(v=1, id="mine"), 100.0)
     assert coherence.suspect, "trusted before what came before the marker was evicted"
-    coherence.evicted()
+    coherence.evicted(0.0)
     assert coherence.suspect is None
     assert coherence.epoch == epoch
     assert coherence.may_serve(entry, 1e6)
@@ -643,28 +643,28 @@ def test_resumed_it_is_suspect_until_its_own_marker_is_evicted() -> None:
 def test_a_marker_of_a_lost_subscription_does_not_count() -> None:
     coherence = ready()
     coherence.lost("cut")
-    coherence.resumed("first")
+    coherence.resumed("first", 0.0)
     coherence.received(Probe(v=1, id="first"), 100.0)
     coherence.lost("cut again")
-    coherence.evicted()
+    coherence.evicted(0.0)
     assert coherence.suspect == "cut again"
-    coherence.resumed("second")
+    coherence.resumed("second", 0.0)
     coherence.received(Probe(v=1, id="first"), 100.0)
-    coherence.evicted()
+    coherence.evicted(0.0)
     assert coherence.suspect
     coherence.received(Probe(v=1, id="second"), 100.0)
-    coherence.evicted()
+    coherence.evicted(0.0)
     assert coherence.suspect is None
 
 
 def test_a_marker_does_not_outlive_its_subscription() -> None:
     coherence = ready()
     coherence.lost("cut")
-    coherence.resumed("mine")
+    coherence.resumed("mine", 0.0)
     coherence.received(Probe(v=1, id="mine"), 100.0)
     coherence.lost("queue deleted")
-    coherence.joined_anew()
-    coherence.evicted()
+    coherence.joined_anew(0.0)
+    coherence.evicted(0.0)
     assert coherence.suspect, "trusted before it was cleared"
 
 
@@ -691,7 +691,7 @@ def test_a_new_subscription_has_baselines_of_its_own() -> None:
     coherence = ready()
     coherence.received(numbered(7), 100.0)
     coherence.lost("cut")
-    coherence.evict(coherence.joined_anew())
+    coherence.evict(coherence.joined_anew(0.0))
     coherence.trust()
     assert coherence.received(numbered(20), 100.0) == Eviction(["k"], [], False)
     assert coherence.counters.gaps == 0
@@ -796,7 +796,7 @@ def test_a_new_subscription_expects_no_echo() -> None:
     coherence = ready()
     coherence.expect_echo("mine", 1)
     coherence.lost("cut")
-    coherence.joined_anew()
+    coherence.joined_anew(0.0)
     assert coherence.received(numbered(1, "mine"), 100.0) == Eviction(["k"], [], False)
 
 

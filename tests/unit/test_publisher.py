@@ -35,7 +35,7 @@ class Broker:
         self.channels.append(Channel(self, f"origin{len(self.channels)}"))
         return self.channels[-1]
 
-    async def delete(self, rows: Sequence[UUID]) -> None:
+    async def delete(self, rows: Sequence[UUID], confirmed: dict[str, int]) -> None:
         if not self.deletes:
             raise OSError("no database there")
         self.deleted += rows
@@ -69,7 +69,7 @@ async def broker() -> Broker:
 @pytest.fixture
 def coherence() -> Coherence:
     coherence = Coherence()
-    coherence.evict(coherence.joined_anew())
+    coherence.evict(coherence.joined_anew(0.0))
     coherence.trust()
     return coherence
 
@@ -346,9 +346,9 @@ async def test_flush_waits_until_the_rows_are_deleted(make: Make, broker: Broker
     gate = asyncio.Event()
     delete = broker.delete
 
-    async def slow(rows: Sequence[UUID]) -> None:
+    async def slow(rows: Sequence[UUID], confirmed: dict[str, int]) -> None:
         await gate.wait()
-        await delete(rows)
+        await delete(rows, confirmed)
 
     publisher._delete_rows = slow
     publisher.submit(write("a", rows=1))

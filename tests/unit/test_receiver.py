@@ -82,7 +82,7 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> House:
         probes.append(body)
 
     return House(
-        Instance(coherence, clock, caches, publish_probe, asked.append),
+        Instance(coherence, clock, caches, publish_probe, asked.append, lambda reason: None),
         coherence,
         clock,
         caches,
@@ -183,7 +183,7 @@ async def test_a_marker_that_cannot_be_published_fails_the_subscription() -> Non
     async def fail(body: bytes) -> None:
         raise PublishError("no broker")
 
-    instance = Instance(Coherence(), SetClock(), [], fail, lambda delivery: None)
+    instance = Instance(Coherence(), SetClock(), [], fail, lambda delivery: None, lambda reason: None)
     with pytest.raises(PublishError):
         await instance.joined(resumed=True)
     assert not instance.trusted.is_set()
