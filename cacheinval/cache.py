@@ -42,19 +42,31 @@ class CacheCounters:
 
 # What the code that runs now is part of: a load (whose value inherits what it reads), or a transaction (which must see
 # its own changes, and so reads past the cache).
-_within: ContextVar[Load | Literal["transaction"] | None] = ContextVar("cacheinval_within", default=None)
+_within: ContextVar["Load | _Transaction | None"] = ContextVar("cacheinval_within", default=None)
 _ABANDONED = object()
 _EVERYTHING: _Owed = ("everything", "")
+
+
+class _Transaction:
+    """Marks what runs within a transaction, for as long as that is open: a task started there may outlive it."""
+
+    __slots__ = ("open",)
+
+    def __init__(self) -> None:
+        self.open = True
 
 
 @contextmanager
 def without_cache() -> Iterator[None]:
     """Within this block `get_or_set` calls its factory and leaves the cache alone."""
-    token = _within.set("transaction")
+    transaction = _Transaction()
+    token = _within.set(transaction)
     try:
         yield
     finally:
-        _within.reset(token)
+        transaction.open = False
+        with suppress(ValueError):  # left in another context than it was entered in, as some test fixtures do
+            _within.reset(token)
 
 
 class CoherentCache(ABC):
@@ -233,7 +245,7 @@ class InProcessCache(CoherentCache):
     ) -> Read:
         """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
         within = _within.get()
-        if within == "transaction":
+        if type(within) is _Transaction and within.open:
             return Read(await factory(), "bypass", False)
         now = self._now()
         entry = self._backend.peek(key)
@@ -313,7 +325,8 @@ class SharedCache(CoherentCache):
         model: Any = None,
     ) -> Read:
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
-        if _within.get() == "transaction":
+        within = _within.get()
+        if type(within) is _Transaction and within.open:
             value = self._backend.encode(await factory())
             return Read(self._backend.decode(value, model), "bypass", False)
         lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
@@ -355,7 +368,7 @@ class SharedCache(CoherentCache):
             await self.evict(eviction)
 
     async def _store_then_recheck(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
-        if not self._coherence.may_store(load) or load.tags - found.stamps.keys():
+        if not self._may_share(load) or load.tags - found.stamps.keys():
             return False  # the second: tags learned while loading, whose stamps were not looked up before
         try:
             await self._backend.store(load.key, value, ttl, load.started, self._now() + ttl, found)
@@ -365,11 +378,16 @@ class SharedCache(CoherentCache):
             if isinstance(error, CacheError):
                 return False
             raise
-        if self._coherence.may_store(load):
+        if self._may_share(load):
             return True
         with suppress(CacheError):  # then it is owed, and the next read tries again
             await self.evict(Eviction([load.key]))
         return False
+
+    def _may_share(self, load: Load) -> bool:
+        # Nothing voids the loads of an instance that is deaf; in its own memory it could make good when it hears again,
+        # but here others would be served what it stored.
+        return self._coherence.may_share(load)
 
     async def evict(self, eviction: Eviction) -> None:
         """See `CoherentCache.evict`."""

@@ -64,6 +64,7 @@ FLUSH_TIMEOUT = 1.0
 CLOSE_TIMEOUT = 1.0
 
 RESTART_PAUSE = 1.0
+FIRST_JOIN_TIMEOUT = 1.0
 CONNECT_TIMEOUT = 5.0
 STATEMENT_TIMEOUT = 60.0
 
@@ -76,7 +77,7 @@ class Client:
 
     Args:
         settings: from the environment if None.
-        pool: your own asyncpg pool, used and never closed; without one the client makes a pool from `DATABASE_URL`.
+        pool: your own asyncpg pool of at least two connections (the relay keeps one), used and never closed; without one the client makes a pool from `DATABASE_URL`.
         bus: who carries messages; chosen by `BROKER_URL` if None.
         subscribe: False for a client that only writes, or only relays.
 
@@ -102,11 +103,20 @@ class Client:
                 "CACHEINVAL_INSTANCE_ID=: accepted: a name that stays the same over restarts, as CACHEINVAL_CACHE_URL "
                 "names a cache outside the process"
             )
+        if pool is not None and self.settings.relay == "auto" and pool.get_max_size() < 2:
+            raise ConfigurationError(
+                "pool: max_size 1 leaves nothing beside the relay, which keeps one connection; accepted: at least 2, or "
+                "CACHEINVAL_RELAY=off"
+            )
         self._clock = Clock()
         self._subscribe = subscribe
         self._pool, self._own_pool = pool, pool is None
         self._has_database = pool is not None or bool(self.settings.database_url)
-        self._coherence = Coherence(self.settings.max_staleness, self.settings.max_clock_skew)
+        self._coherence = Coherence(
+            self.settings.max_staleness,
+            self.settings.max_clock_skew,
+            gap_interval=0 if self.settings.cache_is_external else None,
+        )
         self._bus = bus
         self.cache: CoherentCache = self._make_cache()
         self._caches: list[Any] = [self.cache]
@@ -183,7 +193,11 @@ class Client:
             try:
                 await run()
                 raise CacheinvalError(f"{name} ended by itself")
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                # The libraries cancel futures of their own; only who cancels this task means it.
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                    raise
                 if name == "subscription":  # of the others none can rejoin
                     self.instance.lost(f"{name} failed: {error!r}")
                 log.exception("%s failed, starting it again", name)
@@ -478,6 +492,11 @@ class Client:
         await self._outbox.delete(self.pool, rows, confirmed)
 
     async def _open_channel(self) -> Channel:
+        if self._subscribe and not self.instance.ever_joined:
+            # The first subscription makes the exchange; a write in the first milliseconds need not be told that it is missing.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_JOIN_TIMEOUT):
+                    await self.instance.trusted.wait()
         return await self.bus.open_channel()
 
     async def _publish_probe(self, body: bytes) -> None:

@@ -19,6 +19,9 @@ __all__ = ["Coherence", "Entry", "Eviction", "Load", "Owed", "WriteOutcome", "ou
 SUSPECT_AGE = 1.0
 """Seconds for which a suspect instance without `max_staleness` still serves what it loaded itself."""
 
+JOIN_AGE = 30.0
+"""Seconds after which nobody joins a load any more: it may hang for good, and the source be back."""
+
 GAP_INTERVAL = 1.0
 """Seconds between two epochs begun for gaps: a flood of them costs one reset a second."""
 
@@ -238,9 +241,17 @@ class Coherence:
     Args:
         max_staleness: seconds; how old a served value may be. None: eventual consistency.
         max_clock_skew: seconds by which clocks of hosts and database may differ.
+        gap_interval: seconds between two epochs begun for gaps, one second if None. 0 for a cache outside the process:
+            a gap that was put off is forgotten when the process ends, and such a cache outlives it.
     """
 
-    def __init__(self, max_staleness: float | None = None, max_clock_skew: float = 0.1) -> None:
+    def __init__(
+        self,
+        max_staleness: float | None = None,
+        max_clock_skew: float = 0.1,
+        gap_interval: float | None = None,
+    ) -> None:
+        self._gap_interval = gap_interval
         self.proof = Proof(max_staleness, max_clock_skew)
         self.epoch = 1
         self.counters = Counters()
@@ -294,7 +305,12 @@ class Coherence:
         may be old.
         """
         load = self._loads.get(key)
-        if load is None or self._too_old(load.started, now) or not self._stands(load, load.tags | tags):
+        if (
+            load is None
+            or now - load.started > JOIN_AGE
+            or self._too_old(load.started, now)
+            or not self._stands(load, load.tags | tags)
+        ):
             return None
         load.tags |= tags
         return load
@@ -317,6 +333,10 @@ class Coherence:
     def may_store(self, load: Load) -> bool:
         """Whether nothing has evicted what `load` read; store at once, with no await in between."""
         return self._stands(load, load.tags)
+
+    def may_share(self, load: Load) -> bool:
+        """Whether `load` may be stored where other instances read: only while this one hears what would void it."""
+        return not self._doubts and self._stands(load, load.tags)
 
     def bypassing(self, entry: Entry | None, now: float) -> bool:
         """Whether a load is made because freshness cannot be proven, rather than because nothing is cached."""
@@ -433,6 +453,11 @@ class Coherence:
         self.proof.start_over()
         self.doubt("subscription", "catching up with the queue")
 
+    @property
+    def marker(self) -> str | None:
+        """The probe that is waited for, if any."""
+        return self._marker
+
     def trust(self) -> None:
         """What `joined_anew` asked for is evicted: the subscription can be relied on, unless it was lost meanwhile."""
         if self._subscribed:
@@ -533,7 +558,7 @@ class Coherence:
         """Messages may have been missed: everything has to go; None where it is put off (see `gap_due_at`)."""
         self.counters.gaps += 1
         self.counters.gap_reasons[reason] = self.counters.gap_reasons.get(reason, 0) + 1
-        if now - self._last_gap < GAP_INTERVAL:
+        if now - self._last_gap < self._between_gaps:
             self.put_off_gap(reason)
             return None
         self._last_gap = now
@@ -554,13 +579,17 @@ class Coherence:
         self.doubt("gap", reason)
 
     @property
+    def _between_gaps(self) -> float:
+        return GAP_INTERVAL if self._gap_interval is None else self._gap_interval
+
+    @property
     def gap_due_at(self) -> float | None:
         """When an epoch that was put off is to begin, by `take_due_gap`."""
-        return None if self._gap_due is None else self._last_gap + GAP_INTERVAL
+        return None if self._gap_due is None else self._last_gap + self._between_gaps
 
     def take_due_gap(self, now: float) -> Eviction | None:
         """The eviction that was put off, if its time has come; `gap_done` when it is done."""
-        if self._gap_due is None or now < self._last_gap + GAP_INTERVAL:
+        if self._gap_due is None or now < self._last_gap + self._between_gaps:
             return None
         reason, self._gap_due, self._last_gap = self._gap_due, None, now
         return Eviction(everything=True, reason=reason)

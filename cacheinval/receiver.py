@@ -26,6 +26,9 @@ SILENT_TICKS = 3
 """Tick intervals without any message after which a subscription has to prove that it hears."""
 
 PROBE_TIMEOUT = 2.0
+MARKER_AGAIN = 10.0
+"""Seconds after which a marker is published again: it could not be, or somebody purged the queue that it was in."""
+
 RETRY_FIRST, RETRY_MOST, RETRY_LIMIT = 0.05, 2.0, 30.0
 
 
@@ -96,6 +99,7 @@ class Instance:
         self._max_clock_skew = max_clock_skew
         self._refusal: str | None = None
         self._heard = asyncio.Event()
+        self._marker_sent_at = 0.0
         self._gap_put_off = asyncio.Event()
         self._failing = 0  # evictions that are being retried
         self.trusted = asyncio.Event()
@@ -109,7 +113,10 @@ class Instance:
         if resumed:
             marker = secrets.token_hex(8)
             self._coherence.resumed(marker, self._clock.now())
-            await self._publish_probe(encode(Probe(v=1, id=marker)))
+            # What waits in the queue is to be evicted also while nothing can be published: see `watch`.
+            with suppress(BusError, TimeoutError):
+                await self._publish_probe(encode(Probe(v=1, id=marker)))
+            self._marker_sent_at = self._clock.now()
             return
         await self._evict(self._coherence.joined_anew(self._clock.now()))
         self._coherence.trust()
@@ -248,6 +255,7 @@ class Instance:
         while True:
             await asyncio.sleep(self._tick_interval / 2)
             self._tell_refusal()
+            await self._send_marker_again()
             if abs(self._clock.drift()) > self._max_clock_skew:
                 await self._start_clock_over()
             silence = SILENT_TICKS * self._tick_interval
@@ -256,6 +264,14 @@ class Instance:
                 await asyncio.sleep(random.uniform(0, self._tick_interval))
                 if self._coherence.silent(self._clock.now(), silence):
                     await self._probe(silence)
+
+    async def _send_marker_again(self) -> None:
+        marker = self._coherence.marker
+        if marker is None or self._clock.now() - self._marker_sent_at < MARKER_AGAIN:
+            return
+        with suppress(BusError, TimeoutError):
+            await self._publish_probe(encode(Probe(v=1, id=marker)))
+        self._marker_sent_at = self._clock.now()
 
     async def _probe(self, silence: float) -> None:
         self._heard.clear()

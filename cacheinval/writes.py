@@ -195,7 +195,9 @@ class Writes:
             # No await before everything owed is handed over: a cancelled writer still tells the others.
             evicting = self._tell(outcome, invalidations, rows) if invalidations else None
         if evicting is not None:
-            await asyncio.shield(evicting)  # it goes on, also where nobody waits for it any more
+            await asyncio.wait(
+                {evicting}
+            )  # it goes on where nobody waits for it any more, and ends for reasons of its own
         return result
 
     def _tell(

@@ -1,6 +1,7 @@
 """Where the broker is, how it is reached and left, and what its errors mean in one line."""
 
 import asyncio
+import logging
 import re
 import ssl
 from collections.abc import Awaitable
@@ -16,6 +17,11 @@ from pamqp.common import FieldTable
 
 from cacheinval.errors import ConfigurationError
 from cacheinval.settings import Settings, mask_url
+
+# Without a logging configuration Python prints warnings of any library on stderr, and aiormq warns of each call that is cut
+# short by leaving. Where logging is configured nothing changes.
+for _library in ("aiormq", "aio_pika"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
 
 __all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "Counts", "explain", "within"]
 

@@ -150,8 +150,6 @@ class Relay:
         while True:
             try:
                 more = await self._round(session)
-                if not more:
-                    await self._tick(session)
             except PublishError as error:
                 self._failed("blocked", str(error))
                 if time.monotonic() - leading_since > self._patience:
@@ -163,6 +161,7 @@ class Relay:
             self._pauses.start_over()
             leading_since, self._patience = time.monotonic(), PATIENCE[0]
             if not more:
+                await self._tick(session)
                 await asyncio.sleep(self._poll_interval)
 
     async def _round(self, session: Session) -> bool:
@@ -214,8 +213,10 @@ class Relay:
         look, seqs = told
         failure = await self._meanwhile(session, self._sender.tick(look.as_of, look.source, seqs))
         if failure is not None:
-            raise failure
-        if self._sender.ticks % FORGET_EVERY == 0:
+            # Nothing waits for the broker: nobody may ever have subscribed, or the next row says what is wrong. The age of
+            # their watermarks tells those who rely on it.
+            self._errors += 1
+        elif self._sender.ticks % FORGET_EVERY == 0:
             await session.forget_old_origins()
 
     async def _meanwhile(self, session: Session, work: Coroutine[Any, Any, _T]) -> _T:

@@ -162,14 +162,15 @@ def explain(error: asyncpg.PostgresError) -> DatabaseError | None:
     if error.sqlstate == "42501" and _names_ours(text):
         return DatabaseError(
             f"{text}; a role that writes or publishes the outbox needs: "
-            "GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …"
+            "GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …; "
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins TO …"
         )
     return None
 
 
 def _names_ours(text: str) -> bool:
     words = text.replace('"', " ").replace(".", " ").split()
-    return "outbox" in words or "cacheinval" in words
+    return not {"outbox", "origins", "cacheinval"}.isdisjoint(words)
 
 
 def _parts(

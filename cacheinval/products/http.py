@@ -198,7 +198,10 @@ async def _invalid(request: Request, error: Exception) -> Response:
         {"loc": list(problem["loc"]), "msg": problem["msg"], "type": problem["type"]}
         for problem in error.errors()
     ]
-    return JSONResponse({"detail": problems}, 422)
+    reading = request.method in ("GET", "HEAD")
+    return JSONResponse(
+        {"detail": problems}, 422, {"Cache-Status": "cacheinval; fwd=bypass"} if reading else None
+    )
 
 
 _BODY_IN_SCHEMA = {

@@ -336,7 +336,8 @@ async def test_missing_grants_are_said(db: asyncpg.Connection, role: str) -> Non
         await db.execute("DELETE FROM orders_outbox")
     assert explain(caught.value) is None
     await db.execute(
-        f"RESET ROLE; GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO {role}; SET ROLE {role}"
+        f"RESET ROLE; GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO {role};"
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins TO {role}; SET ROLE {role}"
     )
     await outbox.record(db, rows)
     assert await outbox.delete(db, [rows[0].id]) == 1

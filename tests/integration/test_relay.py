@@ -162,7 +162,7 @@ async def test_rows_are_published_stamped_and_deleted(
         await add(db, "later")
         await eventually(lambda: relay.counters["published_rows"] == 3)
         await eventually(lambda: relay.state["oldest_row_age"] is None)
-        assert relay.counters == {"published_rows": 3, "published_messages": 2, "bad_rows": 0, "errors": 0}
+        assert relay.counters.items() >= {"published_rows": 3, "published_messages": 2, "errors": 0}.items()
         assert relay.leads
     first, second = broker.messages
     assert (first.origin, first.seq, first.keys, first.versions, first.tags) == (
@@ -557,7 +557,10 @@ async def test_missing_rights_are_said_and_do_not_spin(
             assert relay.state["state"] == "unready"
             assert "GRANT SELECT, INSERT, DELETE ON cacheinval.outbox" in relay.state["reason"]
             assert broker.messages == []
-            await db.execute(f"GRANT DELETE ON cacheinval.outbox TO {namespace}")
+            await db.execute(
+                f"GRANT DELETE ON cacheinval.outbox TO {namespace};"
+                f"GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins TO {namespace}"
+            )
             await eventually(empty(db))
             await eventually(doing(relay, "leader"))
     finally:

@@ -74,7 +74,7 @@ class Instance:
 
 def instance(url: str, namespace: str) -> Instance:
     coherence, clock = Coherence(), SetClock()
-    coherence.evict(coherence.joined_anew())
+    coherence.evict(coherence.joined_anew(0.0))
     coherence.trust()
     entries = SharedEntries(connect(url), namespace)
     return Instance(coherence, clock, entries, SharedCache(entries, coherence, clock, ttl=300))
@@ -272,7 +272,19 @@ async def test_a_suspect_instance_serves_what_is_at_most_a_second_old(one: Insta
     two.coherence.lost("cut")
     assert (await two.cache.read("k", refuse)).outcome == "hit"
     two.clock.ahead = 1.5
-    assert await two.cache.read("k", value_of(2)) == Read(2, "bypass", True)
+    assert await two.cache.read("k", value_of(2)) == Read(2, "bypass", False)
+
+
+async def test_who_does_not_hear_stores_nothing_for_others(one: Instance, two: Instance) -> None:
+    """Nothing voids the load of a deaf instance: what it stored would be served by those who hear."""
+
+    async def meanwhile() -> int:
+        two.coherence.lost("cut")
+        await one.evict("k")
+        return 1
+
+    assert await two.cache.read("k", meanwhile) == Read(1, "miss", False)
+    assert await one.cache.get_or_set("k", value_of(2)) == 2
 
 
 async def test_a_value_inherits_the_age_of_its_parts(one: Instance, two: Instance) -> None:

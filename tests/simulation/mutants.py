@@ -159,7 +159,7 @@ TIMED_MUTANTS = [
     TimedMutant(
         "a late reader joining a hung load",
         Span(hung_loads=True, looks=1),
-        (("load is None or self._too_old(load.started, now) or not", "load is None or not"),),
+        (("            or self._too_old(load.started, now)\n", ""),),
     ),
     TimedMutant(
         "age counted from the end of a load",

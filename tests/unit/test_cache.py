@@ -518,3 +518,25 @@ async def test_a_transaction_does_not_concern_other_tasks(cache: InProcessCache)
     assert await cache.read("k", refuse) == Read(1, "hit", False)
     leave.set()
     await task
+
+
+async def test_a_task_that_outlives_its_transaction_gets_the_cache_back() -> None:
+    coherence = Coherence()
+    coherence.evict(coherence.joined_anew(0.0))
+    coherence.trust()
+    cache = InProcessCache(BoundedMemoryCache(10), coherence, Clock(), ttl=300)
+    over = asyncio.Event()
+
+    async def load() -> int:
+        return 1
+
+    async def later() -> list[str]:
+        within = (await cache.read("k", load)).outcome
+        await over.wait()
+        return [within, (await cache.read("k", load)).outcome, (await cache.read("k", load)).outcome]
+
+    with without_cache():
+        task = asyncio.create_task(later())
+        await asyncio.sleep(0)
+    over.set()
+    assert await task == ["bypass", "miss", "hit"]

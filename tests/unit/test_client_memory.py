@@ -399,3 +399,13 @@ async def test_losing_the_bus_is_told_and_made_good(
     assert client.status()["cache"]["epoch"] > epoch
     assert len(client.cache) == 0  # type: ignore[arg-type]
     assert caplog.text.count("suspect") == 1
+
+
+def test_a_pool_with_one_connection_is_refused() -> None:
+    class Pool:
+        def get_max_size(self) -> int:
+            return 1
+
+    with pytest.raises(ConfigurationError, match="at least 2, or CACHEINVAL_RELAY=off"):
+        Client(Settings(broker_url="memory://"), pool=Pool())  # type: ignore[arg-type]
+    Client(Settings(broker_url="memory://", relay="off"), pool=Pool())  # type: ignore[arg-type]

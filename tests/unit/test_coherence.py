@@ -21,7 +21,7 @@ from cacheinval.coherence import (
     outcome_of_error,
     owed_after,
 )
-from cacheinval.messages import Invalidate, Message, Probe, Tick, Unknown
+from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
 
 COMMITTED, ABORTED, UNKNOWN = WriteOutcome.COMMITTED, WriteOutcome.ABORTED, WriteOutcome.UNKNOWN
 
@@ -859,3 +859,118 @@ def test_merged() -> None:
     everything = Eviction(everything=True, reason="gap")
     assert Eviction.merged([Eviction(["a"]), everything, Eviction(["b"])]) == everything
     assert not Eviction.merged([])
+
+
+def test_nobody_joins_a_load_that_may_hang_for_good() -> None:
+    coherence = Coherence()
+    coherence.joined_anew(0.0)
+    coherence.trust()
+    load = coherence.begin_load("k", 0.0)
+    assert coherence.joinable("k", rules.JOIN_AGE) is load
+    assert coherence.joinable("k", rules.JOIN_AGE + 0.1) is None
+
+
+def test_a_gap_of_a_cache_that_outlives_the_process_is_not_put_off() -> None:
+    coherence = Coherence(gap_interval=0)
+    coherence.joined_anew(0.0)
+    coherence.trust()
+    assert coherence.gap("malformed message", 1.0)
+    assert coherence.gap("malformed message", 1.0)
+    assert coherence.gap_due_at is None
+
+
+def tick(as_of: float, seq: int = 0, source: str = "db", **seqs: int) -> Tick:
+    return Tick(v=1, origin="relay", seq=seq, as_of=as_of, source=source, seqs=seqs)
+
+
+def told(coherence: Coherence, message: Message, now: float) -> Eviction | None:
+    eviction = coherence.received(message, now)
+    coherence.evicted(now)
+    return eviction
+
+
+def proving() -> Coherence:
+    """An instance that trusts its subscription and has its baselines, at 1."""
+    coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
+    coherence.evict(coherence.joined_anew(0.0))
+    coherence.trust()
+    assert told(coherence, tick(0.9), 1.0) is None
+    return coherence
+
+
+def test_a_tick_keeps_what_was_loaded_after_the_first_one() -> None:
+    coherence = proving()
+    entry = coherence.entry(coherence.begin_load("k", 2.0), "value", 1e9)
+    assert coherence.may_serve(entry, 7.0)
+    assert not coherence.may_serve(entry, 7.1)
+    told(coherence, tick(9.0), 9.1)
+    assert coherence.may_serve(entry, 13.8)
+    assert not coherence.may_serve(entry, 14.0)  # 9.0 - 0.1 + 5
+
+
+def test_the_first_tick_extends_nothing_that_was_loaded_before() -> None:
+    coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
+    coherence.evict(coherence.joined_anew(0.0))
+    coherence.trust()
+    entry = coherence.entry(coherence.begin_load("k", 0.5), "value", 1e9)
+    told(coherence, tick(0.9), 1.0)
+    told(coherence, tick(9.0), 9.1)
+    assert not coherence.may_serve(entry, 9.2)
+
+
+def test_a_number_that_is_missing_is_a_gap_before_the_watermark_moves() -> None:
+    coherence = proving()
+    gap = told(coherence, tick(9.0, writer=1), 9.1)
+    assert gap is not None
+    assert gap.everything
+    assert coherence.proof.watermark == 0.9
+    assert told(coherence, tick(10.0, writer=1), 10.1) is None  # counted once
+    assert coherence.proof.watermark == 10.0
+
+
+def test_the_relays_own_numbers_count_as_well() -> None:
+    coherence = proving()
+    assert told(coherence, tick(9.0, seq=1), 9.1) is not None
+    assert coherence.counters.gap_reasons == {"messages missing before a tick": 1}
+
+
+@pytest.mark.parametrize(
+    "wrong", [tick(9.3), tick(9.0, source="another")], ids=["future", "another database"]
+)
+def test_a_tick_that_cannot_be_believed_proves_nothing(wrong: Tick) -> None:
+    coherence = proving()
+    assert told(coherence, wrong, 9.1) is None
+    assert coherence.proof.watermark < 9
+    assert coherence.proof.refused
+    told(coherence, tick(9.1), 9.2)
+    assert coherence.proof.refused is None
+
+
+def test_a_tick_counts_only_when_what_came_first_is_evicted() -> None:
+    coherence = proving()
+    coherence.received(tick(9.0), 9.1)
+    assert coherence.proof.watermark == 0.9
+    coherence.doubt("eviction", "redis is down")
+    coherence.evicted(9.2)
+    assert coherence.proof.watermark == 0.9
+
+
+def test_a_new_subscription_starts_the_proof_over() -> None:
+    coherence = proving()
+    told(coherence, tick(9.0), 9.1)
+    coherence.lost("cut")
+    coherence.evict(coherence.joined_anew(10.0))
+    assert not coherence.proof.baselined
+
+
+def test_a_beat_tells_what_is_missing_of_an_origin_that_is_known() -> None:
+    coherence = proving()
+    assert told(coherence, Beat(v=1, origin="stranger", seq=7), 2.0) is None
+    assert told(coherence, Beat(v=1, origin="stranger", seq=7), 3.0) is None
+    assert told(coherence, Beat(v=1, origin="stranger", seq=8), 4.0) is not None
+
+
+def test_a_clock_that_was_set_costs_an_epoch_and_the_proof() -> None:
+    coherence = proving()
+    assert coherence.clock_stepped().everything
+    assert not coherence.proof.baselined

@@ -197,7 +197,7 @@ async def test_every_metric_that_is_named_exists(client: Client) -> None:
         def status(self) -> dict[str, Any]:
             status = client.status()
             assert status["relay"] is not None
-            return status | {"relay": status["relay"] | {"oldest_row_age": 1.0}}
+            return status | {"watermark_age": 1.0, "relay": status["relay"] | {"oldest_row_age": 1.0}}
 
     sent: list[Any] = []
 

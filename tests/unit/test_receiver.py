@@ -179,14 +179,37 @@ async def test_each_resumption_has_a_marker_of_its_own(joined: House) -> None:
     assert joined.instance.trusted.is_set()
 
 
-async def test_a_marker_that_cannot_be_published_fails_the_subscription() -> None:
-    async def fail(body: bytes) -> None:
-        raise PublishError("no broker")
+async def test_a_marker_that_could_not_be_published_is_published_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Receiving goes on meanwhile: what waits in the queue is evicted."""
+    monkeypatch.setattr(receiver, "MARKER_AGAIN", 0.01)
+    attempts: list[bytes] = []
 
-    instance = Instance(Coherence(), SetClock(), [], fail, lambda delivery: None, lambda reason: None)
-    with pytest.raises(PublishError):
-        await instance.joined(resumed=True)
+    async def fail_at_first(body: bytes) -> None:
+        attempts.append(body)
+        if len(attempts) == 1:
+            raise PublishError("no broker")
+
+    instance = Instance(
+        Coherence(),
+        Clock(),
+        [],
+        fail_at_first,
+        lambda delivery: None,
+        lambda reason: None,
+        tick_interval=0.02,
+    )
+    await instance.joined(resumed=True)
+    assert len(attempts) == 1
+    watching = asyncio.create_task(instance.watch())
+    async with asyncio.timeout(5):
+        while len(attempts) < 2:
+            await asyncio.sleep(0.005)
+    watching.cancel()
     assert not instance.trusted.is_set()
+    await instance.receive([Delivery(attempts[1])])
+    assert instance.trusted.is_set()
 
 
 # Receiving
