@@ -19,6 +19,8 @@ __all__ = ["SCHEMA_VERSION", "apply_schema", "schema_sql"]
 SCHEMA_VERSION = 1
 OLDEST_SERVER = 14  # idle_session_timeout, on which the relay's leadership stands
 
+_FILES = ("schema.sql", "track.sql")
+
 _LOCK = 0x63616368_65696E76  # "cacheinv"
 _LOCK_WAIT = 30.0
 _DEADLINE = 60.0
@@ -26,13 +28,15 @@ _DEADLINE = 60.0
 _COMPLETE = """
     SELECT to_regclass('cacheinval.outbox') IS NOT NULL
         AND to_regprocedure('cacheinval.invalidate(text[], bigint[], text[], text)') IS NOT NULL
+        AND to_regprocedure('cacheinval.untrack(regclass)') IS NOT NULL
 """
 
 
 @cache
 def schema_sql() -> str:
     """The SQL that makes the schema; it may be run by any other tool, again and again."""
-    return files(__package__).joinpath("schema.sql").read_text("utf-8")
+    folder = files(__package__)
+    return "\n".join(folder.joinpath(name).read_text("utf-8") for name in _FILES)
 
 
 async def apply_schema(connection: "AnyConnection") -> None:

@@ -3,6 +3,7 @@
 --
 -- Who needs what:
 --   a role that calls cacheinval.invalidate()  nothing: PUBLIC may
+--   a role that writes a tracked table         nothing either (track.sql)
 --   an embedded client, a worker or a relay    GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …;
 --                                              GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins TO …;
 --                                              GRANT SELECT ON cacheinval.schema_version TO …;
@@ -114,6 +115,16 @@ BEGIN
 END
 $$;
 
+CREATE OR REPLACE FUNCTION cacheinval.check_namespace(namespace text) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF namespace IS NULL OR namespace !~ '^[A-Za-z0-9_-]{1,64}$' THEN
+        RAISE EXCEPTION 'namespace % is not accepted: 1 to 64 letters, digits, "_" and "-"',
+            coalesce(quote_literal(left(namespace, 80)), 'NULL') USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+END
+$$;
+
 -- Records an invalidation in the current transaction. It runs with its owner's rights, and so needs a search_path that
 -- no caller can change.
 CREATE OR REPLACE FUNCTION cacheinval.invalidate(
@@ -141,10 +152,7 @@ BEGIN
             cardinality(versions), cardinality(keys) USING ERRCODE = 'array_subscript_error';
     END IF;
     versions := versions[:];
-    IF namespace IS NULL OR namespace !~ '^[A-Za-z0-9_-]{1,64}$' THEN
-        RAISE EXCEPTION 'namespace % is not accepted: 1 to 64 letters, digits, "_" and "-"',
-            coalesce(quote_literal(left(namespace, 80)), 'NULL') USING ERRCODE = 'invalid_parameter_value';
-    END IF;
+    PERFORM cacheinval.check_namespace(namespace);
     FOR start IN 1 .. greatest(cardinality(keys), cardinality(tags)) BY most LOOP
         INSERT INTO cacheinval.outbox (namespace, keys, versions, tags)
             VALUES (
@@ -157,10 +165,23 @@ BEGIN
 END
 $$;
 
+-- Records, in the current transaction, that every entry of the namespace must go.
+CREATE OR REPLACE FUNCTION cacheinval.invalidate_all(namespace text DEFAULT 'default') RETURNS void
+    LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM cacheinval.check_namespace(namespace);
+    INSERT INTO cacheinval.outbox (namespace, everything) VALUES (invalidate_all.namespace, true);
+END
+$$;
+
 REVOKE ALL ON FUNCTION cacheinval.check_names(text, text[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION cacheinval.check_namespace(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION cacheinval.invalidate(text[], bigint[], text[], text) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION cacheinval.invalidate_all(text) TO PUBLIC;
 
 COMMENT ON FUNCTION cacheinval.invalidate(text[], bigint[], text[], text) IS
     'Records, in the current transaction, that these cached keys and everything with these tags must be evicted.';
+COMMENT ON FUNCTION cacheinval.invalidate_all(text) IS
+    'Records, in the current transaction, that every cached entry of the namespace must be evicted.';
 
 INSERT INTO cacheinval.schema_version (version) VALUES (1) ON CONFLICT DO NOTHING;
