@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import asyncpg
-import uvicorn
 
 from cacheinval import logs, outbox
 from cacheinval.client import Client
@@ -26,6 +25,13 @@ from cacheinval.products import (
 )
 from cacheinval.products import repository as products
 from cacheinval.settings import Settings
+
+try:
+    import uvicorn
+except ImportError as error:
+    raise ConfigurationError(
+        "serve, worker and relay answer HTTP: `pip install 'cacheinval[http]'`"
+    ) from error
 
 __all__ = ["relay", "serve", "signals", "worker"]
 
