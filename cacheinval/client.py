@@ -20,6 +20,7 @@ import msgspec
 from cacheinval import logs
 from cacheinval.backends.attached import AttachedCache
 from cacheinval.backends.memory import BoundedMemoryCache
+from cacheinval.backends.proof import KeptProof
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.bus import Bus, Channel
 from cacheinval.bus.memory import EventBus
@@ -118,6 +119,7 @@ class Client:
             gap_interval=0 if self.settings.cache_is_external else None,
         )
         self._bus = bus
+        self._keeper: KeptProof | None = None
         self.cache: CoherentCache = self._make_cache()
         self._caches: list[Any] = [self.cache]
         self._outbox = Outbox(self.settings.namespace)
@@ -135,6 +137,7 @@ class Client:
             self._publish_probe,
             self._answer,
             self._resubscribe,
+            keeper=self._keeper,
             tick_interval=self.settings.tick_interval,
             max_clock_skew=self.settings.max_clock_skew,
         )
@@ -438,6 +441,7 @@ class Client:
         settings = self.settings
         if settings.cache_is_external:
             entries = SharedEntries(connect(settings.cache_url), settings.namespace)
+            self._keeper = KeptProof(entries, settings.instance_id)
             return SharedCache(entries, self._coherence, self._clock, settings.cache_ttl)
         backend = BoundedMemoryCache(settings.cache_max_entries)
         return InProcessCache(backend, self._coherence, self._clock, settings.cache_ttl)

@@ -14,7 +14,17 @@ from typing import Any
 
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
 
-__all__ = ["Coherence", "Entry", "Eviction", "Load", "Owed", "WriteOutcome", "outcome_of_error", "owed_after"]
+__all__ = [
+    "Coherence",
+    "Entry",
+    "Eviction",
+    "Load",
+    "Owed",
+    "ProofState",
+    "WriteOutcome",
+    "outcome_of_error",
+    "owed_after",
+]
 
 SUSPECT_AGE = 1.0
 """Seconds for which a suspect instance without `max_staleness` still serves what it loaded itself."""
@@ -25,7 +35,12 @@ JOIN_AGE = 30.0
 GAP_INTERVAL = 1.0
 """Seconds between two epochs begun for gaps: a flood of them costs one reset a second."""
 
+NUMBERS_TOLD_FOR = 1800.0
+"""Seconds between two ticks after which the later one may leave out what was confirmed in between: the relay forgets
+channels that were silent for an hour."""
+
 MAX_ORIGINS = 10_000
+MAX_ORIGINS_KEPT = 1_000
 MAX_EVICTED_TAGS = 100_000
 
 NO_TAGS: frozenset[str] = frozenset()
@@ -160,6 +175,20 @@ def owed_after(outcome: WriteOutcome) -> Owed:
     return Owed(publish=outcome is not WriteOutcome.ABORTED, delete_rows=committed, may_skip_echo=committed)
 
 
+@dataclass(frozen=True, slots=True)
+class ProofState:
+    """What must be known of a cache outside the process when its queue is resumed; kept in that cache itself.
+
+    `seqs` are the last numbers of the origins heard of most recently, `checked_until` is the tick by which they were
+    last checked (-inf: none yet), `extends` since when loads may be extended, and `source` whose ticks these were.
+    """
+
+    seqs: dict[str, int]
+    checked_until: float
+    extends: float
+    source: str | None
+
+
 class Proof:
     """What ticks prove: all that was committed before the watermark has been evicted here (PROTOCOL.md, "Ticks and watermark").
 
@@ -176,6 +205,9 @@ class Proof:
         self.until = -math.inf
         """Reads that begin until then may be served what was loaded since `extends`, however long ago that was."""
         self.extends = math.inf
+        self.checked_until = -math.inf
+        """The newest tick by whose numbers it was seen that nothing is missing."""
+        self._source_before: str | None = None
         self._max_staleness = -math.inf if max_staleness is None else max_staleness
         self._max_clock_skew = max_clock_skew
 
@@ -186,8 +218,26 @@ class Proof:
 
     def start_over(self) -> None:
         """A new subscription: its first tick tells numbers, and proves nothing of what was loaded before it."""
-        self.watermark = self.until = -math.inf
+        self.watermark = self.until = self.checked_until = -math.inf
         self.extends = math.inf
+        self._source_before = None
+
+    def restore(self, state: ProofState) -> None:
+        """Another process, or this one before, had come so far with the same queue and cache.
+
+        The next tick goes on from there. Until then nothing is extended: the clock may have been set meanwhile.
+        """
+        self.start_over()
+        self.checked_until, self.extends = state.checked_until, state.extends
+        self._source_before = state.source
+
+    def breaks_off(self, tick: Tick) -> str | None:
+        """Why nothing can be told from `tick` about what was missed since the tick before it; None where it can."""
+        if self._source_before not in (None, tick.source):
+            return "ticks of another database than before"
+        if self.baselined and tick.as_of - self.checked_until > NUMBERS_TOLD_FOR:
+            return "no tick for too long"
+        return None
 
     def trust_only(self, source: str) -> None:
         """The source of truth of this instance is known: ticks of any other database prove nothing."""
@@ -207,6 +257,11 @@ class Proof:
             return False
         self.refused = None
         return True
+
+    def checked(self, tick: Tick) -> None:
+        """All that came before `tick` has been evicted here, as far as is known."""
+        self.checked_until = max(self.checked_until, tick.as_of)
+        self._source_before = tick.source
 
     def advance(self, tick: Tick, now: float) -> None:
         """All that came before `tick` has been evicted, and no number was missing."""
@@ -445,13 +500,27 @@ class Coherence:
         self.doubt("subscription", "new subscription: not cleared yet")
         return Eviction(everything=True, reason="new subscription")
 
-    def resumed(self, marker: str, now: float) -> None:
-        """The queue was still there; the instance is behind until it has processed `marker`, a probe of its own."""
+    def resumed(self, marker: str, now: float, state: ProofState | None) -> Eviction | None:
+        """The queue was still there; the instance is behind until it has processed `marker`, a probe of its own.
+
+        Without the `state` that was kept with the cache, messages may have been missed before: everything has to go.
+        """
         self._subscribed = True
         self._heard_at = now
         self._marker, self._marker_passed = marker, False
-        self.proof.start_over()
         self.doubt("subscription", "catching up with the queue")
+        self._seqs.clear()
+        if state is None:
+            self.proof.start_over()
+            return self.gap("nothing kept with the cache", now)
+        self._seqs.update(state.seqs)
+        self.proof.restore(state)
+        return None
+
+    def proof_state(self) -> ProofState:
+        """What to keep with a cache outside the process, before that is acknowledged which led to it."""
+        latest = list(self._seqs.items())[-MAX_ORIGINS_KEPT:]
+        return ProofState(dict(latest), self.proof.checked_until, self.proof.extends, self.proof.source)
 
     @property
     def marker(self) -> str | None:
@@ -469,7 +538,10 @@ class Coherence:
             self._marker, self._marker_passed = None, False
             self.trust()
         tick, self._tick_passed = self._tick_passed, None
-        if tick is not None and not self._doubts:
+        if tick is None:
+            return
+        self.proof.checked(tick)
+        if not self._doubts:
             self.proof.advance(tick, now)
 
     # What arrives
@@ -512,6 +584,11 @@ class Coherence:
         # All of them, so that what is missing is counted once; and before the watermark may move.
         numbers = {**tick.seqs, tick.origin: tick.seq}
         behind = [self._is_behind(*number, unknown_counts=True) for number in numbers.items()]
+        break_ = self.proof.breaks_off(tick)
+        if break_ is not None:
+            self.proof.start_over()
+            self._tick_passed = tick  # the first one of what begins with this gap
+            return self.gap(break_, now)
         if self.proof.baselined and any(behind):
             return self.gap("messages missing before a tick", now)
         self._tick_passed = tick
@@ -531,7 +608,10 @@ class Coherence:
             self.counters.duplicates += 1
             return True
         self._note_seq(origin, seq)
-        return last is None or seq == last + 1
+        if last is None:
+            # A tick has told the numbers of every channel there was: this one is new, and begins with 1.
+            return seq == 1 or not self.proof.baselined
+        return seq == last + 1
 
     def _note_seq(self, origin: str, seq: int) -> None:
         self._seqs[origin] = seq

@@ -30,6 +30,9 @@ BEATS = 10
 BACKOFF_FIRST, BACKOFF_MOST = 0.2, 5.0
 ROWS_AT_ONCE = 1_000
 
+NOTE_AGAIN = 900.0
+"""Seconds after which an idle channel notes its number again: the relay forgets what was silent for an hour."""
+
 
 class Channel(Protocol):
     """One publishing channel's lifetime."""
@@ -160,7 +163,12 @@ class Publisher:
     async def delete_confirmed(self) -> None:
         """Deletes confirmed rows from the outbox, many at a time, until cancelled."""
         while True:
-            await self._rows_to_delete.wait()
+            try:
+                async with asyncio.timeout(NOTE_AGAIN):
+                    await self._rows_to_delete.wait()
+            except TimeoutError:
+                await self._note_again()
+                continue
             self._rows_to_delete.clear()
             while self._confirmed_rows:
                 rows = self._confirmed_rows[:ROWS_AT_ONCE]
@@ -168,6 +176,10 @@ class Publisher:
                 confirmed, self._confirmed_seqs = self._confirmed_seqs, {}
                 await self._delete(rows, confirmed)
             self._rows_deleted.set()
+
+    async def _note_again(self) -> None:
+        if self._channel is not None and self._seq and not self._sending:
+            await self._delete([], {self._channel.origin: self._seq})
 
     async def beat(self) -> None:
         """Without a database nobody else can say what was published: for a while the last number is said again.

@@ -7,17 +7,19 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from cacheinval import logs
 from cacheinval.clock import Clock
-from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence import Coherence, Eviction, ProofState
 from cacheinval.errors import BusError, CacheError, EvictionError, MalformedMessageError
 from cacheinval.messages import Ask, Invalidate, Message, Probe, Unknown, decode, encode
 
 __all__ = ["LATENCY_BUCKETS", "Instance", "ReceiverCounters"]
 
 log = logging.getLogger("cacheinval.receiver")
+
+T = TypeVar("T")
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Seconds from commit to eviction, upper bounds."""
@@ -47,6 +49,19 @@ class Evictable(Protocol):
     async def evict(self, eviction: Eviction) -> None: ...
 
 
+class Keeper(Protocol):
+    """Where the proof state of a cache outside the process is kept: in that cache, with which it must be lost."""
+
+    async def restore(self) -> ProofState | None:
+        """What was kept last, if it is still there."""
+
+    async def keep(self, state: ProofState) -> bool:
+        """Keeps `state`; False if what was kept last is not there any more, and then nothing is kept."""
+
+    async def forget(self) -> None:
+        """From now on nothing is kept."""
+
+
 class ReceiverCounters:
     """What arrived, counted since the start."""
 
@@ -72,6 +87,7 @@ class Instance:
         publish_probe: publishes a marker and returns when the broker has confirmed it.
         answer: called for each message that asks for this instance's status.
         resubscribe: ends the subscription, so that a new one is made.
+        keeper: for a cache outside the process: keeps what must outlive this process together with it.
         tick_interval: seconds.
         max_clock_skew: seconds.
     """
@@ -85,6 +101,7 @@ class Instance:
         answer: Callable[[Delivery], None],
         resubscribe: Callable[[str], None],
         *,
+        keeper: Keeper | None = None,
         tick_interval: float = 1.0,
         max_clock_skew: float = 0.1,
     ) -> None:
@@ -95,6 +112,7 @@ class Instance:
         self._publish_probe = publish_probe
         self._answer = answer
         self._resubscribe = resubscribe
+        self._keeper = keeper
         self._tick_interval = tick_interval
         self._max_clock_skew = max_clock_skew
         self._refusal: str | None = None
@@ -108,19 +126,41 @@ class Instance:
         self.since = time.time()
         """Wall clock time of the last change between trusted and suspect."""
 
+    async def renewing(self) -> None:
+        """See `bus.Receiver.renewing`."""
+        if self._keeper is not None:
+            await self._keeper.forget()
+
     async def joined(self, *, resumed: bool) -> None:
         """See `bus.Receiver.joined`."""
-        if resumed:
-            marker = secrets.token_hex(8)
-            self._coherence.resumed(marker, self._clock.now())
-            # What waits in the queue is to be evicted also while nothing can be published: see `watch`.
-            with suppress(BusError, TimeoutError):
-                await self._publish_probe(encode(Probe(v=1, id=marker)))
-            self._marker_sent_at = self._clock.now()
+        if not resumed:
+            await self._insist(self.renewing)
+            await self._evict(self._coherence.joined_anew(self._clock.now()))
+            await self._keep()
+            self._coherence.trust()
+            self._note_trust()
             return
-        await self._evict(self._coherence.joined_anew(self._clock.now()))
-        self._coherence.trust()
-        self._note_trust()
+        state = None if self._keeper is None else await self._insist(self._keeper.restore)
+        marker = secrets.token_hex(8)
+        eviction = self._coherence.resumed(marker, self._clock.now(), state)
+        if eviction is not None:
+            await self._evict(eviction)
+            await self._keep()
+        # What waits in the queue is to be evicted also while nothing can be published: see `watch`.
+        with suppress(BusError, TimeoutError):
+            await self._publish_probe(encode(Probe(v=1, id=marker)))
+        self._marker_sent_at = self._clock.now()
+
+    async def _keep(self) -> None:
+        """Keeps the proof state, before anything is acknowledged that it rests on."""
+        keeper = self._keeper
+        while keeper is not None and not await self._insist(
+            lambda: keeper.keep(self._coherence.proof_state())
+        ):
+            # Emptied, or gone back to what it held before: entries may be there again that were evicted.
+            eviction = self._coherence.gap("the cache lost what it kept", self._clock.now())
+            if eviction is not None:
+                await self._evict(eviction)
 
     def lost(self, reason: str) -> None:
         """See `bus.Receiver.lost`."""
@@ -149,6 +189,7 @@ class Instance:
             await self._evict(Eviction.merged(evictions))
             self._tell(evicted)
         self._coherence.evicted(self._clock.now())
+        await self._keep()
         self._note_trust()
         if self._coherence.gap_due_at is not None:
             self._gap_put_off.set()
@@ -189,23 +230,28 @@ class Instance:
             logs.event(log, logging.INFO, "new epoch", epoch=self._coherence.epoch, reason=eviction.reason)
 
     async def _evict_in(self, cache: Evictable, eviction: Eviction) -> None:
+        await self._insist(lambda: cache.evict(eviction))
+
+    async def _insist(self, operate: Callable[[], Awaitable[T]]) -> T:
+        """What `operate` returns, tried again and again while a cache cannot be used."""
         try:
-            await cache.evict(eviction)
+            return await operate()
         except CacheError as error:
             self._failing += 1
             self._coherence.doubt("eviction", f"eviction failed: {error}")
             self._note_trust()
             logs.event(log, logging.ERROR, "eviction failed, retrying", reason=error)
             try:
-                await self._retry(cache, eviction)
+                result = await self._retry(operate)
                 logs.event(log, logging.INFO, "evicting again")
+                return result
             finally:
                 # If it was given up, another doubt stands by now: the subscription starts over, or a gap is put off.
                 self._failing -= 1
                 if not self._failing:
                     self._coherence.settle("eviction")
 
-    async def _retry(self, cache: Evictable, eviction: Eviction) -> None:
+    async def _retry(self, operate: Callable[[], Awaitable[T]]) -> T:
         loop = asyncio.get_running_loop()
         pause, give_up_at = RETRY_FIRST, loop.time() + RETRY_LIMIT
         while True:
@@ -213,7 +259,7 @@ class Instance:
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(pause * 2, RETRY_MOST)
             try:
-                return await cache.evict(eviction)
+                return await operate()
             except CacheError as error:
                 if loop.time() > give_up_at:
                     raise EvictionError(f"not evicted within {RETRY_LIMIT:g} s: {error}") from error

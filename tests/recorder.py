@@ -11,6 +11,7 @@ class Recorder:
 
     def __init__(self, judge: Callable[[bytes], str | None] = lambda body: None) -> None:
         self.told: list[str] = []
+        self.renewals = 0
         self.begun: list[Delivery] = []
         self.bodies: list[bytes] = []
         self.failure: Exception | None = None
@@ -24,6 +25,10 @@ class Recorder:
     @property
     def ready(self) -> bool:
         return bool(self.told) and not self.told[-1].startswith("lost")
+
+    async def renewing(self) -> None:
+        assert not self.ready
+        self.renewals += 1
 
     async def joined(self, *, resumed: bool) -> None:
         self.joining.set()

@@ -147,6 +147,19 @@ class SharedEntries:
         for start in range(0, len(entries), _DELETES_AT_ONCE):
             await self._delete(entries[start : start + _DELETES_AT_ONCE])
 
+    async def look_up(self, name: str) -> str | None:
+        """What `write` has put under `name`, if it is still there."""
+        (text,) = await self._get([self._name(name)])
+        return text
+
+    async def write(self, name: str, text: str, ttl: int) -> None:
+        """Puts `text` under `name`, for `ttl` seconds; `name` must not begin like those of entries, tags or the epoch."""
+        await self._bounded(self._backend.set(self._name(name), text, ttl=ttl))
+
+    async def remove(self, name: str) -> None:
+        """Removes what `write` has put under `name`."""
+        await self._bounded(self._backend.delete(self._name(name)))
+
     @staticmethod
     def encode(value: Any) -> bytes:
         """`value` as JSON.

@@ -20,6 +20,10 @@ class Delivery:
 class Receiver(Protocol):
     """Whoever keeps caches honest by what the bus delivers."""
 
+    async def renewing(self) -> None:
+        """A queue that outlives its subscriptions is about to be made, since there is none: whatever was known of an
+        older one is to be forgotten first. `joined` follows, be it in another process that finds the queue."""
+
     async def joined(self, *, resumed: bool) -> None:
         """The subscription stands: every message published from now on will be received.
 

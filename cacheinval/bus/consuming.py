@@ -19,6 +19,7 @@ from cacheinval.errors import SubscriptionError
 
 __all__ = ["Subscription"]
 
+FORGET_WITHIN = 10.0  # seconds for the receiver to forget what it knew of an older queue
 STAND_BY = 1.0  # seconds between attempts to consume a queue that another process consumes
 
 DURABLE_QUEUE: FieldTable = {"x-expires": 86_400_000, "x-max-length": 1_000_000, "x-overflow": "drop-head"}
@@ -49,6 +50,7 @@ class Subscription:
         self._counts = counts
         self._durable = name is not None
         self._prefetch = prefetch
+        self._receiver = receiver
         self._reception = Reception(receiver, self._settle, lost)
         self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None  # held, for aio-pika's callbacks live no longer than it
@@ -62,11 +64,14 @@ class Subscription:
         While another process consumes the durable queue, this calls `standing_by` once, and waits.
 
         Raises:
-            SubscriptionError, TimeoutError, OSError, AMQPError: it could not be made.
+            SubscriptionError, CacheError, TimeoutError, OSError, AMQPError: it could not be made.
         """
         self._connection = await self._broker.connect("subscription")
         if self._durable:
             self.resumed = await self._exists()
+            if not self.resumed:
+                async with asyncio.timeout(FORGET_WITHIN):
+                    await self._receiver.renewing()
         told = False
         while not await self._consume():
             if not told:

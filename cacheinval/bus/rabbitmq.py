@@ -15,7 +15,7 @@ from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, Counts, explain, wi
 from cacheinval.bus.consuming import Subscription
 from cacheinval.bus.publishing import Publishing, RabbitChannel, open_exchange
 from cacheinval.bus.receiving import LONGEST_PAUSE, STOPPED, pause
-from cacheinval.errors import PublishError, SubscriptionError
+from cacheinval.errors import CacheError, PublishError, SubscriptionError
 from cacheinval.logs import event
 from cacheinval.settings import Settings
 
@@ -110,7 +110,9 @@ class RabbitBus:
             await subscription.serve()
         except Exception as error:
             self._become("connecting", explain(error))
-            if isinstance(error, (OSError, SubscriptionError)):
+            if isinstance(error, CacheError):
+                self._tell(logging.WARNING, "not subscribing before the cache can be used", explain(error))
+            elif isinstance(error, (OSError, SubscriptionError)):
                 self._tell(logging.WARNING, "broker unreachable, retrying", explain(error))
             else:  # it is there, and says no
                 self._tell(logging.ERROR, "subscription refused, retrying", explain(error))

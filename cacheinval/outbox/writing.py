@@ -140,7 +140,7 @@ class Outbox:
         """
         deleted, origins = 0, confirmed or {}
         try:
-            for start in range(0, len(ids), IDS_PER_DELETE):
+            for start in range(0, len(ids), IDS_PER_DELETE) or (range(1) if origins else ()):
                 few = ids[start : start + IDS_PER_DELETE]
                 tag = await executor.execute(
                     DELETE, few, self._namespace, list(origins), list(origins.values()), timeout=timeout

@@ -327,6 +327,20 @@ class SharedCacheView:
     async def epoch(self) -> object:
         return await self._connection.get(f"{self._prefix}epoch")
 
+    async def copy(self) -> dict[bytes, bytes]:
+        """All that is there now."""
+        names = [name async for name in self._connection.scan_iter(f"{self._prefix}*", count=1000)]
+        return {name: await self._connection.get(name) for name in names}
+
+    async def go_back_to(self, copy: dict[bytes, bytes]) -> None:
+        """Makes it as it was, at once."""
+        async with self._connection.pipeline(transaction=True) as pipeline:
+            for name in await self.copy():
+                pipeline.delete(name)
+            for name, value in copy.items():
+                pipeline.set(name, value)
+            await pipeline.execute()
+
 
 @asynccontextmanager
 async def looking_into(url: str, namespace: str) -> AsyncIterator[SharedCacheView]:

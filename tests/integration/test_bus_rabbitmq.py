@@ -326,8 +326,10 @@ async def test_an_operator_deletes_a_durable_queue(
     bus, receiver = instances(**OUTSIDE), Recorder()
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
+    assert receiver.renewals == 1
     await operator.queue_delete(str(bus.state["queue"]))
     await eventually(lambda: receiver.told[2:] == ["joined"])  # not resumed: what it held is gone
+    assert receiver.renewals == 2
     await (await bus.open_channel()).send(b"to the new one")
     await eventually(lambda: receiver.bodies == [b"to the new one"])
 

@@ -292,6 +292,11 @@ async def test_delete_returns_how_many_were_there(db: asyncpg.Connection) -> Non
     assert await db.fetchval("SHOW synchronous_commit") == "on"
 
 
+async def test_numbers_are_noted_also_where_there_is_nothing_to_delete(db: asyncpg.Connection) -> None:
+    assert await Outbox("shop").delete(db, [], {"o": 7}) == 0
+    assert await db.fetch("SELECT origin, seq FROM cacheinval.origins") == [("o", 7)]
+
+
 async def test_delete_takes_many_ids_and_a_pool(db: asyncpg.Connection, database_url: str) -> None:
     await db.execute(
         "INSERT INTO cacheinval.outbox (namespace, keys) SELECT 'shop', ARRAY['k'] FROM generate_series(1, 5200)"

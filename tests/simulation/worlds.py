@@ -87,6 +87,7 @@ class World:
     seq: int = 0
     backlog: int = 0  # the newest message that waited when the queue was resumed
     decided: list[tuple[Any, Any]] = field(default_factory=list)  # what came, and what has to go for it
+    kept: Any = None  # with the cache: the proof state as of the last eviction that was done
     hole: bool = False  # a message was dropped, and none of the same origin has come since
     left: dict[str, int] = field(default_factory=dict)
     now: float = 0.0
@@ -218,11 +219,12 @@ class World:
     def join(self) -> None:
         self.joined = True
         if self.shape.resumes and self.left["resumed"]:
-            self.coherence.resumed("m", self.now)
+            self.coherence.resumed("m", self.now, self.kept)
             self.backlog = self.seq
             self.queue.append(Probe(v=1, id="m"))
             return
         self.left["resumed"] = 1
+        self.kept = self.coherence.proof_state()
         self._evict(self.coherence.joined_anew(self.now))
         for key in self.shape.keys:
             self.evicted[key] = self.database[key]
@@ -281,6 +283,7 @@ class World:
                 key = self.shape.keys[int(message.committed_at or 0)]
                 self.evicted[key] = max(self.evicted[key], int(message.at or 0))
         self.coherence.evicted(self.now)
+        self.kept = self.coherence.proof_state()
 
     def malformed(self) -> None:
         self.left["malformed"] -= 1
@@ -413,6 +416,7 @@ class World:
             tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())),
             tuple(sorted(c._doubts)),
             tuple(c._seqs.items()),
+            self.kept and tuple(self.kept.seqs.items()),
             c._marker, c._marker_passed, c._tick_passed is None, c._subscribed, c._gap_due, c._last_gap,
         )  # fmt: skip
 

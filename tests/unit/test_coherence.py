@@ -352,7 +352,7 @@ class World(RuleBasedStateMachine):
     def join(self, lost_meanwhile: bool) -> None:
         self.consuming = True
         if self.durable and self.bound:
-            self.coherence.resumed("marker", 0.0)
+            assert self.coherence.resumed("marker", 0.0, self.coherence.proof_state()) is None
             self.queue.setdefault("probes", []).append(Probe(v=1, id="stranger"))
             for origin in list(self.queue):
                 while self.queue[origin]:
@@ -626,7 +626,7 @@ def test_resumed_it_is_suspect_until_its_own_marker_is_evicted() -> None:
     coherence = ready()
     entry = stored(coherence)
     coherence.lost("cut")
-    coherence.resumed("mine", 0.0)
+    coherence.resumed("mine", 0.0, coherence.proof_state())
     epoch = coherence.epoch
     for message in (Probe(v=1, id="another's"), Invalidate(v=1, keys=["x"])):
         coherence.received(message, 100.0)
@@ -643,12 +643,12 @@ def test_resumed_it_is_suspect_until_its_own_marker_is_evicted() -> None:
 def test_a_marker_of_a_lost_subscription_does_not_count() -> None:
     coherence = ready()
     coherence.lost("cut")
-    coherence.resumed("first", 0.0)
+    coherence.resumed("first", 0.0, coherence.proof_state())
     coherence.received(Probe(v=1, id="first"), 100.0)
     coherence.lost("cut again")
     coherence.evicted(0.0)
     assert coherence.suspect == "cut again"
-    coherence.resumed("second", 0.0)
+    coherence.resumed("second", 0.0, coherence.proof_state())
     coherence.received(Probe(v=1, id="first"), 100.0)
     coherence.evicted(0.0)
     assert coherence.suspect
@@ -660,12 +660,44 @@ def test_a_marker_of_a_lost_subscription_does_not_count() -> None:
 def test_a_marker_does_not_outlive_its_subscription() -> None:
     coherence = ready()
     coherence.lost("cut")
-    coherence.resumed("mine", 0.0)
+    coherence.resumed("mine", 0.0, coherence.proof_state())
     coherence.received(Probe(v=1, id="mine"), 100.0)
     coherence.lost("queue deleted")
     coherence.joined_anew(0.0)
     coherence.evicted(0.0)
     assert coherence.suspect, "trusted before it was cleared"
+
+
+def test_resumed_without_what_was_kept_everything_goes() -> None:
+    coherence = ready()
+    coherence.lost("cut")
+    eviction = coherence.resumed("mine", 0.0, None)
+    assert eviction is not None
+    assert eviction.everything
+    coherence.evict(eviction)
+    coherence.evicted(0.0)
+    assert coherence.suspect == "catching up with the queue"
+    assert coherence.counters.gap_reasons == {"nothing kept with the cache": 1}
+
+
+def test_the_numbers_that_were_kept_count_in_the_next_process() -> None:
+    before, after = ready(), Coherence()
+    before.received(numbered(7), 100.0)
+    assert after.resumed("mine", 0.0, before.proof_state()) is None
+    after.received(numbered(7), 100.0)  # it was not acknowledged
+    assert after.counters.duplicates == 1
+    eviction = after.received(numbered(9), 100.0)
+    assert eviction is not None
+    assert eviction.everything
+
+
+def test_of_many_origins_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_ORIGINS_KEPT", 2)
+    coherence = ready()
+    for origin in ("o", "p", "q"):
+        coherence.received(numbered(1, origin), 100.0)
+    coherence.received(numbered(2, "o"), 100.0)
+    assert coherence.proof_state().seqs == {"q": 1, "o": 2}
 
 
 # Gaps

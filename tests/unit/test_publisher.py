@@ -26,6 +26,7 @@ class Broker:
     channels: "list[Channel]" = field(default_factory=list)
     attempts: int = 0
     deleted: list[UUID] = field(default_factory=list)
+    noted: list[dict[str, int]] = field(default_factory=list)
     deletes: bool = True
 
     async def open_channel(self) -> "Channel":
@@ -39,6 +40,7 @@ class Broker:
         if not self.deletes:
             raise OSError("no database there")
         self.deleted += rows
+        self.noted.append(confirmed)
 
 
 @dataclass
@@ -260,6 +262,24 @@ async def test_rows_that_cannot_be_deleted_are_no_failure_of_the_publish(make: M
 
 
 # Without a database the writer waits for the confirm itself
+
+
+async def test_an_idle_channel_notes_its_number_again(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    monkeypatch.setattr(publishing, "NOTE_AGAIN", 0.01)
+    publisher = await make()
+    publisher.submit(write("a", rows=1))
+    await eventually(lambda: len(broker.noted) >= 3)
+    assert broker.noted[:3] == [{"origin0": 1}] * 3
+    broker.confirms.clear()
+    publisher.submit(write("b", rows=1))
+    await eventually(lambda: len(broker.sent) == 2)
+    known = len(broker.noted)
+    await asyncio.sleep(0.05)  # number 2 is not confirmed, nor is 1 the last
+    assert broker.noted[known:] == []
+    broker.confirms.set()
+    await eventually(lambda: broker.noted[-1] == {"origin0": 2})
 
 
 async def test_who_waits_for_the_confirm_learns_of_it(make: Make, broker: Broker) -> None:

