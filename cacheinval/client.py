@@ -118,6 +118,8 @@ class Client:
             self.settings.max_clock_skew,
             gap_interval=0 if self.settings.cache_is_external else None,
         )
+        if self._has_database:
+            self._coherence.proof.await_source()
         self._bus = bus
         self._keeper: KeptProof | None = None
         self.cache: CoherentCache = self._make_cache()

@@ -208,6 +208,7 @@ class Proof:
         self.checked_until = -math.inf
         """The newest tick by whose numbers it was seen that nothing is missing."""
         self._source_before: str | None = None
+        self._awaits_source = False
         self._max_staleness = -math.inf if max_staleness is None else max_staleness
         self._max_clock_skew = max_clock_skew
 
@@ -239,14 +240,21 @@ class Proof:
             return "no tick for too long"
         return None
 
+    def await_source(self) -> None:
+        """The instance has a database of its own, and does not know yet which one: until `trust_only` nothing proves."""
+        self._awaits_source = True
+
     def trust_only(self, source: str) -> None:
         """The source of truth of this instance is known: ticks of any other database prove nothing."""
+        self._awaits_source = False
         if self.source not in (None, source):
             self.start_over()
         self.source = source
 
     def believes(self, tick: Tick, now: float) -> bool:
         """Whether `tick` comes from the one source and from no future."""
+        if self._awaits_source:
+            return False
         self.source = self.source or tick.source
         if tick.source != self.source:
             self.refused = f"a tick of another database: {tick.source}, not {self.source}"
@@ -648,7 +656,7 @@ class Coherence:
         """The clock by which everything here was judged was set: nothing that was judged by it counts any more."""
         self.counters.gaps += 1
         self.counters.gap_reasons["clock stepped"] = self.counters.gap_reasons.get("clock stepped", 0) + 1
-        self._last_gap = -math.inf
+        self._last_gap = self._heard_at = -math.inf
         self._tick_passed = None
         self.proof.start_over()
         return Eviction(everything=True, reason="clock stepped")

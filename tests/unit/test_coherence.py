@@ -13,6 +13,7 @@ from cacheinval import coherence as rules
 from cacheinval.coherence import (
     GAP_INTERVAL,
     NO_TAGS,
+    NUMBERS_TOLD_FOR,
     Coherence,
     Entry,
     Eviction,
@@ -1006,3 +1007,90 @@ def test_a_clock_that_was_set_costs_an_epoch_and_the_proof() -> None:
     coherence = proving()
     assert coherence.clock_stepped().everything
     assert not coherence.proof.baselined
+
+
+def test_after_the_clock_was_set_an_instance_has_to_prove_that_it_hears() -> None:
+    coherence = proving()
+    told(coherence, tick(5000.0), 5000.0)
+    coherence.clock_stepped()
+    assert coherence.silent(1000.0, 3.0)  # the last message came an hour later, by the clock as it was
+
+
+def test_before_an_instance_knows_its_database_no_tick_is_believed() -> None:
+    coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
+    coherence.proof.await_source()
+    coherence.evict(coherence.joined_anew(0.0))
+    coherence.trust()
+    told(coherence, tick(0.9, source="another"), 1.0)
+    assert not coherence.proof.baselined
+    coherence.proof.trust_only("db")
+    told(coherence, tick(1.9, source="another"), 2.0)
+    assert not coherence.proof.baselined
+    assert coherence.proof.refused
+    told(coherence, tick(2.9), 3.0)
+    assert coherence.proof.watermark == 2.9
+
+
+def test_once_a_tick_has_told_all_numbers_a_new_origin_begins_with_one() -> None:
+    coherence = proving()
+    first, jumped = told(coherence, numbered(1, "new"), 2.0), told(coherence, numbered(2, "newer"), 3.0)
+    assert first is not None
+    assert jumped is not None
+    assert (first.everything, jumped.everything) == (False, True)
+
+
+def test_a_tick_long_after_the_last_one_is_a_gap_and_the_first_again() -> None:
+    coherence = proving()
+    now = 0.9 + NUMBERS_TOLD_FOR
+    assert told(coherence, tick(now), now) is None
+    now += NUMBERS_TOLD_FOR + 1
+    gap = told(coherence, tick(now, writer=3), now)
+    assert gap is not None
+    assert gap.everything
+    assert coherence.counters.gap_reasons == {"no tick for too long": 1}
+    assert coherence.proof.extends == now
+    assert told(coherence, tick(now + 1, writer=3), now + 1) is None
+
+
+def resumed(coherence: Coherence, now: float) -> Coherence:
+    """The next process, which has come up to its marker."""
+    after = Coherence(max_staleness=5.0, max_clock_skew=0.1)
+    assert after.resumed("mine", now, coherence.proof_state()) is None
+    told(after, Probe(v=1, id="mine"), now)
+    assert after.suspect is None
+    return after
+
+
+def test_the_proof_goes_on_in_the_next_process_with_its_first_tick() -> None:
+    before = proving()
+    entry = before.entry(before.begin_load("k", 2.0), "value", 1e9)
+    told(before, tick(9.0), 9.1)
+    after = resumed(before, 9.2)
+    entry.epoch = after.epoch
+    assert not after.may_serve(entry, 9.2), "the watermark of another process"
+    told(after, tick(10.0), 10.1)
+    assert after.may_serve(entry, 10.2)
+    assert resumed(before, 9.2).counters.gaps == 0
+    assert told(resumed(before, 9.2), tick(10.0, writer=1), 10.1) is not None
+
+
+def test_ticks_that_waited_in_the_queue_are_checked_too() -> None:
+    before = proving()
+    after = Coherence(max_staleness=5.0, max_clock_skew=0.1)
+    late = 3 * NUMBERS_TOLD_FOR
+    after.resumed("mine", late, before.proof_state())
+    for as_of in (NUMBERS_TOLD_FOR, 2 * NUMBERS_TOLD_FOR, late - 1):
+        assert told(after, tick(as_of), late) is None
+        assert after.proof.watermark == float("-inf")
+    told(after, Probe(v=1, id="mine"), late)
+    assert told(after, tick(late), late) is None
+    assert after.proof.watermark == late
+
+
+def test_another_database_than_before_the_restart_is_a_gap() -> None:
+    after = resumed(proving(), 9.2)
+    after.proof.trust_only("another")
+    gap = told(after, tick(10.0, source="another"), 10.1)
+    assert gap is not None
+    assert gap.everything
+    assert told(after, tick(11.0, source="another"), 11.1) is None
