@@ -1,6 +1,6 @@
 """Who carries messages: what a bus gives, and what it asks of whoever receives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,8 +80,12 @@ class Bus(Protocol):
             PublishError: it could not be sent.
         """
 
-    async def ask(self, body: bytes, wait: float) -> list[bytes]:
+    async def ask(
+        self, body: bytes, wait: float, enough: Callable[[Sequence[bytes]], bool] = lambda answers: False
+    ) -> list[bytes]:
         """Publishes `body` with a `reply_to` and returns the answers that arrive within `wait` seconds.
+
+        It returns at once when `enough`, which is called with those so far as each arrives, says so.
 
         Raises:
             PublishError: the broker cannot be reached, or the exchange is missing.

@@ -3,13 +3,13 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from cacheinval.bus import Delivery, Receiver
-from cacheinval.bus.receiving import LONGEST_PAUSE, Reception, pause
+from cacheinval.bus.receiving import LONGEST_PAUSE, Answers, Reception, pause
 from cacheinval.errors import PublishError
 
 __all__ = ["EventBus", "EventChannel"]
@@ -25,7 +25,7 @@ class EventBus:
 
     def __init__(self) -> None:
         self._receptions: set[Reception] = set()
-        self._questions: dict[str, list[bytes]] = {}
+        self._questions: dict[str, Answers] = {}
         self._since = time.time()
         self._deliveries = self._rejected = self._confirmed = self._unrouted = 0
 
@@ -91,18 +91,22 @@ class EventBus:
         """Sends `body` to whoever asked by `delivery`; whether that still waits does not matter."""
         answers = self._questions.get(delivery.reply_to or "")
         if answers is not None:
-            answers.append(body)
+            answers.add(body)
 
-    async def ask(self, body: bytes, wait: float) -> list[bytes]:
-        """Publishes `body` with a `reply_to` and returns the answers that arrive within `wait` seconds."""
+    async def ask(
+        self, body: bytes, wait: float, enough: Callable[[Sequence[bytes]], bool] = lambda answers: False
+    ) -> list[bytes]:
+        """Publishes `body` with a `reply_to` and returns the answers that arrive within `wait` seconds.
+
+        It returns at once when `enough`, which is called with those so far as each arrives, says so.
+        """
         question = secrets.token_hex(16)
-        answers = self._questions[question] = []
+        answers = self._questions[question] = Answers(enough)
         try:
             self.publish(Delivery(body, reply_to=question, correlation_id=question))
-            await asyncio.sleep(wait)
+            return await answers.wait(wait)
         finally:
             del self._questions[question]
-        return answers
 
     async def close(self) -> None:
         """Does nothing: other clients may hold the same bus."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,7 @@ from cacheinval.bus import Delivery, Receiver
 from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, Counts, explain, within
 from cacheinval.bus.consuming import Subscription
 from cacheinval.bus.publishing import Publishing, RabbitChannel, open_exchange
-from cacheinval.bus.receiving import LONGEST_PAUSE, STOPPED, pause
+from cacheinval.bus.receiving import LONGEST_PAUSE, STOPPED, Answers, pause
 from cacheinval.errors import CacheError, PublishError, SubscriptionError
 from cacheinval.logs import event
 from cacheinval.settings import Settings
@@ -161,8 +162,12 @@ class RabbitBus:
             channel = self._answers
         await channel.send(body, to=delivery.reply_to, correlation_id=delivery.correlation_id)
 
-    async def ask(self, body: bytes, wait: float) -> list[bytes]:
+    async def ask(
+        self, body: bytes, wait: float, enough: Callable[[Sequence[bytes]], bool] = lambda answers: False
+    ) -> list[bytes]:
         """Publishes `body` with a `reply_to` and returns the answers that arrive within `wait` seconds.
+
+        It returns at once when `enough`, which is called with those so far as each arrives, says so.
 
         Raises:
             PublishError: the broker cannot be reached, or the exchange is missing.
@@ -174,7 +179,7 @@ class RabbitBus:
         except Exception as error:
             raise PublishError(f"the broker cannot be reached: {explain(error)}") from error
         try:
-            return await self._ask(connection, body, wait)
+            return await self._ask(connection, body, wait, Answers(enough))
         except PublishError:
             raise
         except Exception as error:
@@ -182,13 +187,14 @@ class RabbitBus:
         finally:
             await self._broker.leave(connection)
 
-    async def _ask(self, connection: AbstractConnection, body: bytes, wait: float) -> list[bytes]:
-        answers: list[bytes] = []
+    async def _ask(
+        self, connection: AbstractConnection, body: bytes, wait: float, answers: Answers
+    ) -> list[bytes]:
         question = secrets.token_hex(16)
 
         async def arrive(message: DeliveredMessage) -> None:
             if message.header.properties.correlation_id == question:
-                answers.append(message.body)
+                answers.add(message.body)
 
         opening = open_exchange(connection, self._broker.exchange, self._timeout, self._counts)
         channel = await within(ANSWER_WITHIN, opening)
@@ -198,8 +204,7 @@ class RabbitBus:
         underlay = await replies.get_underlay_channel()
         await within(ANSWER_WITHIN, underlay.basic_consume(queue.name, arrive, no_ack=True))
         await channel.send(body, reply_to=queue.name, correlation_id=question)
-        await asyncio.sleep(wait)
-        return answers
+        return await answers.wait(wait)
 
     async def close(self) -> None:
         """Closes every connection. Never raises, and ends within seconds."""

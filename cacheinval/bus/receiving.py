@@ -4,13 +4,14 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from cacheinval.bus import Delivery, Receiver
 from cacheinval.errors import SubscriptionError
 from cacheinval.logs import event
 
-__all__ = ["LONGEST_PAUSE", "STOPPED", "Reception", "pause"]
+__all__ = ["LONGEST_PAUSE", "STOPPED", "Answers", "Reception", "pause"]
 
 JOIN_WITHIN = 60.0  # seconds for the receiver to start a new epoch, which may clear a large cache
 FINISH_WITHIN = 3.0  # seconds for evictions in hand when the process stops
@@ -26,6 +27,32 @@ Settle = Callable[[Sequence[str | None]], Awaitable[None]]
 def pause(attempt: int) -> float:
     """How many seconds to wait after the failed attempt with this number, counted from 1."""
     return random.uniform(SHORTEST_PAUSE, min(LONGEST_PAUSE, SHORTEST_PAUSE * 2 ** min(attempt, 10)))
+
+
+class Answers:
+    """The answers to one question, as they arrive.
+
+    Args:
+        enough: called with those so far as each arrives; says whether nothing more is waited for.
+    """
+
+    def __init__(self, enough: Callable[[Sequence[bytes]], bool]) -> None:
+        self._bodies: list[bytes] = []
+        self._enough = enough
+        self._complete = asyncio.Event()
+
+    def add(self, body: bytes) -> None:
+        """Takes one."""
+        self._bodies.append(body)
+        if self._enough(self._bodies):
+            self._complete.set()
+
+    async def wait(self, seconds: float) -> list[bytes]:
+        """All that arrive within so many seconds, or until they are enough."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._complete.wait()
+        return self._bodies
 
 
 class Reception:

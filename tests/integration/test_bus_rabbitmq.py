@@ -739,6 +739,9 @@ async def test_questions_are_answered_by_everybody(
     await eventually(lambda: all(receiver.ready for receiver in receivers))
     assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
     assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
+    async with asyncio.timeout(15):
+        answers = await asker.ask(b"who?", 600, lambda answers: len(answers) == 3)
+        assert sorted(answers) == [b"a", b"b", b"c"]
     question = receivers[0].begun[0]
     for _ in range(2):  # who asked is gone: no error, and the channel still works
         await receivers[0].bus.answer(question, b"too late")

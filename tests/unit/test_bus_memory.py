@@ -207,6 +207,8 @@ async def test_questions_are_answered_by_everybody(run: Run, eventually: Eventua
         run(bus, receiver)
     await eventually(lambda: all(receiver.ready for receiver in receivers))
     assert await bus.ask(b"who?", 0.05) == [b"answer to who?"] * 2
+    async with asyncio.timeout(10):
+        assert await bus.ask(b"who?", 600, lambda answers: len(answers) == 2) == [b"answer to who?"] * 2
     await bus.answer(receivers[0].begun[0], b"too late")  # nobody waits for it any more: no error
 
 
