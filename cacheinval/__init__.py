@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cacheinval.audit import AuditReport
     from cacheinval.cache import CoherentCache, Read
     from cacheinval.client import Client
     from cacheinval.errors import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cacheinval.writes import Transaction
 
 __all__ = [
+    "AuditReport",
     "Client",
     "CoherentCache",
     "Read",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AuditReport": "audit",
     "Client": "client",
     "CoherentCache": "cache",
     "Read": "cache",

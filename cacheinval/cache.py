@@ -17,6 +17,7 @@ __all__ = ["CacheCounters", "CoherentCache", "InProcessCache", "Read", "SharedCa
 T = TypeVar("T")
 Factory = Callable[[], Awaitable[Any]]
 LoadAndStore = Callable[[Load], Awaitable[tuple[Any, bool]]]
+Remember = Callable[[str, Factory, Any], None]
 _Owed = tuple[Literal["key", "tag", "everything"], str]
 
 
@@ -75,8 +76,11 @@ class CoherentCache(ABC):
     Values in the process are handed out as they are, not copied: treat them as frozen.
     """
 
-    def __init__(self, coherence: Coherence, clock: Clock, ttl: float) -> None:
+    def __init__(
+        self, coherence: Coherence, clock: Clock, ttl: float, remember: Remember = lambda *loaded: None
+    ) -> None:
         self.counters = CacheCounters()
+        self._remember = remember
         self._coherence = coherence
         self._now = clock.now
         self._ttl = ttl
@@ -117,6 +121,17 @@ class CoherentCache(ABC):
         model: Any = None,
     ) -> Read:
         """The same as `get_or_set`, with how the value was come by."""
+
+    # For who observes
+
+    @abstractmethod
+    async def would_serve(self, key: str, model: Any = None) -> Entry | None:
+        """The entry that a read of `key` would be answered with now, if any; it counts as no read."""
+
+    async def read_source(self, key: str, factory: Factory, model: Any = None) -> Any:
+        """What a read of `key` would give if nothing were cached, nor what `factory` reads; nothing is stored."""
+        with without_cache():
+            return (await self.read(key, factory, model=model)).value
 
     @abstractmethod
     async def evict(self, eviction: Eviction) -> None:
@@ -221,6 +236,7 @@ class MemoryBackend(Protocol):
     """A map that never suspends."""
 
     def peek(self, key: str, /) -> Any | None: ...
+    def look(self, key: str) -> Any | None: ...
     def put(self, key: str, value: Any) -> None: ...
     def drop(self, keys: Iterable[str]) -> int: ...
     def reset(self) -> None: ...
@@ -230,8 +246,15 @@ class MemoryBackend(Protocol):
 class InProcessCache(CoherentCache):
     """Entries in a bounded map of this process. Nothing here suspends but the loader."""
 
-    def __init__(self, backend: MemoryBackend, coherence: Coherence, clock: Clock, ttl: float) -> None:
-        super().__init__(coherence, clock, ttl)
+    def __init__(
+        self,
+        backend: MemoryBackend,
+        coherence: Coherence,
+        clock: Clock,
+        ttl: float,
+        remember: Remember = lambda *loaded: None,
+    ) -> None:
+        super().__init__(coherence, clock, ttl, remember)
         self._backend = backend
 
     async def read(
@@ -263,9 +286,15 @@ class InProcessCache(CoherentCache):
                 self.counters.not_stored += 1
                 return value, False
             self._backend.put(key, self._coherence.entry(load, value, self._now() + lifetime))
+            self._remember(key, factory, model)
             return value, True
 
         return await self._join_or_load(key, load_and_store, _checked(key, tags), now, entry)
+
+    async def would_serve(self, key: str, model: Any = None) -> Entry | None:
+        """See `CoherentCache.would_serve`."""
+        entry: Entry | None = self._backend.look(key)
+        return entry if entry is not None and self._coherence.may_serve(entry, self._now()) else None
 
     async def evict(self, eviction: Eviction) -> None:
         """See `CoherentCache.evict`; done without suspending."""
@@ -308,8 +337,15 @@ class SharedCache(CoherentCache):
     costs a read of the source, never an error.
     """
 
-    def __init__(self, backend: SharedBackend, coherence: Coherence, clock: Clock, ttl: float) -> None:
-        super().__init__(coherence, clock, ttl)
+    def __init__(
+        self,
+        backend: SharedBackend,
+        coherence: Coherence,
+        clock: Clock,
+        ttl: float,
+        remember: Remember = lambda *loaded: None,
+    ) -> None:
+        super().__init__(coherence, clock, ttl, remember)
         self._backend = backend
         # What is being evicted, or could not be: not served from here until an eviction of it, the last one, is done. (An
         # earlier one may have passed before somebody stored again.)
@@ -330,24 +366,38 @@ class SharedCache(CoherentCache):
             value = self._backend.encode(await factory())
             return Read(self._backend.decode(value, model), "bypass", False)
         lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
-        # As it was before the look: whatever is evicted during the look refuses what the look saw.
-        moment, withheld = self._coherence.moment, {name for kind, name in self._owed if kind == "tag"}
-        found = await self._find(key, named, model)
-        entry = None
-        if found is not None and found.present and withheld.isdisjoint(found.tags):
-            entry = Entry(found.value, min(found.load_started, now), *moment, found.expires_at, found.tags)
-            if self._coherence.may_serve(entry, now):
-                self._inherit(entry)
-                self.counters.hits += 1
-                return Read(entry.value, "hit", False)
+        found, entry = await self._find_entry(key, named, model, now)
+        if entry is not None and self._coherence.may_serve(entry, now):
+            self._inherit(entry)
+            self.counters.hits += 1
+            return Read(entry.value, "hit", False)
 
         async def load_and_store(load: Load) -> tuple[Any, bool]:
             value = self._backend.encode(await self._run(load, factory))
             stored = found is not None and await self._store_then_recheck(load, value, lifetime, found)
             self.counters.not_stored += not stored
+            if stored:
+                self._remember(key, factory, model)
             return self._backend.decode(value, model), stored
 
         return await self._join_or_load(key, load_and_store, named, now, entry)
+
+    async def would_serve(self, key: str, model: Any = None) -> Entry | None:
+        """See `CoherentCache.would_serve`."""
+        now = self._now()
+        _, entry = await self._find_entry(key, NO_TAGS, model, now)
+        return entry if entry is not None and self._coherence.may_serve(entry, now) else None
+
+    async def _find_entry(
+        self, key: str, tags: frozenset[str], model: Any, now: float
+    ) -> tuple[Any, Entry | None]:
+        # As it was before the look: whatever is evicted during the look refuses what the look saw.
+        moment, withheld = self._coherence.moment, {name for kind, name in self._owed if kind == "tag"}
+        found = await self._find(key, tags, model)
+        if found is None or not found.present or not withheld.isdisjoint(found.tags):
+            return found, None
+        started = min(found.load_started, now)
+        return found, Entry(found.value, started, *moment, found.expires_at, found.tags)
 
     async def _find(self, key: str, tags: frozenset[str], model: Any) -> Any:
         try:

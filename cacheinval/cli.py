@@ -132,6 +132,28 @@ def status(
     _run(_status(_settings(), as_json))
 
 
+@app.command()
+def audit(
+    sample: Annotated[int, typer.Option(min=1, max=1000, help="Entries of each instance.")] = 100,
+    delay: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=600,
+            help="Seconds between the two looks at what differs; as long as an instance needs if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds within which the reports have to arrive.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Have every live instance compare some of its cached entries with their source."""
+    _run(_audit(_settings(), sample, delay, wait, as_json))
+
+
 @schema_app.command("show")
 def show_schema() -> None:
     """Print the SQL of the schema."""
@@ -222,6 +244,17 @@ async def _status(settings: "Settings", as_json: bool) -> None:
         print(f"no instance of namespace {settings.namespace} answers")
     else:
         _print_table(instances)
+
+
+async def _audit(
+    settings: "Settings", sample: int, delay: float | None, wait: float | None, as_json: bool
+) -> None:
+    from cacheinval import audit_command
+    from cacheinval.client import Client
+
+    settings = settings.model_copy(update={"relay": "off", "database_url": ""})
+    async with Client(settings, subscribe=False) as client:
+        await audit_command.audit(client, sample, delay, wait, as_json=as_json)
 
 
 def _print_table(instances: "list[dict[str, Any]]") -> None:

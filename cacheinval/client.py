@@ -18,6 +18,7 @@ import asyncpg
 import msgspec
 
 from cacheinval import logs
+from cacheinval.audit import AuditAnswer, Auditor, AuditReport, Loaders
 from cacheinval.backends.attached import AttachedCache
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.proof import KeptProof
@@ -27,7 +28,7 @@ from cacheinval.bus.memory import EventBus
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.cache import CoherentCache, InProcessCache, SharedCache
 from cacheinval.clock import Clock
-from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence import SUSPECT_AGE, Coherence, Eviction
 from cacheinval.errors import (
     CacheError,
     CacheinvalError,
@@ -37,7 +38,7 @@ from cacheinval.errors import (
     NoDatabaseError,
     PublishError,
 )
-from cacheinval.messages import Ask, encode
+from cacheinval.messages import Ask, Audit, encode
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.relay import Relay
 from cacheinval.publisher import Publisher, Unpublished
@@ -122,7 +123,10 @@ class Client:
             self._coherence.proof.await_source()
         self._bus = bus
         self._keeper: KeptProof | None = None
+        self._loaders = Loaders(among=self.settings.cache_max_entries)
         self.cache: CoherentCache = self._make_cache()
+        self.auditor = self._make_auditor()
+        self._asked_audit: asyncio.Task[None] | None = None
         self._caches: list[Any] = [self.cache]
         self._outbox = Outbox(self.settings.namespace)
         self.publisher = Publisher(
@@ -168,7 +172,7 @@ class Client:
             )  # made here, so that its own settings are refused at start
             stack.push_async_callback(self._stop, "publisher", "outbox", "asides")
             stack.push_async_callback(self.publisher.flush, FLUSH_TIMEOUT)
-            stack.push_async_callback(self._stop, "subscription", "gaps", "watch", "source", "relay")
+            stack.push_async_callback(self._stop, "subscription", "gaps", "watch", "source", "audit", "relay")
             self._start("publisher", self.publisher.run)
             if self._has_database:
                 self._start("outbox", self.publisher.delete_confirmed)
@@ -179,6 +183,8 @@ class Client:
             if self._subscribe:
                 self._start("gaps", self.instance.begin_epochs_put_off)
                 self._start("watch", self.instance.watch)
+                if self.settings.audit_interval:
+                    self._start("audit", self.auditor.run)
                 if self._has_database:
                     self._start("source", self._learn_source)
                 self._start("subscription", self._stay_subscribed)
@@ -444,9 +450,21 @@ class Client:
         if settings.cache_is_external:
             entries = SharedEntries(connect(settings.cache_url), settings.namespace)
             self._keeper = KeptProof(entries, settings.instance_id)
-            return SharedCache(entries, self._coherence, self._clock, settings.cache_ttl)
+            return SharedCache(
+                entries, self._coherence, self._clock, settings.cache_ttl, self._loaders.remember
+            )
         backend = BoundedMemoryCache(settings.cache_max_entries)
-        return InProcessCache(backend, self._coherence, self._clock, settings.cache_ttl)
+        return InProcessCache(
+            backend, self._coherence, self._clock, settings.cache_ttl, self._loaders.remember
+        )
+
+    def _make_auditor(self) -> Auditor:
+        settings = self.settings
+        if settings.max_staleness is None:
+            least_delay = SUSPECT_AGE
+        else:
+            least_delay = settings.max_staleness + settings.max_clock_skew
+        return Auditor(self.cache, self._loaders, least_delay=least_delay, interval=settings.audit_interval)
 
     def _make_relay(self) -> Relay | None:
         if not self._has_database or self.settings.relay == "off":
@@ -586,6 +604,7 @@ class Client:
                 "attached": len(self._caches) - 1,
                 "epoch": self._coherence.epoch,
             },
+            "audit": self.auditor.state,
             "counters": self.stats(),
         }
 
@@ -598,6 +617,7 @@ class Client:
                 ("coherence", self._coherence),
                 ("receiver", self.instance),
                 ("publisher", self.publisher),
+                ("audit", self.auditor),
             )
         }
         if self.relay is not None:
@@ -614,14 +634,46 @@ class Client:
         instances = [answer for body in answers if (answer := _status_in(body)) is not None]
         return sorted(instances, key=lambda instance: str(instance["id"]))
 
-    def _answer(self, delivery: Any) -> None:
-        self._aside(self._send_status(delivery))
+    async def audit(self, sample: int = 100, delay: float | None = None) -> AuditReport:
+        """Compares up to `sample` cached entries, at random, with what their loaders read now; evicts nothing.
+
+        What differs is looked at again later, and is only then called inconsistent. Compared are entries whose keys were
+        loaded here: the loaders of at most 1,000 keys are remembered. One audit runs at a time; another one waits.
+
+        Args:
+            sample: how many entries, at most 1,000.
+            delay: seconds between the two looks. If None it is one more than the rules allow an entry to be stale, which
+                is `max_staleness` + `max_clock_skew`, or 1 where `max_staleness` is not set; it is never less than that,
+                nor more than 600.
+        """
+        return await self.auditor.audit(sample, delay)
+
+    def _answer(self, delivery: Any, message: Ask | Audit) -> None:
+        if isinstance(message, Ask):
+            self._aside(self._send_status(delivery))
+        elif self._asked_audit is None or self._asked_audit.done():
+            self._asked_audit = self._aside(self._audit_for(delivery, message))
+        else:  # whoever asks again and again must not make this instance load again and again
+            self._aside(self._send_answer(delivery, AuditAnswer(id=self.settings.instance_id)))
 
     async def _send_status(self, delivery: Any) -> None:
+        await self._send_answer(delivery, self.status())
+
+    async def _audit_for(self, delivery: Any, message: Audit) -> None:
+        loaders = len(self._loaders)
         try:
-            await self.bus.answer(delivery, msgspec.json.encode(self.status()))
+            report = await self.auditor.audit(message.sample, message.delay)
+        except Exception:
+            log.exception("an audit failed")
+            return
+        answer = AuditAnswer(id=self.settings.instance_id, loaders=loaders, report=report)
+        await self._send_answer(delivery, answer)
+
+    async def _send_answer(self, delivery: Any, answer: Any) -> None:
+        try:
+            await self.bus.answer(delivery, msgspec.json.encode(answer))
         except PublishError as error:
-            logs.event(log, logging.DEBUG, "status not sent", reason=error)
+            logs.event(log, logging.DEBUG, "answer not sent", reason=error)
 
 
 class _Borrowed:

@@ -11,6 +11,7 @@ __all__ = [
     "CONTENT_TYPE",
     "MESSAGE_TYPE",
     "Ask",
+    "Audit",
     "Beat",
     "Invalidate",
     "Message",
@@ -93,6 +94,17 @@ class Ask(_Message, tag="ask", frozen=True, kw_only=True):
     """Asks every instance for its status; each answers to the AMQP `reply_to` of the message."""
 
 
+class Audit(_Message, tag="audit", frozen=True, kw_only=True):
+    """Asks every instance to compare up to `sample` entries with their source; each answers as to `Ask` when it is done.
+
+    `delay` is how many seconds later it looks again at those that differ. What is more than an instance is willing to do
+    is made less.
+    """
+
+    sample: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] = 100
+    delay: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
 class Unknown(msgspec.Struct, frozen=True):
     """A well-formed message of a kind that this version does not know: counted, acknowledged and ignored."""
 
@@ -104,8 +116,8 @@ class _Header(msgspec.Struct):
     kind: str
 
 
-Message = Invalidate | Tick | Beat | Probe | Ask
-_KINDS = frozenset({"invalidate", "tick", "beat", "probe", "ask"})
+Message = Invalidate | Tick | Beat | Probe | Ask | Audit
+_KINDS = frozenset({"invalidate", "tick", "beat", "probe", "ask", "audit"})
 _decoder = msgspec.json.Decoder(Message)
 _header = msgspec.json.Decoder(_Header)
 _encoder = msgspec.json.Encoder()

@@ -135,11 +135,21 @@ _HELP = {
     "publisher_deleted_rows": "Rows of the outbox deleted after their confirm.",
     "publisher_failures": "Publishes that failed.",
     "publisher_left_to_relay": "Writes whose invalidation was left to the relay.",
+    "audit_runs": "Audits done.",
+    "audit_checked": "Entries compared with their source.",
+    "audit_consistent": "Entries that were as their source.",
+    "audit_settling": "Entries that differed from their source, and no more when looked at again.",
+    "audit_failed": "Entries that could not be compared, mostly because their loader failed.",
+    "inconsistent_entries": "Entries that differed from their source, and still did when looked at again.",
     "relay_published_rows": "Rows of the outbox that the relay published.",
     "relay_published_messages": "Messages that the relay published.",
     "relay_bad_rows": "Rows that could not be encoded, for which everything was invalidated.",
     "relay_errors": "Failures of the database or the broker that the relay met.",
 }
+
+
+_NAMES = {"audit_inconsistent": "inconsistent_entries"}
+"""Metrics whose name is not that of part and counter."""
 
 
 class _Metrics(Collector):
@@ -197,6 +207,7 @@ def _gauges(status: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def _counter(name: str, value: float | Mapping[str, float]) -> Metric:
+    name = _NAMES.get(name, name)
     text = _HELP.get(name, name.replace("_", " ").capitalize() + ".")
     if not isinstance(value, Mapping):
         return CounterMetricFamily(f"cacheinval_{name}", text, value=value)

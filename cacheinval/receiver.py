@@ -13,7 +13,7 @@ from cacheinval import logs
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, ProofState
 from cacheinval.errors import BusError, CacheError, EvictionError, MalformedMessageError
-from cacheinval.messages import Ask, Invalidate, Message, Probe, Unknown, decode, encode
+from cacheinval.messages import Ask, Audit, Invalidate, Message, Probe, Unknown, decode, encode
 
 __all__ = ["LATENCY_BUCKETS", "Instance", "ReceiverCounters"]
 
@@ -85,7 +85,7 @@ class Instance:
     Args:
         caches: whatever is to be evicted, the instance's own cache first.
         publish_probe: publishes a marker and returns when the broker has confirmed it.
-        answer: called for each message that asks for this instance's status.
+        answer: called for each message that asks for this instance's status, or for an audit of it.
         resubscribe: ends the subscription, so that a new one is made.
         keeper: for a cache outside the process: keeps what must outlive this process together with it.
         tick_interval: seconds.
@@ -98,7 +98,7 @@ class Instance:
         clock: Clock,
         caches: Sequence[Evictable],
         publish_probe: Callable[[bytes], Awaitable[None]],
-        answer: Callable[[Delivery], None],
+        answer: Callable[[Delivery, Ask | Audit], None],
         resubscribe: Callable[[str], None],
         *,
         keeper: Keeper | None = None,
@@ -209,8 +209,8 @@ class Instance:
                 bytes=len(delivery.body),
             )
             return None, str(error)
-        if isinstance(message, Ask) and delivery.reply_to:
-            self._answer(delivery)
+        if isinstance(message, Ask | Audit) and delivery.reply_to:
+            self._answer(delivery, message)
         return message, None
 
     async def _evict(self, eviction: Eviction) -> None:

@@ -153,6 +153,9 @@ class Settings(BaseSettings):
     prefetch: Annotated[int, Field(ge=1, le=65535)] = Field(
         default=500, description="messages under way to an instance and not yet acknowledged"
     )
+    audit_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0, description="seconds between audits of some entries against their source; 0: none"
+    )
     http_host: str = Field(default="127.0.0.1", description="address for health, metrics and products")
     http_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, description="0 is any free port, and the default of `worker` and `relay`"

@@ -14,7 +14,7 @@ __all__ = ["BoundedMemoryCache"]
 class BoundedMemoryCache(BaseCache):  # type: ignore[misc]  # aiocache has no types
     """At most `max_entries` values; the least recently used goes first.
 
-    Beside aiocache's coroutines it has `peek`, `put`, `drop` and `reset`, which do not suspend: a check and the store
+    Beside aiocache's coroutines it has `peek`, `look`, `put`, `drop` and `reset`, which do not suspend: a check and the store
     that follows it are one step. Values are kept as they are, without copies.
 
     Args:
@@ -34,6 +34,10 @@ class BoundedMemoryCache(BaseCache):  # type: ignore[misc]  # aiocache has no ty
         self.peek = self._values.get
 
     # Without suspension
+
+    def look(self, key: str) -> Any | None:
+        """The value of `key`, which stays as recently used as it was."""
+        return self._values.peek(key)
 
     def put(self, key: str, value: Any) -> None:
         """Stores `value` now."""

@@ -193,6 +193,37 @@ async def test_many_keys_at_once(one: Instance) -> None:
     assert [(await one.cache.read(key, value_of(2))).outcome for key in keys[:20]] == ["miss"] * 20
 
 
+# For who observes
+
+
+async def test_what_would_be_served_is_what_a_read_is_served(one: Instance, two: Instance) -> None:
+    assert await one.cache.would_serve("k") is None
+    await one.cache.get_or_set("k", value_of({"a": 1}), tags=["t"])
+    for who in (one, two):
+        entry = await who.cache.would_serve("k")
+        assert entry is not None
+        assert (entry.value, entry.tags) == ({"a": 1}, {"t"})
+        assert who.cache.counters.hits == 0
+    one.clock.ahead = 301
+    assert await one.cache.would_serve("k") is None, "its ttl has passed"
+    await two.evict(tags=("t",))
+    assert await two.cache.would_serve("k") is None
+
+
+async def test_only_loads_that_are_stored_are_remembered(one: Instance) -> None:
+    remembered: list[str] = []
+    one.cache._remember = lambda key, *_: remembered.append(key)
+
+    async def evicted_meanwhile() -> str:
+        await one.evict("voided")
+        return "old"
+
+    for _ in range(2):
+        await one.cache.get_or_set("k", value_of(1))
+    await one.cache.get_or_set("voided", evicted_meanwhile)
+    assert remembered == ["k"]
+
+
 # Types
 
 

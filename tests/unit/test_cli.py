@@ -52,7 +52,17 @@ class TestUse:
     ) -> None:
         assert ended(monkeypatch, "--help") == 0
         out = capsys.readouterr().out
-        for command in ("serve", "worker", "relay", "invalidate", "status", "schema", "sandbox", "demo"):
+        for command in (
+            "serve",
+            "worker",
+            "relay",
+            "invalidate",
+            "status",
+            "audit",
+            "schema",
+            "sandbox",
+            "demo",
+        ):
             assert f" {command} " in out
 
     def test_help_is_not_kept_waiting_by_what_it_does_not_need(self) -> None:

@@ -11,6 +11,7 @@ from cacheinval.errors import InvalidKeyError, MalformedMessageError
 from cacheinval.messages import (
     MAX_BODY_SENT,
     Ask,
+    Audit,
     Beat,
     Invalidate,
     Probe,
@@ -97,6 +98,9 @@ MALFORMED = {
     "a tick without as_of": body(kind="tick", origin="o", seq=1),
     "a beat without seq": body(kind="beat", origin="o"),
     "a probe without id": body(kind="probe"),
+    "an audit of nothing": body(kind="audit", sample=0),
+    "an audit of text": body(kind="audit", sample="7"),
+    "an audit that looks back": body(kind="audit", delay=-1),
 }
 
 
@@ -162,6 +166,12 @@ def test_the_body_is_the_documented_json() -> None:
         "tags": ["products"],
     }
     assert json.loads(encode(Ask(v=1))) == {"v": 1, "kind": "ask"}
+    assert json.loads(encode(Audit(v=1, sample=7, delay=2.5))) == {
+        "v": 1,
+        "kind": "audit",
+        "sample": 7,
+        "delay": 2.5,
+    }
 
 
 @given(
@@ -194,7 +204,13 @@ def test_round_trip(
         all=everything,
     )
     assert decode(encode(message)) == message
-    for other in (Ask(v=1), Beat(v=1, origin="o", seq=1), Probe(v=1, id="i")):
+    for other in (
+        Ask(v=1),
+        Audit(v=1),
+        Audit(v=1, sample=7, delay=0.5),
+        Beat(v=1, origin="o", seq=1),
+        Probe(v=1, id="i"),
+    ):
         assert decode(encode(other)) == other
 
 

@@ -137,6 +137,23 @@ class TestMetrics:
         assert after["cacheinval_cache_entries"] == 0
         assert after["cacheinval_publisher_confirmed_writes_total"] == 1
 
+    async def test_what_an_audit_found_is_counted(self, settings: Settings) -> None:
+        async def load() -> str:
+            return "value"
+
+        async with Client(settings) as client, asking(Monitoring(client, lambda: READY)) as http:
+            await client.wait_ready(5)
+            for key in ("truth", "lie"):
+                await client.cache.get_or_set(key, load)
+            client.cache._backend.look("lie").value = "lie"  # type: ignore[attr-defined]
+            await client.audit()
+            seen = values((await http.get("/metrics")).text)
+            last = (await http.get("/status")).json()["audit"]["last"]
+        assert seen["cacheinval_inconsistent_entries_total"] == last["inconsistent"] == 1
+        assert seen["cacheinval_audit_checked_total"] == last["checked"] == 2
+        assert seen["cacheinval_audit_consistent_total"] == last["consistent"] == 1
+        assert last["examples"] == ["lie"]
+
     async def test_latencies_are_a_histogram_in_seconds(self, settings: Settings) -> None:
         writer = Client(settings.model_copy(update={"instance_id": "other"}), subscribe=False)
         async with Client(settings) as client, writer, asking(Monitoring(client, lambda: READY)) as http:
@@ -170,7 +187,10 @@ class TestMetrics:
             names = {family.name for family in families}
             for part, counters in client.stats().items():
                 for name in counters:
-                    assert name.startswith("latenc") or f"cacheinval_{part}_{name}" in names
+                    metric = {"audit_inconsistent": "inconsistent_entries"}.get(
+                        f"{part}_{name}", f"{part}_{name}"
+                    )
+                    assert name.startswith("latenc") or f"cacheinval_{metric}" in names
 
     async def test_openmetrics_is_given_to_who_asks(self, settings: Settings) -> None:
         async with asking(Monitoring(Client(settings), lambda: READY)) as http:

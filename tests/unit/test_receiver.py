@@ -13,7 +13,7 @@ from cacheinval import receiver
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, ProofState
 from cacheinval.errors import CacheError, EvictionError, PublishError
-from cacheinval.messages import Ask, Invalidate, Probe, decode, encode
+from cacheinval.messages import Ask, Audit, Invalidate, Probe, decode, encode
 from cacheinval.receiver import Instance
 
 
@@ -113,7 +113,15 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> House:
         probes.append(body)
 
     return House(
-        Instance(coherence, clock, caches, publish_probe, asked.append, lambda reason: None, keeper=keeper),
+        Instance(
+            coherence,
+            clock,
+            caches,
+            publish_probe,
+            lambda delivery, message: asked.append(delivery),
+            lambda reason: None,
+            keeper=keeper,
+        ),
         coherence,
         clock,
         caches,
@@ -228,7 +236,7 @@ async def test_a_marker_that_could_not_be_published_is_published_later(
         Clock(),
         [],
         fail_at_first,
-        lambda delivery: None,
+        lambda delivery, message: None,
         lambda reason: None,
         tick_interval=0.02,
     )
@@ -304,9 +312,11 @@ async def test_an_echo_evicts_nothing(joined: House) -> None:
 
 
 async def test_a_question_is_answered_where_there_is_an_address(joined: House) -> None:
-    ask = encode(Ask(v=1))
-    await joined.instance.receive([Delivery(ask, reply_to="here"), Delivery(ask)])
-    assert [delivery.reply_to for delivery in joined.asked] == ["here"]
+    for question in (Ask(v=1), Audit(v=1)):
+        body = encode(question)
+        await joined.instance.receive([Delivery(body, reply_to="here"), Delivery(body)])
+        assert [delivery.reply_to for delivery in joined.asked] == ["here"]
+        joined.asked.clear()
 
 
 async def test_latency_is_counted_from_the_commit(joined: House) -> None:

@@ -43,6 +43,8 @@ WRONG = [
     ("TICK_INTERVAL", "inf", "finite"),
     ("MAX_CLOCK_SKEW", "-0.1", "greater than or equal to 0"),
     ("PUBLISH_TIMEOUT", "0", "greater than 0"),
+    ("AUDIT_INTERVAL", "-1", "greater than or equal to 0"),
+    ("AUDIT_INTERVAL", "inf", "finite"),
     ("PREFETCH", "0", "greater than or equal to 1"),
     ("PREFETCH", "65536", "less than or equal to 65535"),
     ("HTTP_PORT", "65536", "less than or equal to 65535"),
