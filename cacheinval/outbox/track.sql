@@ -149,12 +149,13 @@ BEGIN
             EXECUTE format('SELECT array_agg((%s)::text), array_agg(%s::bigint) FROM new_rows', key, version)
                 INTO new_keys, new_versions;
         END IF;
-        -- A key that is gone can only come back with a version higher than its last.
+        -- Whatever the version says, nobody may take what was for what is: a key that is gone, that another row took, or
+        -- whose version was forgotten, is told with one more than its last.
         SELECT array_agg(key_now), array_agg(version_now),
                 bool_and(coalesce(octet_length(convert_to(key_now, 'UTF8')) BETWEEN 1 AND 512, false))
             INTO keys, versions, usable
             FROM (
-                SELECT listed.key, coalesce(max(present), max(gone) + 1)
+                SELECT listed.key, CASE WHEN max(present) > max(gone) OR max(gone) IS NULL THEN max(present) ELSE max(gone) + 1 END
                 FROM (
                     SELECT *, NULL FROM unnest(new_keys, new_versions)
                     UNION ALL SELECT gone.key, NULL, gone.version FROM unnest(old_keys, old_versions) AS gone (key, version)

@@ -100,7 +100,7 @@ async def test_each_kind_of_change_records_its_keys(db: Connection) -> None:
     for statement, keys in [
         ("INSERT INTO items VALUES ('a'), ('b'), ('c')", {"item:a": 1, "item:b": 1, "item:c": 1}),
         ("UPDATE items SET name = 'x', version = 2 WHERE id <> 'c'", {"item:a": 2, "item:b": 2}),
-        ("UPDATE items SET name = 'y' WHERE id = 'a'", {"item:a": 2}),  # whoever forgets the version
+        ("UPDATE items SET name = 'y' WHERE id = 'a'", {"item:a": 3}),  # whoever forgets the version
         ("UPDATE items SET name = 'z' WHERE id = 'nobody'", {}),
         ("DELETE FROM items WHERE id IN ('a', 'c')", {"item:a": 3, "item:c": 2}),
         ("DELETE FROM items WHERE id = 'a'", {}),
@@ -147,6 +147,15 @@ async def test_a_changed_key_invalidates_the_old_and_the_new(db: Connection) -> 
     assert await recorded(db, "UPDATE items SET id = 'c' WHERE id = 'b'") == {"item:b": 5, "item:c": 4}
     swapped = "UPDATE items SET id = CASE id WHEN 'a' THEN 'A' ELSE 'C' END, version = version + 1"
     assert await recorded(db, swapped) == {"item:a": 2, "item:A": 2, "item:c": 5, "item:C": 5}
+
+
+async def test_a_key_that_another_row_takes_is_told_with_a_version_that_its_last_row_never_had(
+    db: Connection,
+) -> None:
+    await track(db, "'items', 'item:{id}', 'version'")
+    await recorded(db, "INSERT INTO items VALUES ('a', NULL, 10), ('b', NULL, 1)")
+    moved = "UPDATE items SET id = CASE id WHEN 'a' THEN 'c' ELSE 'a' END, version = version + 1"
+    assert await recorded(db, moved) == {"item:a": 11, "item:b": 2, "item:c": 11}
 
 
 async def test_what_foreign_keys_and_truncate_cascade_to_is_recorded(db: Connection) -> None:
@@ -488,7 +497,7 @@ async def test_columns_may_come_go_and_change_their_type(db: Connection) -> None
     await track(db, "'items', 'item:{id}', 'version'")
     await recorded(db, "INSERT INTO items VALUES ('1')")
     await db.execute("ALTER TABLE items ADD COLUMN more text DEFAULT 'x'; ALTER TABLE items DROP COLUMN name")
-    assert await recorded(db, "UPDATE items SET more = 'y'") == {"item:1": 1}
+    assert await recorded(db, "UPDATE items SET more = 'y'") == {"item:1": 2}
     await db.execute("ALTER TABLE items ALTER COLUMN id TYPE integer USING id::integer")
     assert await recorded(db, "UPDATE items SET id = 2") == {"item:1": 2, "item:2": 1}
     await db.execute("ALTER TABLE items ALTER COLUMN version TYPE text")
