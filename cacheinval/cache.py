@@ -11,8 +11,13 @@ from cacheinval.clock import Clock
 from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load
 from cacheinval.errors import CacheError
 from cacheinval.messages import check_names
+from cacheinval.places import Places
+from cacheinval.versions import VersionOf, version_of
 
 __all__ = ["CacheCounters", "CoherentCache", "InProcessCache", "Read", "SharedCache", "without_cache"]
+
+MOST_LOADS = 64
+"""Loaders that run at a time, unless the setting `MAX_CONCURRENT_LOADS` says otherwise."""
 
 T = TypeVar("T")
 Factory = Callable[[], Awaitable[Any]]
@@ -34,11 +39,22 @@ class Read(NamedTuple):
 class CacheCounters:
     """What the cache did, counted since the start."""
 
-    __slots__ = ("bypasses", "evicted_entries", "hits", "load_errors", "loads", "misses", "not_stored")
+    __slots__ = (
+        "bypasses",
+        "evicted_entries",
+        "hits",
+        "load_errors",
+        "loads",
+        "misses",
+        "not_stored",
+        "primary_loads",
+        "queued_loads",
+    )
 
     def __init__(self) -> None:
         self.hits = self.misses = self.bypasses = 0
-        self.loads = self.load_errors = self.not_stored = self.evicted_entries = 0
+        self.loads = self.primary_loads = self.queued_loads = self.load_errors = 0
+        self.not_stored = self.evicted_entries = 0
 
 
 # What the code that runs now is part of: a load (whose value inherits what it reads), or a transaction (which must see
@@ -74,10 +90,22 @@ class CoherentCache(ABC):
     """A read-through cache whose entries never outlive an invalidation; `client.cache` is one.
 
     Values in the process are handed out as they are, not copied: treat them as frozen.
+
+    Args:
+        ttl: seconds that an entry is kept where its reader does not say.
+        most_loads: loaders that run at a time; further ones wait.
     """
 
+    _shared = False
+    """Whether others are served what is stored here."""
+
     def __init__(
-        self, coherence: Coherence, clock: Clock, ttl: float, remember: Remember = lambda *loaded: None
+        self,
+        coherence: Coherence,
+        clock: Clock,
+        ttl: float,
+        remember: Remember = lambda *loaded: None,
+        most_loads: int = MOST_LOADS,
     ) -> None:
         self.counters = CacheCounters()
         self._remember = remember
@@ -85,6 +113,7 @@ class CoherentCache(ABC):
         self._now = clock.now
         self._ttl = ttl
         self._flights: dict[Load, asyncio.Future[Any]] = {}
+        self._places = Places(most_loads)
 
     async def get_or_set(
         self,
@@ -94,6 +123,8 @@ class CoherentCache(ABC):
         ttl: float | None = None,
         tags: Collection[str] = (),
         model: Any = None,
+        version: VersionOf | None = None,
+        primary: Callable[[], Awaitable[T]] | None = None,
     ) -> T:
         """The cached value of `key`, else the one that `factory` loads (at most one load of a key at a time).
 
@@ -103,12 +134,20 @@ class CoherentCache(ABC):
             ttl: seconds that the entry is kept; the setting `CACHE_TTL` if None.
             tags: names that invalidate this entry together with others.
             model: type of the value, for a cache outside the process, which keeps JSON; JSON's own types if None.
+            version: where the row's version stands in the loaded value: the name of an attribute or of a mapping's key,
+                or a callable. What is known to be older than an invalidation said is not stored.
+            primary: the same as `factory`, from the primary. It says that `factory` reads a replica, which may lag: where
+                that cannot be told from the version, the primary is read instead.
 
         Raises:
             InvalidKeyError: a key or tag that could never be invalidated.
+            CacheError: the loaded value has no such version.
             Exception: whatever `factory` raises, to everyone who waited for it.
         """
-        return (await self.read(key, factory, ttl=ttl, tags=tags, model=model)).value  # type: ignore[no-any-return]
+        read = await self.read(
+            key, factory, ttl=ttl, tags=tags, model=model, version=version, primary=primary
+        )
+        return read.value  # type: ignore[no-any-return]
 
     @abstractmethod
     async def read(
@@ -119,6 +158,8 @@ class CoherentCache(ABC):
         ttl: float | None = None,
         tags: Collection[str] = (),
         model: Any = None,
+        version: VersionOf | None = None,
+        primary: Factory | None = None,
     ) -> Read:
         """The same as `get_or_set`, with how the value was come by."""
 
@@ -178,6 +219,7 @@ class CoherentCache(ABC):
                 f"{current.key!r}: they would wait for each other for ever"
             )
         current.parts.append(load)
+        self._places.admit(load)  # or `current`, which has a place, would wait for one that waits for a place
         try:
             return await asyncio.shield(flight)
         finally:
@@ -189,17 +231,48 @@ class CoherentCache(ABC):
         load = self._coherence.begin_load(key, now, tags, _current_load())
         landed: Any = _ABANDONED
         failure: Exception | None = None
+        has_place = False
         try:
+            # A part of another load runs in the place of that one, which waits for it.
+            has_place = load.parent is None and await self._take_place(load)
             landed, stored = await load_and_store(load)
         except Exception as error:
             self.counters.load_errors += 1
             failure = error
             raise
         finally:
+            if has_place:
+                self._places.give_back()
             self._inherit(load)  # before its token goes: a voided part voids the whole
             self._coherence.end_load(load)
             self._land(load, landed, failure)
         return landed, stored
+
+    async def _take_place(self, load: Load) -> bool:
+        if self._places.take():
+            return True
+        self.counters.queued_loads += 1
+        self._coherence.hold(load)
+        took = await self._places.wait(load)
+        self._coherence.let_go(load, self._now())
+        return took
+
+    async def _ask(
+        self, load: Load, factory: Factory, version: VersionOf | None, primary: Factory | None
+    ) -> Any:
+        """What `factory` reads or, where that may lag behind what was evicted, what `primary` does."""
+        if version is None and primary is None:
+            return await self._run(load, factory)
+        if primary is None or self._coherence.turn_to_replica(load, self._now(), shared=self._shared):
+            value = await self._run(load, factory)
+            if self._coherence.accepts(load, version_of(value, version)):
+                return value
+            if primary is None:
+                self._coherence.refuse(load)
+                return value
+        self.counters.primary_loads += 1
+        self._coherence.turn_to_primary(load, self._now())
+        return await self._run(load, primary)
 
     async def _run(self, load: Load, factory: Factory) -> Any:
         self.counters.loads += 1
@@ -253,8 +326,9 @@ class InProcessCache(CoherentCache):
         clock: Clock,
         ttl: float,
         remember: Remember = lambda *loaded: None,
+        most_loads: int = MOST_LOADS,
     ) -> None:
-        super().__init__(coherence, clock, ttl, remember)
+        super().__init__(coherence, clock, ttl, remember, most_loads)
         self._backend = backend
 
     async def read(
@@ -265,6 +339,8 @@ class InProcessCache(CoherentCache):
         ttl: float | None = None,
         tags: Collection[str] = (),
         model: Any = None,
+        version: VersionOf | None = None,
+        primary: Factory | None = None,
     ) -> Read:
         """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
         within = _within.get()
@@ -280,13 +356,13 @@ class InProcessCache(CoherentCache):
         lifetime = self._lifetime(ttl)
 
         async def load_and_store(load: Load) -> tuple[Any, bool]:
-            value = await self._run(load, factory)
+            value = await self._ask(load, factory, version, primary)
             # No await between the question and the store: an eviction in between would be undone by the store.
             if not self._coherence.may_store(load):
                 self.counters.not_stored += 1
                 return value, False
             self._backend.put(key, self._coherence.entry(load, value, self._now() + lifetime))
-            self._remember(key, factory, model)
+            self._remember(key, primary or factory, model)
             return value, True
 
         return await self._join_or_load(key, load_and_store, _checked(key, tags), now, entry)
@@ -337,6 +413,8 @@ class SharedCache(CoherentCache):
     costs a read of the source, never an error.
     """
 
+    _shared = True
+
     def __init__(
         self,
         backend: SharedBackend,
@@ -344,8 +422,9 @@ class SharedCache(CoherentCache):
         clock: Clock,
         ttl: float,
         remember: Remember = lambda *loaded: None,
+        most_loads: int = MOST_LOADS,
     ) -> None:
-        super().__init__(coherence, clock, ttl, remember)
+        super().__init__(coherence, clock, ttl, remember, most_loads)
         self._backend = backend
         # What is being evicted, or could not be: not served from here until an eviction of it, the last one, is done. (An
         # earlier one may have passed before somebody stored again.)
@@ -359,6 +438,8 @@ class SharedCache(CoherentCache):
         ttl: float | None = None,
         tags: Collection[str] = (),
         model: Any = None,
+        version: VersionOf | None = None,
+        primary: Factory | None = None,
     ) -> Read:
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
         within = _within.get()
@@ -373,11 +454,11 @@ class SharedCache(CoherentCache):
             return Read(entry.value, "hit", False)
 
         async def load_and_store(load: Load) -> tuple[Any, bool]:
-            value = self._backend.encode(await self._run(load, factory))
+            value = self._backend.encode(await self._ask(load, factory, version, primary))
             stored = found is not None and await self._store_then_recheck(load, value, lifetime, found)
             self.counters.not_stored += not stored
             if stored:
-                self._remember(key, factory, model)
+                self._remember(key, primary or factory, model)
             return self._backend.decode(value, model), stored
 
         return await self._join_or_load(key, load_and_store, named, now, entry)

@@ -44,6 +44,7 @@ from cacheinval.outbox.relay import Relay
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.receiver import Instance
 from cacheinval.settings import Settings, mask_url
+from cacheinval.versions import VersionOf
 from cacheinval.writes import Invalidations, Transaction, Writes
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Client:
             self.settings.max_staleness,
             self.settings.max_clock_skew,
             gap_interval=0 if self.settings.cache_is_external else None,
+            max_replica_lag=self.settings.max_replica_lag,
         )
         if self._has_database:
             self._coherence.proof.await_source()
@@ -235,13 +237,22 @@ class Client:
     # Reading
 
     def cached(
-        self, key: str, *, ttl: float | None = None, tags: Collection[str] = (), model: Any = None
+        self,
+        key: str,
+        *,
+        ttl: float | None = None,
+        tags: Collection[str] = (),
+        model: Any = None,
+        version: VersionOf | None = None,
+        primary: Callable[P, Awaitable[T]] | None = None,
     ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
         """Decorates a coroutine function: its results are cached under `key`, a template of its arguments.
 
         Args:
             key: for example `"product:{product_id}"`; every name in braces is an argument.
-            ttl, tags, model: as in `CoherentCache.get_or_set`.
+            ttl, tags, model, version: as in `CoherentCache.get_or_set`.
+            primary: a coroutine function of the same arguments that reads the primary. It says that the decorated one
+                reads a replica, which may lag.
 
         Raises:
             InvalidKeyError: the template names something that is no argument.
@@ -261,6 +272,8 @@ class Client:
                     ttl=ttl,
                     tags=tags,
                     model=model,
+                    version=version,
+                    primary=None if primary is None else lambda: primary(*args, **kwargs),
                 )
 
             return cached
@@ -447,16 +460,18 @@ class Client:
 
     def _make_cache(self) -> CoherentCache:
         settings = self.settings
+        parts = (
+            self._coherence,
+            self._clock,
+            settings.cache_ttl,
+            self._loaders.remember,
+            settings.max_concurrent_loads,
+        )
         if settings.cache_is_external:
             entries = SharedEntries(connect(settings.cache_url), settings.namespace)
             self._keeper = KeptProof(entries, settings.instance_id)
-            return SharedCache(
-                entries, self._coherence, self._clock, settings.cache_ttl, self._loaders.remember
-            )
-        backend = BoundedMemoryCache(settings.cache_max_entries)
-        return InProcessCache(
-            backend, self._coherence, self._clock, settings.cache_ttl, self._loaders.remember
-        )
+            return SharedCache(entries, *parts)
+        return InProcessCache(BoundedMemoryCache(settings.cache_max_entries), *parts)
 
     def _make_auditor(self) -> Auditor:
         settings = self.settings
@@ -532,7 +547,7 @@ class Client:
                 await channel.close()
 
     def _evict_here(self, eviction: Eviction) -> "asyncio.Future[None] | None":
-        self._coherence.evict(eviction)
+        self._coherence.evict(eviction, self._clock.now())
         if isinstance(self.cache, InProcessCache):
             self.cache.evict_now(eviction)
             if len(self._caches) == 1:

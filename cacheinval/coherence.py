@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cacheinval.floors import MAX_AT_ONCE, NO_FLOOR, Floors
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Owed",
     "ProofState",
     "WriteOutcome",
+    "higher",
     "outcome_of_error",
     "owed_after",
 ]
@@ -71,7 +73,18 @@ class Entry:
 class Load:
     """The token that a load takes before it reads; compared by identity, voided by an eviction, never revived."""
 
-    __slots__ = ("epoch", "generation", "key", "parent", "parts", "started", "tags", "voided")
+    __slots__ = (
+        "epoch",
+        "floor",
+        "generation",
+        "key",
+        "of_replica",
+        "parent",
+        "parts",
+        "started",
+        "tags",
+        "voided",
+    )
 
     def __init__(
         self,
@@ -81,12 +94,16 @@ class Load:
         generation: int,
         tags: frozenset[str],
         parent: "Load | None" = None,
+        floor: float = NO_FLOOR,
     ) -> None:
         self.key = key
         self.started = started
         self.epoch = epoch
         self.generation = generation
         self.tags = tags
+        self.floor = floor
+        self.of_replica = False
+        """Whether it has turned to a replica, which may lag behind."""
         self.parent = parent
         self.parts: list[Load] = []
         """The loads in flight that its loader has begun, or waits for."""
@@ -108,12 +125,16 @@ class Load:
 
 @dataclass(slots=True)
 class Eviction:
-    """What has to go: some keys, all entries with some tags, or everything (a new epoch, with its reason)."""
+    """What has to go: some keys, all entries with some tags, or everything (a new epoch, with its reason).
+
+    `versions` is empty, or what each key has become, None where that is unknown.
+    """
 
     keys: Sequence[str] = ()
     tags: Sequence[str] = ()
     everything: bool = False
     reason: str = "invalidated"
+    versions: Sequence[int | None] = ()
 
     def __bool__(self) -> bool:
         return bool(self.keys or self.tags or self.everything)
@@ -121,17 +142,25 @@ class Eviction:
     @classmethod
     def merged(cls, evictions: Iterable["Eviction"]) -> "Eviction":
         """One eviction that does what all of these do, in whatever order."""
-        keys: dict[str, None] = {}
+        evictions = list(evictions)
+        names = sum(len(eviction.keys) for eviction in evictions)
+        tell_versions = names <= MAX_AT_ONCE  # else nobody would note them
+        keys: dict[str, int | None] = {}
         tags: dict[str, None] = {}
         everything: Eviction | None = None
         for eviction in evictions:
-            keys.update(dict.fromkeys(eviction.keys))
+            if eviction.versions and tell_versions:
+                for key, version in zip(eviction.keys, eviction.versions, strict=True):
+                    keys[key] = higher(keys.get(key, version), version)
+            else:
+                keys.update(dict.fromkeys(eviction.keys))
             tags.update(dict.fromkeys(eviction.tags))
             if eviction.everything:
                 everything = eviction
         if everything:
             return cls(everything=True, reason=everything.reason)
-        return cls(list(keys), list(tags))
+        versions = tuple(keys.values()) if any(version is not None for version in keys.values()) else ()
+        return cls(list(keys), list(tags), versions=versions)
 
 
 class WriteOutcome(enum.Enum):
@@ -213,6 +242,11 @@ class Proof:
         self._max_clock_skew = max_clock_skew
 
     @property
+    def fresh_as_of(self) -> float:
+        """All that was committed before this has been evicted here, by whatever clock it was committed."""
+        return self.watermark - self._max_clock_skew
+
+    @property
     def baselined(self) -> bool:
         """Whether a tick of this subscription has told the numbers from which gaps are counted."""
         return self.extends < math.inf
@@ -276,7 +310,7 @@ class Proof:
         if not self.baselined:
             self.extends = now
         self.watermark = max(self.watermark, tick.as_of)
-        self.until = self.watermark - self._max_clock_skew + self._max_staleness
+        self.until = self.fresh_as_of + self._max_staleness
 
     def covers(self, load_started: float, now: float) -> bool:
         """Whether a read that begins at `now` may be given what was read by a load that began then."""
@@ -293,6 +327,7 @@ class Counters:
     skipped_echoes: int = 0
     unknown_messages: int = 0
     duplicates: int = 0
+    below_floor: int = 0
     ticks: int = 0
     refused_ticks: int = 0
     gap_reasons: dict[str, int] = field(default_factory=dict)
@@ -306,6 +341,7 @@ class Coherence:
         max_clock_skew: seconds by which clocks of hosts and database may differ.
         gap_interval: seconds between two epochs begun for gaps, one second if None. 0 for a cache outside the process:
             a gap that was put off is forgotten when the process ends, and such a cache outlives it.
+        max_replica_lag: seconds by which a replica that loaders read may lag behind the primary.
     """
 
     def __init__(
@@ -313,8 +349,11 @@ class Coherence:
         max_staleness: float | None = None,
         max_clock_skew: float = 0.1,
         gap_interval: float | None = None,
+        max_replica_lag: float = 30.0,
     ) -> None:
         self._gap_interval = gap_interval
+        self._max_replica_lag = max_replica_lag
+        self._floors = Floors(max_replica_lag)
         self.proof = Proof(max_staleness, max_clock_skew)
         self.epoch = 1
         self.counters = Counters()
@@ -375,6 +414,8 @@ class Coherence:
             or not self._stands(load, load.tags | tags)
         ):
             return None
+        if load.of_replica and not tags <= load.tags:
+            return None  # a replica was asked without regard to when these were evicted
         load.tags |= tags
         return load
 
@@ -387,11 +428,53 @@ class Coherence:
         older = self._loads.get(key)
         if older is not None:
             older.voided = True  # whoever waits for it gets its value, but the younger load stores
-        load = Load(key, now, self.epoch, self._generation, tags, parent)
+        floor = self._floors.lowest(key, now)
+        load = Load(key, now, self.epoch, self._generation, tags, parent, floor)
         if parent is not None:
             parent.parts.append(load)
         self._loads[key] = load
         return load
+
+    def hold(self, load: Load) -> None:
+        """`load` waits for its turn. It has not begun to read, so whoever comes may join it, however long it waits."""
+        load.started = math.inf
+
+    def let_go(self, load: Load, now: float) -> None:
+        """`load` begins to read now; what was evicted since it took its token voids it nevertheless."""
+        load.started = now
+
+    def turn_to_replica(self, load: Load, now: float, *, shared: bool = False) -> bool:
+        """Whether `load` may read a replica, of which its version and its floor will tell whether it lags; asked just
+        before it does. If not, it has to read the primary.
+
+        With `max_staleness` its value is as old as the watermark: what was committed since may be neither in the replica
+        nor evicted here yet. A cache that is `shared` may hold it for others, whose watermarks say nothing about that.
+        """
+        if self._doubts or not self._floors.comparable(load.key, load.tags, now):
+            return False
+        if self._max_staleness is not None:
+            settled = self.proof.extends + self._max_replica_lag
+            if shared or now <= settled or now - self.proof.fresh_as_of > self._max_staleness:
+                return False
+            load.started = min(load.started, self.proof.fresh_as_of)
+        load.of_replica = True
+        return True
+
+    def turn_to_primary(self, load: Load, now: float) -> None:
+        """`load` reads the primary from now on, and what it may have read before does not count."""
+        load.started = now
+        load.of_replica = False
+
+    def accepts(self, load: Load, version: int | None) -> bool:
+        """Whether what `load` read is known to hold all that was evicted before it began. None: absent, or unknown."""
+        if load.floor == NO_FLOOR or (version is not None and version >= load.floor):
+            return True
+        self.counters.below_floor += 1
+        return False
+
+    def refuse(self, load: Load) -> None:
+        """What `load` read lags behind: it is not stored, nor is what is built from it."""
+        load.voided = True
 
     def may_store(self, load: Load) -> bool:
         """Whether nothing has evicted what `load` read; store at once, with no await in between."""
@@ -429,9 +512,11 @@ class Coherence:
 
     # Evicting
 
-    def evict(self, eviction: Eviction) -> None:
+    def evict(self, eviction: Eviction, now: float) -> None:
         """Voids the loads that `eviction` concerns, and forgets what it may not serve; the cache then drops entries."""
+        self._floors.note(eviction.keys, eviction.versions, eviction.tags, now)
         if eviction.everything:
+            self._floors.note_everything(now)
             self._begin_epoch()
             return
         for key in eviction.keys:
@@ -516,6 +601,7 @@ class Coherence:
         self._subscribed = True
         self._heard_at = now
         self._marker, self._marker_passed = marker, False
+        self._floors.note_everything(now)  # what was evicted before this process began is not known
         self.doubt("subscription", "catching up with the queue")
         self._seqs.clear()
         if state is None:
@@ -576,13 +662,13 @@ class Coherence:
         if message.origin is not None and message.seq is not None:
             if not self._in_sequence(message.origin, message.seq):
                 gap = self.gap("missing messages", now)
-                return gap or Eviction(message.keys, message.tags, message.all)
+                return gap or _asked_by(message)
             own = (message.origin, message.seq) in self._echoes
         if own:
             self._echoes.discard((message.origin or "", message.seq or 0))
             self.counters.skipped_echoes += 1
             return None
-        return Eviction(message.keys, message.tags, message.all)
+        return _asked_by(message)
 
     def _received_tick(self, tick: Tick, now: float) -> Eviction | None:
         self.counters.ticks += 1
@@ -652,13 +738,14 @@ class Coherence:
         self._last_gap = now
         return Eviction(everything=True, reason=reason)
 
-    def clock_stepped(self) -> Eviction:
-        """The clock by which everything here was judged was set: nothing that was judged by it counts any more."""
+    def clock_stepped(self, now: float) -> Eviction:
+        """The clock by which everything here was judged was set to `now`: nothing that was judged by it counts any more."""
         self.counters.gaps += 1
         self.counters.gap_reasons["clock stepped"] = self.counters.gap_reasons.get("clock stepped", 0) + 1
         self._last_gap = self._heard_at = -math.inf
         self._tick_passed = None
         self.proof.start_over()
+        self._floors.forget(now)
         return Eviction(everything=True, reason="clock stepped")
 
     def put_off_gap(self, reason: str) -> None:
@@ -686,3 +773,12 @@ class Coherence:
         """What `take_due_gap` answered is evicted."""
         if self._gap_due is None:
             self.settle("gap")
+
+
+def higher(one: int | None, other: int | None) -> int | None:
+    """The higher of two versions of a key; unknown where one of them is."""
+    return None if one is None or other is None else max(one, other)
+
+
+def _asked_by(message: Invalidate) -> Eviction:
+    return Eviction(message.keys, message.tags, message.all, versions=tuple(message.versions))

@@ -13,7 +13,7 @@ from uuid import UUID
 import msgspec
 
 from cacheinval import logs
-from cacheinval.coherence import Coherence
+from cacheinval.coherence import Coherence, higher
 from cacheinval.errors import PublishError
 from cacheinval.messages import Beat, Invalidate, encode, split
 
@@ -315,13 +315,12 @@ class Publisher:
 
 
 def _together(batch: list[Unpublished]) -> tuple[list[str], list[str], list[int | None], bool]:
-    """The names of all writes, each once; of two versions the higher."""
+    """The names of all writes, each once; of two versions the higher, and none where one is unknown."""
     keys: dict[str, int | None] = {}
     tags: dict[str, None] = {}
     for one in batch:
         versions = one.versions or [None] * len(one.keys)
         for key, version in zip(one.keys, versions, strict=True):
-            known = keys.get(key)
-            keys[key] = version if known is None else known if version is None else max(known, version)
+            keys[key] = higher(keys.get(key, version), version)
         tags.update(dict.fromkeys(one.tags))
     return list(keys), list(tags), list(keys.values()), any(one.everything for one in batch)

@@ -215,7 +215,7 @@ class Instance:
 
     async def _evict(self, eviction: Eviction) -> None:
         """Evicts in every cache, again and again until it is done; the rules come first, so no load slips through."""
-        self._coherence.evict(eviction)
+        self._coherence.evict(eviction, self._clock.now())
         self.counters.evictions += 1
         try:
             for cache in self._caches:
@@ -337,8 +337,8 @@ class Instance:
 
     async def _start_clock_over(self) -> None:
         drift = self._clock.drift()
-        eviction = self._coherence.clock_stepped()
         self._clock.restart()
+        eviction = self._coherence.clock_stepped(self._clock.now())
         logs.event(log, logging.WARNING, "the clock was set", seconds=drift)
         with suppress(EvictionError):  # then a gap is put off, and begins its epoch
             await self._evict(eviction)

@@ -142,6 +142,12 @@ class Settings(BaseSettings):
     max_staleness: Annotated[Seconds | None, BeforeValidator(_none_if_empty)] = Field(
         default=None, description="seconds; bounds how old a value served from the cache can be"
     )
+    max_concurrent_loads: Annotated[int, Field(ge=1)] = Field(
+        default=64, description="loaders that run at a time; further ones wait"
+    )
+    max_replica_lag: Seconds = Field(
+        default=30, description="seconds by which a replica that loaders read may lag behind"
+    )
     relay: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = Field(
         default="auto", description="`auto`: take part in relaying the outbox; `off`: leave it to others"
     )

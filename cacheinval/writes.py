@@ -82,6 +82,10 @@ class Transaction:
     ) -> None:
         """Evicts these everywhere, once the transaction has committed; never if it does not.
 
+        Args:
+            versions: what the rows have become, one for each key, None where unknown; for a deleted row one more than
+                its last. Loads with `version=` store nothing older.
+
         Raises:
             InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
         """
@@ -207,7 +211,13 @@ class Writes:
         if not owed.publish:
             return None
         evicting = self._evict(
-            Eviction(invalidations.keys, invalidations.tags, invalidations.everything, reason="own write")
+            Eviction(
+                invalidations.keys,
+                invalidations.tags,
+                invalidations.everything,
+                reason="own write",
+                versions=invalidations.versions,
+            )
         )
         self._publisher.submit(
             Unpublished(

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import msgspec
 
+from cacheinval.coherence import higher
 from cacheinval.errors import InvalidKeyError
 from cacheinval.messages import Invalidate, check_names, split
 
@@ -42,10 +43,9 @@ class Batch:
     def add(
         self, keys: Sequence[str], versions: Sequence[int | None], tags: Sequence[str], everything: bool
     ) -> None:
-        """Adds names; of two versions of a key the higher one counts."""
+        """Adds names; of two versions of a key the higher one counts, and none where one is unknown."""
         for key, version in zip(keys, versions, strict=True):
-            known = self.keys.get(key)
-            self.keys[key] = version if known is None else known if version is None else max(known, version)
+            self.keys[key] = higher(self.keys.get(key, version), version)
         self.tags.update(dict.fromkeys(tags))
         self.everything |= everything
 

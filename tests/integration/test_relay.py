@@ -169,7 +169,7 @@ async def test_rows_are_published_stamped_and_deleted(
         "origin-0",
         1,
         ["a", "b", "c"],
-        [1, 5, 6],
+        [1, None, 6],
         ["t"],
     )
     assert first.committed_at == pytest.approx(recorded, abs=1e-5)

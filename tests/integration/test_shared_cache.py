@@ -65,7 +65,7 @@ class Instance:
         await self.apply(Eviction(keys, tags, everything))
 
     async def apply(self, eviction: Eviction) -> None:
-        self.coherence.evict(eviction)
+        self.coherence.evict(eviction, self.clock.now())
         await self.cache.evict(eviction)
 
     async def close(self) -> None:
@@ -74,7 +74,7 @@ class Instance:
 
 def instance(url: str, namespace: str) -> Instance:
     coherence, clock = Coherence(), SetClock()
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     entries = SharedEntries(connect(url), namespace)
     return Instance(coherence, clock, entries, SharedCache(entries, coherence, clock, ttl=300))
@@ -546,7 +546,7 @@ async def test_a_reply_that_comes_late_is_not_taken_for_that_of_a_later_question
         monkeypatch.setattr(shared, "OPERATION_TIMEOUT", 5.0)
         proxy.delay(0)
         await two.cache.evict(eviction)
-        one.coherence.evict(eviction)
+        one.coherence.evict(eviction, one.clock.now())
         assert (await one.cache.read("k", value_of("new"))).value == "new"
 
 

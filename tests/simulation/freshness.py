@@ -253,7 +253,7 @@ class Timed:
         self.queue.pop(0)
 
     def _evict(self, eviction: Any) -> None:
-        self.coherence.evict(eviction)
+        self.coherence.evict(eviction, self.now)
         if eviction.everything or eviction.keys:
             self.entry = None
 

@@ -206,7 +206,7 @@ class Restarting:
         self.marker += 1
         eviction = self.coherence.resumed(f"m{self.marker}", self.now, state)
         if eviction is not None:
-            self.coherence.evict(eviction)
+            self.coherence.evict(eviction, self.now)
             self.todo = ["drop everything", "keep"]
         self.queue.append(Probe(v=1, id=f"m{self.marker}"))
 
@@ -220,7 +220,7 @@ class Restarting:
         self.queue = []
 
     def _clear(self) -> None:
-        self.coherence.evict(self.coherence.joined_anew(self.now))
+        self.coherence.evict(self.coherence.joined_anew(self.now), self.now)
         self.entry = None
 
     def _trust(self) -> None:
@@ -231,7 +231,7 @@ class Restarting:
         assert self.queue is not None
         eviction = self.coherence.received(self.queue[0], self.now)
         if eviction is not None:
-            self.coherence.evict(eviction)
+            self.coherence.evict(eviction, self.now)
             if eviction.everything or KEY in eviction.keys:
                 self.entry = None
         self.coherence.evicted(self.now)
@@ -241,7 +241,7 @@ class Restarting:
         stored = None if self.kept is None else self.kept[0]
         if stored != self.mark and not self.steps.overlooks_a_strange_mark:
             self.kept = self.mark = None
-            self.coherence.evict(self.coherence.gap("lost", self.now))
+            self.coherence.evict(self.coherence.gap("lost", self.now), self.now)
             self.entry = None
         self.marks += 1
         self.mark = self.marks

@@ -299,7 +299,7 @@ class World:
             self.coherence.gap_done()
 
     def _evict(self, eviction: Any) -> None:
-        self.coherence.evict(eviction)
+        self.coherence.evict(eviction, self.now)
         if eviction.everything and not self.shape.keeps_entries:
             self.entries.clear()
         for key in eviction.keys:

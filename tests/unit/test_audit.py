@@ -37,7 +37,7 @@ class House:
 
     def __init__(self, room: int = 1000) -> None:
         self.coherence = Coherence()
-        self.coherence.evict(self.coherence.joined_anew(0.0))
+        self.coherence.evict(self.coherence.joined_anew(0.0), 0.0)
         self.coherence.trust()
         self.backend = BoundedMemoryCache(room)
         self.loaders = Loaders()
@@ -56,7 +56,7 @@ class House:
 
     def evict(self, *keys: str, tags: tuple[str, ...] = (), everything: bool = False) -> None:
         eviction = Eviction(keys, tags, everything)
-        self.coherence.evict(eviction)
+        self.coherence.evict(eviction, self.cache._now())
         self.cache.evict_now(eviction)
 
     async def audit(self, sample: int = 1000, delay: float = 0.0) -> AuditReport:

@@ -43,12 +43,12 @@ def test_rows_that_fit_are_one_message() -> None:
     assert batch.oldest == 3
 
 
-def test_of_two_versions_the_higher_counts() -> None:
+def test_of_two_versions_the_higher_counts_and_none_where_one_is_unknown() -> None:
     (batch,) = batches(
         [row(keys="abc", versions=[7, None, 1]), row(keys="abc", versions=[5, 2, None]), row(keys="d")]
     )
     (message,) = batch.messages
-    assert dict(zip(message.keys, message.versions, strict=True)) == {"a": 7, "b": 2, "c": 1, "d": None}
+    assert dict(zip(message.keys, message.versions, strict=True)) == {"a": 7, "b": None, "c": None, "d": None}
 
 
 def test_everything_keeps_the_versions() -> None:

@@ -63,7 +63,7 @@ def clock() -> SetClock:
 @pytest.fixture
 def coherence() -> Coherence:
     coherence = Coherence()
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     return coherence
 
@@ -76,7 +76,7 @@ def cache(coherence: Coherence, clock: SetClock) -> InProcessCache:
 @pytest.fixture
 def evict(cache: InProcessCache, coherence: Coherence) -> Callable[[Eviction], None]:
     def evict(eviction: Eviction) -> None:
-        coherence.evict(eviction)
+        coherence.evict(eviction, cache._now())
         cache.evict_now(eviction)
 
     return evict
@@ -522,7 +522,7 @@ async def test_a_transaction_does_not_concern_other_tasks(cache: InProcessCache)
 
 async def test_a_task_that_outlives_its_transaction_gets_the_cache_back() -> None:
     coherence = Coherence()
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     cache = InProcessCache(BoundedMemoryCache(10), coherence, Clock(), ttl=300)
     over = asyncio.Event()

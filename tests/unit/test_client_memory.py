@@ -409,3 +409,35 @@ def test_a_pool_with_one_connection_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="at least 2, or CACHEINVAL_RELAY=off"):
         Client(Settings(broker_url="memory://"), pool=Pool())  # type: ignore[arg-type]
     Client(Settings(broker_url="memory://", relay="off"), pool=Pool())  # type: ignore[arg-type]
+
+
+async def test_as_many_loaders_run_at_a_time_as_the_setting_says(
+    namespace: str, eventually: Eventually
+) -> None:
+    async with Client(settings(namespace, max_concurrent_loads=2)) as client:
+        release, running = asyncio.Event(), set[str]()
+
+        async def load(key: str) -> None:
+            running.add(key)
+            await release.wait()
+
+        reads = [asyncio.create_task(client.cache.get_or_set(k, lambda k=k: load(k))) for k in "abc"]
+        await eventually(lambda: client.cache.counters.queued_loads == 1)
+        assert running == {"a", "b"}
+        release.set()
+        await asyncio.gather(*reads)
+        assert running == {"a", "b", "c"}
+
+
+async def test_replicas_lag_for_as_long_as_the_setting_says(namespace: str, eventually: Eventually) -> None:
+    async with Client(settings(namespace, max_replica_lag=0.001)) as client:
+        await client.wait_ready(5)
+        replica, primary = Source(), Source()
+
+        async def a_replica_was_asked() -> bool:  # soon after the subscription, not half a minute later
+            await client.invalidate("k")
+            await asyncio.sleep(0.002)
+            await client.cache.get_or_set("k", replica, version=lambda value: 1, primary=primary)
+            return replica.loads > 0
+
+        await eventually(a_replica_was_asked)

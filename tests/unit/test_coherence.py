@@ -96,7 +96,7 @@ class World(RuleBasedStateMachine):
         return self.step
 
     def apply(self, eviction: Eviction) -> None:
-        self.coherence.evict(eviction)
+        self.coherence.evict(eviction, self.now)
         if eviction.everything:
             self.cache.clear()
         for key in eviction.keys:
@@ -429,7 +429,7 @@ TestWorld.settings = settings(max_examples=300, stateful_step_count=30, deadline
 
 def ready(max_staleness: float | None = None) -> Coherence:
     coherence = Coherence(max_staleness)
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     return coherence
 
@@ -453,7 +453,7 @@ def test_an_eviction_voids_the_token(what: str) -> None:
     coherence = ready()
     load = coherence.begin_load("k", 100.0, frozenset(["t"]))
     assert coherence.joinable("k", 100.0, frozenset(["t"])) is load
-    coherence.evict(EVICTIONS[what])
+    coherence.evict(EVICTIONS[what], 100.0)
     assert not coherence.may_store(load)
     assert coherence.joinable("k", 100.0, frozenset(["t"])) is None
 
@@ -463,7 +463,7 @@ def test_an_eviction_of_something_else_voids_nothing(eviction: Eviction) -> None
     coherence = ready()
     load = coherence.begin_load("k", 100.0, frozenset(["t"]))
     entry = stored(coherence, "l", tags=frozenset(["t"]))
-    coherence.evict(eviction)
+    coherence.evict(eviction, 100.0)
     assert coherence.may_store(load)
     assert coherence.may_serve(entry, 100.0)
 
@@ -472,7 +472,7 @@ def test_an_eviction_of_something_else_voids_nothing(eviction: Eviction) -> None
 def test_a_voided_token_is_never_revived(what: str) -> None:
     coherence = ready()
     old = coherence.begin_load("k", 100.0, frozenset(["t"]))
-    coherence.evict(EVICTIONS[what])
+    coherence.evict(EVICTIONS[what], 100.0)
     new = coherence.begin_load("k", 100.0, frozenset(["t"]))
     coherence.end_load(old)
     assert coherence.may_store(new)
@@ -492,7 +492,7 @@ def test_of_two_loads_of_one_key_only_the_younger_stores() -> None:
 def test_a_reader_of_an_evicted_tag_does_not_join_a_load_that_did_not_name_it() -> None:
     coherence = ready()
     load = coherence.begin_load("k", 100.0)
-    coherence.evict(Eviction(tags=["t"]))
+    coherence.evict(Eviction(tags=["t"]), 100.0)
     assert coherence.joinable("k", 100.0, frozenset(["t"])) is None
     assert coherence.joinable("k", 100.0) is load
 
@@ -502,14 +502,14 @@ def test_a_load_goes_with_the_tags_of_whoever_joins_it() -> None:
     load = coherence.begin_load("k", 100.0, frozenset(["t"]))
     assert coherence.joinable("k", 100.0, frozenset(["u"])) is load
     assert load.tags == {"t", "u"}
-    coherence.evict(Eviction(tags=["u"]))
+    coherence.evict(Eviction(tags=["u"]), 100.0)
     assert not coherence.may_store(load)
 
 
 def test_tags_learned_while_loading_void_as_well() -> None:
     coherence = ready()
     load = coherence.begin_load("k", 100.0)
-    coherence.evict(Eviction(tags=["t"]))
+    coherence.evict(Eviction(tags=["t"]), 100.0)
     assert coherence.may_store(load)
     coherence.inherit(load, stored(coherence, "part", tags=frozenset(["t"])))
     assert not coherence.may_store(load)
@@ -524,7 +524,7 @@ def test_a_value_is_as_old_as_its_oldest_part_and_goes_with_its_tags() -> None:
     assert (whole.started, whole.tags) == (90.0, {"w", "t", "y"})
     entry = coherence.entry(whole, "value", math.inf)
     assert entry.load_started == 90.0
-    coherence.evict(Eviction(tags=["t"]))
+    coherence.evict(Eviction(tags=["t"]), 100.0)
     assert not coherence.may_serve(entry, 101.0)
 
 
@@ -532,7 +532,7 @@ def test_a_voided_part_voids_the_whole() -> None:
     coherence = ready()
     whole = coherence.begin_load("whole", 100.0)
     part = coherence.begin_load("part", 100.0, parent=whole)
-    coherence.evict(Eviction(["part"]))
+    coherence.evict(Eviction(["part"]), 100.0)
     coherence.inherit(whole, part)
     assert not coherence.may_store(whole)
 
@@ -543,7 +543,7 @@ def test_a_flood_of_tags_is_bounded_and_evicts_rather_too_much(monkeypatch: pyte
     tagged, plain = stored(coherence, "tagged", tags=frozenset(["t"])), stored(coherence, "plain")
     load = coherence.begin_load("k", 100.0, frozenset(["t"]))
     for n in range(1000):
-        coherence.evict(Eviction(tags=[f"flood {n}"]))
+        coherence.evict(Eviction(tags=[f"flood {n}"]), 100.0)
     assert len(coherence._tag_evicted) <= 10
     assert not coherence.may_serve(tagged, 100.0)
     assert not coherence.may_store(load)
@@ -596,7 +596,7 @@ def test_joining_evicts_everything_before_it_is_trusted() -> None:
     eviction = coherence.joined_anew(0.0)
     assert eviction.everything
     assert coherence.suspect
-    coherence.evict(eviction)
+    coherence.evict(eviction, 100.0)
     coherence.trust()
     assert coherence.suspect is None
     assert not coherence.may_serve(entry, 100.0)
@@ -607,7 +607,7 @@ def test_trust_does_not_outrun_a_loss() -> None:
     coherence = Coherence()
     eviction = coherence.joined_anew(0.0)
     coherence.lost("cut")
-    coherence.evict(eviction)
+    coherence.evict(eviction, 100.0)
     coherence.trust()
     assert coherence.suspect == "cut"
 
@@ -675,7 +675,7 @@ def test_resumed_without_what_was_kept_everything_goes() -> None:
     eviction = coherence.resumed("mine", 0.0, None)
     assert eviction is not None
     assert eviction.everything
-    coherence.evict(eviction)
+    coherence.evict(eviction, 0.0)
     coherence.evicted(0.0)
     assert coherence.suspect == "catching up with the queue"
     assert coherence.counters.gap_reasons == {"nothing kept with the cache": 1}
@@ -724,7 +724,7 @@ def test_a_new_subscription_has_baselines_of_its_own() -> None:
     coherence = ready()
     coherence.received(numbered(7), 100.0)
     coherence.lost("cut")
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     assert coherence.received(numbered(20), 100.0) == Eviction(["k"], [], False)
     assert coherence.counters.gaps == 0
@@ -925,7 +925,7 @@ def told(coherence: Coherence, message: Message, now: float) -> Eviction | None:
 def proving() -> Coherence:
     """An instance that trusts its subscription and has its baselines, at 1."""
     coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     assert told(coherence, tick(0.9), 1.0) is None
     return coherence
@@ -943,7 +943,7 @@ def test_a_tick_keeps_what_was_loaded_after_the_first_one() -> None:
 
 def test_the_first_tick_extends_nothing_that_was_loaded_before() -> None:
     coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     entry = coherence.entry(coherence.begin_load("k", 0.5), "value", 1e9)
     told(coherence, tick(0.9), 1.0)
@@ -992,7 +992,7 @@ def test_a_new_subscription_starts_the_proof_over() -> None:
     coherence = proving()
     told(coherence, tick(9.0), 9.1)
     coherence.lost("cut")
-    coherence.evict(coherence.joined_anew(10.0))
+    coherence.evict(coherence.joined_anew(10.0), 10.0)
     assert not coherence.proof.baselined
 
 
@@ -1005,21 +1005,21 @@ def test_a_beat_tells_what_is_missing_of_an_origin_that_is_known() -> None:
 
 def test_a_clock_that_was_set_costs_an_epoch_and_the_proof() -> None:
     coherence = proving()
-    assert coherence.clock_stepped().everything
+    assert coherence.clock_stepped(100.0).everything
     assert not coherence.proof.baselined
 
 
 def test_after_the_clock_was_set_an_instance_has_to_prove_that_it_hears() -> None:
     coherence = proving()
     told(coherence, tick(5000.0), 5000.0)
-    coherence.clock_stepped()
+    coherence.clock_stepped(0.0)
     assert coherence.silent(1000.0, 3.0)  # the last message came an hour later, by the clock as it was
 
 
 def test_before_an_instance_knows_its_database_no_tick_is_believed() -> None:
     coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
     coherence.proof.await_source()
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     told(coherence, tick(0.9, source="another"), 1.0)
     assert not coherence.proof.baselined

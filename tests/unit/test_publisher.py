@@ -71,7 +71,7 @@ async def broker() -> Broker:
 @pytest.fixture
 def coherence() -> Coherence:
     coherence = Coherence()
-    coherence.evict(coherence.joined_anew(0.0))
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
     return coherence
 
