@@ -261,6 +261,8 @@ class Client:
         def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
             signature = inspect.signature(function)
             _check_template(key, signature, function)
+            if version is not None or primary is not None:
+                self._coherence.compare_versions()
 
             @functools.wraps(function)
             async def cached(*args: P.args, **kwargs: P.kwargs) -> T:

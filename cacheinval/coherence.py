@@ -353,7 +353,7 @@ class Coherence:
     ) -> None:
         self._gap_interval = gap_interval
         self._max_replica_lag = max_replica_lag
-        self._floors = Floors(max_replica_lag)
+        self._floors = Floors(max_replica_lag, wanted=False)
         self.proof = Proof(max_staleness, max_clock_skew)
         self.epoch = 1
         self.counters = Counters()
@@ -435,6 +435,11 @@ class Coherence:
         self._loads[key] = load
         return load
 
+    def compare_versions(self) -> None:
+        """From now on it is noted what was evicted, for loads to be compared with. The first load that asks does this, and
+        finds what was evicted before it unknown; who says so in advance spares it that."""
+        self._floors.wanted = True
+
     def hold(self, load: Load) -> None:
         """`load` waits for its turn. It has not begun to read, so whoever comes may join it, however long it waits."""
         load.started = math.inf
@@ -450,6 +455,7 @@ class Coherence:
         With `max_staleness` its value is as old as the watermark: what was committed since may be neither in the replica
         nor evicted here yet. A cache that is `shared` may hold it for others, whose watermarks say nothing about that.
         """
+        self.compare_versions()
         if self._doubts or not self._floors.comparable(load.key, load.tags, now):
             return False
         if self._max_staleness is not None:
@@ -467,6 +473,7 @@ class Coherence:
 
     def accepts(self, load: Load, version: int | None) -> bool:
         """Whether what `load` read is known to hold all that was evicted before it began. None: absent, or unknown."""
+        self.compare_versions()
         if load.floor == NO_FLOOR or (version is not None and version >= load.floor):
             return True
         self.counters.below_floor += 1

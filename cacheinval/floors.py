@@ -28,9 +28,12 @@ class Floors:
     Args:
         max_replica_lag: seconds by which a replica may lag behind the primary.
         most: names of each sort that are remembered.
+        wanted: whether anything is to be compared. Until then it is only noted that something was evicted, since most
+            loads read the primary, and noting each name takes longer than evicting it.
     """
 
-    def __init__(self, max_replica_lag: float, most: int = MAX_FLOORS) -> None:
+    def __init__(self, max_replica_lag: float, most: int = MAX_FLOORS, *, wanted: bool = True) -> None:
+        self.wanted = wanted
         self._lag = max_replica_lag
         self._most = most
         self._forgotten_until = self._everything_until = -math.inf
@@ -43,6 +46,12 @@ class Floors:
         self, keys: Collection[str], versions: Sequence[int | None], tags: Collection[str], now: float
     ) -> None:
         """These were evicted at `now`; `versions` is empty, or one for each key, None where unknown."""
+        if not self.wanted:
+            if versions:
+                self._forgotten_until = now + self._lag
+            elif keys or tags:
+                self._everything_until = now + self._lag
+            return
         if len(keys) + len(tags) > MAX_AT_ONCE:
             self.forget(now)
             return

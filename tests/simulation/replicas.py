@@ -62,6 +62,8 @@ class Span:
     own: bool = False
     joins: bool = False
     """Reads join the load under way."""
+    unasked: bool = False
+    """Nobody has said that there are loads to be compared with what was evicted, before the first of them."""
 
 
 @dataclass
@@ -311,7 +313,7 @@ class Replicated:
                 tuple((name, noted) for name, noted in recent._noted.items() if noted[-1][1] >= self.now)
                 for recent in (floors._versions, floors._unversioned, floors._tags)
             ),
-            max(self.now - 1, floors._everything_until), max(self.now - 1, floors._forgotten_until),
+            floors.wanted, max(self.now - 1, floors._everything_until), max(self.now - 1, floors._forgotten_until),
             tuple((tag, c._generation - at) for tag, at in c._tag_evicted.items()),
             tuple(sorted(c._doubts)), tuple(c._seqs.items()), tuple(sorted(c._echoes)), c._marker, c._gap_due, c._last_gap,
             c.proof.watermark, c.proof.until, c.proof.extends,
@@ -322,6 +324,8 @@ def _coherence(rules: Any, span: Span) -> Any:
     coherence = rules.Coherence(span.staleness, 0, gap_interval=0, max_replica_lag=span.lag)
     if span.crowds:
         coherence._floors._most = 1
+    if not span.unasked:
+        coherence.compare_versions()
     coherence.proof.trust_only(SOURCE)
     return coherence
 
@@ -363,6 +367,9 @@ class Mutant:
         return rules
 
 
+EVERYTHING = """        \"""Everything was evicted at `now`.\"""
+        self._everything_until = now + self._lag
+"""
 FIRST_TICKS = Span((Write(8, 8),), staleness=1, ticks=2, drops=1, baselined=False)
 
 SPANS = {
@@ -379,6 +386,8 @@ SPANS = {
     "a process that is started again": Span(restarts=1),
     "own writes": Span(own=True),
     "more floors than are remembered": Span(crowds=1),
+    "nobody has asked before": Span(unasked=True),
+    "the same, an update without a version": Span(UNTOLD, unasked=True),
     "versions alone": Span(STARTED_OVER, primary=False),
     "versions alone, more than are remembered": Span(primary=False, crowds=1),
     "freshness that is proven": Span((Write(8, 8),), staleness=1, ticks=1, until=5),
@@ -421,9 +430,24 @@ MUTANTS = [
         floor_changes=(("if one[1] >= now and one[0] > version]", "if False]"),),
     ),
     Mutant(
+        "what was evicted before the first question not noted",
+        Span(primary=False, unasked=True),
+        floor_changes=(("            if versions:\n", "            if False:\n"),),
+    ),
+    Mutant(
+        "the same, without a version",
+        Span(UNTOLD, unasked=True),
+        floor_changes=(("            elif keys or tags:\n", "            elif False:\n"),),
+    ),
+    Mutant(
         "too many floors forgotten as if they had passed",
         Span(crowds=1),
-        floor_changes=(("self._forgotten_until = now + self._lag\n", "pass\n"),),
+        floor_changes=(
+            (
+                "        self._start()\n        self._forgotten_until = now + self._lag\n",
+                "        self._start()\n",
+            ),
+        ),
     ),
     Mutant(
         "the same, for versions alone",
@@ -443,12 +467,12 @@ MUTANTS = [
     Mutant(
         "a replica asked right after everything was evicted",
         Span(losses=1),
-        floor_changes=(("self._everything_until = now + self._lag\n", "pass\n"),),
+        floor_changes=((EVERYTHING, "        pass\n"),),
     ),
     Mutant(
         "the same, after a gap",
         Span((Write(8, 8), Write(9, 9), Write(10, 10)), drops=1, until=2),
-        floor_changes=(("self._everything_until = now + self._lag\n", "pass\n"),),
+        floor_changes=((EVERYTHING, "        pass\n"),),
     ),
     Mutant(
         "a replica asked right after a queue was resumed",

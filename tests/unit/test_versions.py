@@ -65,6 +65,7 @@ class Database:
 
 def subscribed(max_staleness: float | None = None, at: float = 0.0) -> Coherence:
     coherence = Coherence(max_staleness, max_replica_lag=LAG)
+    coherence.compare_versions()
     coherence.evict(coherence.joined_anew(at), at)
     coherence.trust()
     return coherence
