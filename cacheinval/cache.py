@@ -448,6 +448,8 @@ class SharedCache(CoherentCache):
             return Read(self._backend.decode(value, model), "bypass", False)
         lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
         found, entry = await self._find_entry(key, named, model, now)
+        # The clock may have been set back meanwhile, and what began in its future would stay young too long.
+        now = min(now, self._now())
         if entry is not None and self._coherence.may_serve(entry, now):
             self._inherit(entry)
             self.counters.hits += 1

@@ -10,7 +10,8 @@ import pytest
 from waiting import Eventually
 
 from cacheinval.backends.memory import BoundedMemoryCache
-from cacheinval.cache import InProcessCache, Read, without_cache
+from cacheinval.backends.shared import Found
+from cacheinval.cache import InProcessCache, Read, SharedCache, without_cache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError, InvalidKeyError
@@ -540,3 +541,39 @@ async def test_a_task_that_outlives_its_transaction_gets_the_cache_back() -> Non
         await asyncio.sleep(0)
     over.set()
     assert await task == ["bypass", "miss", "hit"]
+
+
+class SharedStub:
+    """An empty cache outside the process; while it is asked, the clock is set."""
+
+    def __init__(self, clock: SetClock, to: float) -> None:
+        self.clock = clock
+        self.to = to
+        self.starts: list[float] = []
+
+    async def find(self, key: str, tags: frozenset[str], model: Any) -> Found:
+        self.clock.time = self.to
+        return Found(None, False, 0.0, 0.0, frozenset(), "", {})
+
+    async def store(
+        self, key: str, value: bytes, ttl: float, load_started: float, expires_at: float, found: Found
+    ) -> None:
+        self.starts.append(load_started)
+
+    async def evict(self, keys: Any, tags: Any, everything: bool) -> None: ...
+    async def close(self) -> None: ...
+
+    def encode(self, value: Any) -> bytes:
+        return b""
+
+    def decode(self, value: bytes, model: Any) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(("to", "started"), [(500.0, 500.0), (2000.0, 1000.0)], ids=["back", "forwards"])
+async def test_a_clock_set_during_a_look_makes_no_entry_younger_than_it_is(
+    coherence: Coherence, clock: SetClock, to: float, started: float
+) -> None:
+    stub = SharedStub(clock, to)
+    await SharedCache(stub, coherence, clock, ttl=300).read("k", value_of(1))
+    assert stub.starts == [started]
