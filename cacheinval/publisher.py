@@ -310,6 +310,8 @@ class Publisher:
             logs.event(
                 log, logging.WARNING, "confirmed rows stay in the outbox", rows=len(rows), reason=error
             )
+            # They are to be noted with whatever is deleted next, whose numbers may be among them.
+            self._confirmed_seqs = {**confirmed, **self._confirmed_seqs}
         else:
             self.counters.deleted_rows += len(rows)
 

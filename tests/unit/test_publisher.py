@@ -261,6 +261,24 @@ async def test_rows_that_cannot_be_deleted_are_no_failure_of_the_publish(make: M
     assert broker.deleted == later.rows
 
 
+async def test_the_numbers_of_rows_that_could_not_be_deleted_are_noted_with_the_next(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "ROWS_AT_ONCE", 1)
+    publisher = await make()
+    noted: list[dict[str, int]] = []
+
+    async def fails_at_first(rows: Sequence[UUID], confirmed: dict[str, int]) -> None:
+        noted.append(confirmed)
+        if len(noted) == 1:
+            raise OSError("no database there")
+
+    publisher._delete_rows = fails_at_first
+    publisher.submit(write("a", rows=2))
+    assert await publisher.flush(5)
+    assert noted == [{"origin0": 1}, {"origin0": 1}]
+
+
 # Without a database the writer waits for the confirm itself
 
 
