@@ -3,7 +3,7 @@
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint build constraints clean
+.PHONY: help setup demo test simulation lint build constraints clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */\1	/p' Makefile | expand -t 14
@@ -17,6 +17,9 @@ demo: .venv/installed  ## the story, told with real servers in under a minute
 
 test: setup  ## all tests, against private servers
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+simulation: .venv/installed  ## the rules in every order of events: states explored, mutants and what caught them
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/simulation
 
 lint: .venv/installed  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check --quiet .

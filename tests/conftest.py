@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 import pytest
+from simulation.reporting import PROPERTY, lines
 from waiting import Eventually, until
 
 from cacheinval.sandbox import Memcached, Postgres, RabbitMQ, Redis, Sandbox
@@ -22,6 +23,16 @@ def _run(work: Coroutine[Any, Any, _T]) -> _T:
     """Run it in an event loop and thread of its own, whatever loop the test that asks is going to use."""
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(asyncio.run, work).result(timeout=120)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the simulation saw: here, since pytest reads no other conftest where tests run in several processes."""
+    passed = terminalreporter.stats.get("passed", ())
+    seen = [value for report in passed for name, value in report.user_properties if name == PROPERTY]
+    if seen:
+        terminalreporter.section("simulation")
+        for line in lines(seen, full=terminalreporter.verbosity >= 0):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

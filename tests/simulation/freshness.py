@@ -1,327 +1,884 @@
-"""A small world with time: a writer, the outbox, a relay that ticks, and an instance that serves by proof.
+"""A world with time: writers, the outbox, relays that tick, a broker, and an instance that serves by proof.
 
-The rules, and what decides when a tick may be sent (`outbox/ticks.py`), are the real ones.
+The rules, and what decides when a tick may be sent (`outbox/ticks.py`), are the real ones; what lies between them does what
+`publisher.py`, `relay.py`, `receiver.py` and `cache.py` do, one step at a time. Time is real time in whole seconds; the
+instance and the database each have a clock of their own.
 """
 
-import pickle
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cacheinval.messages import Invalidate, Tick
+from cacheinval.messages import Invalidate, Probe, Tick
 from cacheinval.outbox.session import Look
 
+from .copying import copied
 from .explore import BrokenError
 
-KEY = "k"
 SOURCE = "the database"
+TAG = "t"
+FOREVER = 1e9
+BUDGETS = (
+    "writes", "slow_writes", "unknown_commits", "unrecorded", "kills", "renewals", "lost_deletes", "looks", "drops",
+    "purges", "losses", "deaf", "malformed", "foreign_ticks", "failures", "clock_sets",
+)  # fmt: skip
+
+Act = Callable[["Timed"], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Span:
-    """How much can happen."""
+    """How large the world is, and how much of what can happen in it."""
 
-    staleness: int = 1
+    staleness: int | None = 1
+    skew: int = 0
     until: int = 5
-    writes: int = 1
-    slow_writes: int = 0
-    drops: int = 0
-    losses: int = 0
-    kills: int = 0
-    looks: int = 1
+    keys: tuple[str, ...] = ("k",)
+    tagged: bool = False
+    by_tag: bool = False
+    readers: int = 1
+    hung_loads: bool = False
+    """Reading takes a while; otherwise a read that misses loads and stores at once."""
+    writers: int = 1
+    own: bool = False
+    """The first writer is this instance's own client."""
+    grace: bool = False
+    """Relays leave alone what a client is about to publish."""
+    relays: int = 1
+    late_ticks: bool = False
+    """A relay can be frozen between the decision to tick and the tick: it wakes up as a zombie."""
     baselined: bool = True
     """A tick has been processed before anything else happens."""
-    hung_loads: bool = False
+    durable: bool = False
+    """The queue survives, and the cache is outside the process."""
+    batches: bool = False
+    """All that waits is received at once, and evicting takes a while, as in a cache outside the process."""
+    most_waiting: int = 100
+    """Rows that a look sees."""
+    silence: int = 0
+    """Seconds after which a deaf subscription is given up; 0: nobody listens for that."""
+    database_ahead: int = 0
+    clocks: tuple[int, ...] = ()
+    """What the clock of the instance's host can be set to, in seconds ahead of real time."""
+    ahead: int = 0
+    writes: int = 1
+    slow_writes: int = 0
+    unknown_commits: int = 0
+    unrecorded: int = 0
+    """Writes whose client leaves them to the relay."""
+    kills: int = 0
+    renewals: int = 0
+    lost_deletes: int = 0
+    looks: int = 1
+    drops: int = 0
+    purges: int = 0
+    losses: int = 0
+    deaf: int = 0
+    malformed: int = 0
     foreign_ticks: int = 0
+    failures: int = 0
+    clock_sets: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Relaying:
-    """Where the relay could go wrong."""
+    """Where the code around the rules could go wrong; each name is a mutation of it."""
 
     by_cursor: bool = False
     time_after_look: bool = False
     numbers_of_look: bool = False
+    deletes_before_publishing: bool = False
+    echo_without_evicting: bool = False
+    forgets_failed_evictions: bool = False
+
+
+@dataclass
+class Reader:
+    """One read under way."""
+
+    key: str
+    began: int
+    least: int
+    load: Any
+    leads: bool
+    value: int | None = None
+
+
+@dataclass
+class Relay:
+    """One that takes itself for the leader."""
+
+    origin: str
+    ticks: Any
+    cursor: int = 0
+    half_look: set[int] | None = None
+    seen: dict[str, int] = field(default_factory=dict)  # the numbers at the time of the look
+    in_hand: list[Any] = field(default_factory=list)  # a tick decided upon, and not sent yet
 
 
 @dataclass
 class Timed:
     """The state."""
 
-    rules: str
-    deciding: str  # the module with `Ticks`
+    rules: str  # names of modules
+    deciding: str
     span: Span
     relaying: Relaying
     coherence: Any
-    ticks: Any
+    relays: list[Relay]
+    channels: list[str]  # of the writers
     left: dict[str, int]
-    now: int = 1
-    version: int = 1
-    replaced_at: dict[int, int] = field(default_factory=dict)
+    version: dict[str, int]
+    floor: dict[str, int]
+    """By key, what a read that begins now may not fall short of: what was evicted here last."""
+    wall: int = 0
+    ahead: int = 0
+    """By how many seconds the host's wall clock, and what the instance takes for the time, are ahead of real time."""
+    real: int = 1
+    replaced_at: dict[tuple[str, int], int] = field(default_factory=dict)
     next_row: int = 1
-    outbox: list[int] = field(default_factory=list)
-    begun: list[int] = field(default_factory=list)  # rows of transactions that have not committed yet
-    to_publish: list[int] = field(default_factory=list)
-    to_delete: list[tuple[int, int]] = field(default_factory=list)
-    origins: dict[str, int] = field(default_factory=dict)
-    seqs: dict[str, int] = field(default_factory=lambda: {"w": 0, "r": 0})
-    cursor: int = 0
-    half_look: set[int] | None = None
-    seen: dict[str, int] = field(default_factory=dict)  # the numbers at the time of the look
+    outbox: dict[int, str] = field(default_factory=dict)
+    begun: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # rows of transactions that have not committed yet
+    invisible: list[tuple[int, str]] = field(default_factory=list)  # commits whose client gave up
+    to_publish: list[tuple[int, int | None, str, bool]] = field(default_factory=list)
+    to_delete: list[tuple[int, int, str, int]] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)  # the table of origins
+    seqs: dict[str, int] = field(default_factory=dict)
     queue: list[Any] = field(default_factory=list)
+    taken: list[Any] = field(default_factory=list)  # received, and not acknowledged yet
+    evicting: Any = None
+    failing: bool = False
+    clearing: bool = False  # for a gap that was put off
+    uncleared: bool = False  # clearing failed, and nobody has done it since
+    missing: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # dropped from the queue since the last epoch
+    behind: int = 0  # messages left of those that waited when the queue was resumed
+    kept: Any = None  # with a cache outside the process: the proof state
+    marker: int = 0
+    marker_owed: bool = False
+    bound: bool = False
     joined: bool = False
-    entry: Any = None
-    load: Any = None
-    loaded: int | None = None
-    joined_at: int | None = None
+    heard_at: int = 1
+    entries: dict[str, Any] = field(default_factory=dict)
+    readers: list[Reader | None] = field(default_factory=list)
+
+    @property
+    def now(self) -> int:
+        """What the instance takes for the time."""
+        return self.real + self.ahead
 
     # What can happen
 
-    def actions(self) -> Iterator[tuple[str, Callable[["Timed"], None]]]:
-        if self.now < self.span.until:
+    def actions(self) -> Iterator[tuple[str, Act]]:
+        if self.real < self.span.until:
             yield "a second passes", Timed.wait
-        if self.left["writes"]:
-            yield "commit", Timed.commit
-        if self.left["slow_writes"]:
-            yield "a transaction takes its row", Timed.begin
+        yield from self._reader_actions()
+        yield from self._writer_actions()
+        for number in range(len(self.relays)):
+            yield from self._relay_actions(number)
+        yield from self._instance_actions()
+        yield from self._faults()
+
+    def _writer_actions(self) -> Iterator[tuple[str, Act]]:
+        span, left = self.span, self.left
+        for key in span.keys:
+            of = f" of {key}" if len(span.keys) > 1 else ""
+            for writer in range(span.writers):
+                by = f" by {self.channels[writer]}" if span.writers > 1 else ""
+                if left["writes"]:
+                    yield f"commit{of}{by}", partial(Timed.commit, key=key, writer=writer)
+                if left["unknown_commits"]:
+                    yield f"commit{of}{by}, reply lost", partial(Timed.commit_unknown, key=key, writer=writer)
+            if left["slow_writes"]:
+                yield f"a transaction takes its row{of}", partial(Timed.begin, key=key)
+            if left["unrecorded"]:
+                yield f"commit{of}, left to the relay", partial(Timed.commit_unpublished, key=key)
         if self.begun:
             yield "the long transaction commits", Timed.commit_begun
-        if self.to_publish:
-            yield "the writer publishes", Timed.publish
-            if self.left["kills"]:
-                yield "the writer is killed", Timed.kill
-        if self.to_delete:
-            yield "the writer deletes its row", Timed.delete
-            if self.left["kills"]:
-                yield "the writer is killed", Timed.kill
-        yield from self._relay_actions()
+        if self.invisible:
+            yield "the lost commit becomes visible", Timed.become_visible
+        for writer in range(span.writers):
+            name = self.channels[writer] if span.writers > 1 or left["renewals"] else "the writer"
+            publishes = any(one[0] == writer for one in self.to_publish)
+            deletes = any(one[0] == writer for one in self.to_delete)
+            if publishes:
+                yield f"{name} publishes", partial(Timed.publish, writer=writer)
+                if left["renewals"]:
+                    yield (
+                        f"{name} publishes, its channel breaks",
+                        partial(Timed.publish_unconfirmed, writer=writer),
+                    )
+            elif left["renewals"]:
+                yield f"{name} is replaced", partial(Timed.renew, writer=writer)
+            if deletes:
+                yield f"{name} deletes its row", partial(Timed.delete, writer=writer)
+                if left["lost_deletes"]:
+                    yield f"{name}'s delete is lost", partial(Timed.lose_delete, writer=writer)
+            if left["kills"] and (publishes or deletes):
+                yield f"{name} is killed", partial(Timed.kill, writer=writer)
+
+    def _relay_actions(self, number: int) -> Iterator[tuple[str, Act]]:
+        relay = self.relays[number]
+        name = f"relay {number}" if len(self.relays) > 1 else "the relay"
+        if relay.half_look is not None:
+            yield f"{name} takes the time", partial(Timed.finish_look, number=number)
+        elif self.left["looks"] and relay.ticks.due(self.real):
+            yield f"{name} looks", partial(Timed.look, number=number)
+        for row in self._relayed(relay):
+            yield f"{name} publishes row {row}", partial(Timed.relay, number=number, row=row)
+            if self.left["lost_deletes"]:
+                yield (
+                    f"{name} publishes row {row}, delete lost",
+                    partial(Timed.relay_unnoted, number=number, row=row),
+                )
+        if relay.in_hand:
+            yield f"{name} wakes up and sends its tick", partial(Timed.send_tick, number=number)
+        elif relay.ticks._look is not None and self._may_tick(relay):
+            if self.span.late_ticks:
+                yield (
+                    f"{name} decides to tick, and is frozen",
+                    partial(Timed.tick, number=number, at_once=False),
+                )
+            yield f"{name} ticks", partial(Timed.tick, number=number)
+
+    def _instance_actions(self) -> Iterator[tuple[str, Act]]:
         if not self.joined:
-            yield "joined", Timed.join
-        elif self.left["losses"]:
+            yield ("resumed" if self.span.durable else "joined"), Timed.join
+        if self.marker_owed:
+            yield "the marker is published", Timed.publish_marker
+        if self.evicting is not None:
+            if self.failing:
+                yield "the eviction succeeds at last", Timed.finish_evicting
+                yield "the eviction is given up", Timed.give_up_evicting
+            else:
+                yield "it is evicted", Timed.finish_evicting
+                if self.left["failures"]:
+                    yield "the eviction fails", Timed.fail_evicting
+        elif self.joined and self.queue:
+            if self.span.batches:
+                yield f"deliver {', '.join(map(_label, self.queue))}", Timed.deliver_all
+            else:
+                yield f"deliver {_label(self.queue[0])}", Timed.deliver
+        due_at = self.coherence.gap_due_at
+        if self.clearing:
+            yield "all is cleared", Timed.end_epoch_put_off
+            if self.left["failures"]:
+                yield "clearing fails", Timed.fail_epoch_put_off
+        elif due_at is not None and due_at <= self.now:
+            yield "the epoch that was put off begins", Timed.begin_epoch_put_off
+        if self.wall != self.ahead:
+            yield "the clock is seen to be set", Timed.notice_clock
+            if self.left["failures"]:
+                yield "the clock is seen to be set, clearing fails", Timed.notice_clock_in_vain
+        if self.span.silence and self.joined and self.coherence.silent(self.now, self.span.silence):
+            yield "silence", Timed.give_up_silent
+
+    def _faults(self) -> Iterator[tuple[str, Act]]:
+        left = self.left
+        if self.bound and self.queue:
+            if left["drops"]:
+                yield f"{_label(self.queue[0])} is dropped", Timed.drop
+            if left["malformed"] and self.queue[0] is not None:
+                yield f"{_label(self.queue[0])} is garbled", Timed.garble
+            if left["purges"]:
+                yield "the queue is purged", Timed.purge
+        if self.joined and left["losses"]:
             yield "subscription lost", Timed.lose
-        if self.joined and self.queue:
-            yield f"deliver {type(self.queue[0]).__name__.lower()}", Timed.deliver
-            if self.left["drops"]:
-                yield f"{type(self.queue[0]).__name__.lower()} is dropped", Timed.drop
-        if self.left["foreign_ticks"] and self.joined:
+        if self.joined and left["foreign_ticks"]:
             yield "another database ticks", Timed.foreign_tick
-        if self.load is None:
-            yield "read", Timed.read
-        elif self.loaded is None:
-            yield "the load reads the database", Timed.load_reads
-        else:
-            yield "the load returns", Timed.load_returns
-            if self.joined_at is None and self.coherence.joinable(KEY, self.now) is self.load:
-                yield "another read joins the load", Timed.join_load
+        if self.joined and left["deaf"] and self.bound:
+            yield "the exchange is declared again, without the queue", Timed.become_deaf
+        if left["clock_sets"]:
+            for ahead in self.span.clocks:
+                if ahead != self.wall:
+                    yield f"the clock is set to {ahead:+d} s", partial(Timed.set_clock, ahead=ahead)
 
-    def _relay_actions(self) -> Iterator[tuple[str, Callable[["Timed"], None]]]:
-        if self.half_look is not None:
-            yield "the relay takes the time", Timed.finish_look
-        elif self.left["looks"] and self.ticks.due(self.now):
-            yield "the relay looks", Timed.look
-        for row in self._relayed():
-            yield f"the relay publishes row {row}", partial(Timed.relay, row=row)
-        if self.ticks._look is not None and self._may_tick():
-            yield "the relay ticks", Timed.tick
+    def _reader_actions(self) -> Iterator[tuple[str, Act]]:
+        idle = False
+        for number, reader in enumerate(self.readers):
+            name = f"reader {number}" if len(self.readers) > 1 else "it"
+            if reader is None:
+                if idle:
+                    continue  # the same as the first idle one
+                idle = True
+                for key in self.span.keys:
+                    of = f" of {key}" if len(self.span.keys) > 1 else ""
+                    yield f"read{of}", partial(Timed.read, number=number, key=key)
+            elif reader.leads and reader.value is None:
+                yield f"{name} loads", partial(Timed.load_reads, number=number)
+            elif reader.leads:
+                yield f"{name} stores and returns", partial(Timed.load_returns, number=number)
 
-    def _relayed(self) -> list[int]:
-        return [row for row in self.outbox if not self.relaying.by_cursor or row > self.cursor]
-
-    # Time and the writer
+    # Time and the clock
 
     def wait(self) -> None:
-        self.now += 1
-        eviction = self.coherence.take_due_gap(self.now)
-        if eviction is not None:
-            self._evict(eviction)
-            self.coherence.gap_done()
+        self.real += 1
 
-    def _change(self) -> None:
-        self.replaced_at[self.version] = self.now
-        self.version += 1
+    def set_clock(self, ahead: int) -> None:
+        self.left["clock_sets"] -= 1
+        self.wall = ahead
 
-    def commit(self) -> None:
+    def notice_clock(self) -> None:
+        self.ahead = self.wall
+        eviction = self.coherence.clock_stepped(self.now)
+        self._evict(eviction)
+
+    def notice_clock_in_vain(self) -> None:
+        self.left["failures"] -= 1
+        self.notice_clock()
+        self.uncleared = True
+        if not self.relaying.forgets_failed_evictions:
+            self.coherence.put_off_gap("not cleared")
+
+    # Writers
+
+    def _change(self, key: str) -> None:
+        self.replaced_at[key, self.version[key]] = self.real
+        self.version[key] += 1
+
+    def _new_row(self) -> int:
+        self.next_row += 1
+        return self.next_row - 1
+
+    def commit(self, key: str, writer: int) -> None:
         self.left["writes"] -= 1
-        self._change()
-        self.outbox.append(self.next_row)
-        self.to_publish.append(self.next_row)
-        self.next_row += 1
+        self._change(key)
+        row = self._new_row()
+        self.outbox[row] = key
+        evicted = self._evict_own(key, writer)
+        self.to_publish.append((writer, row, key, evicted))
+        if self.relaying.deletes_before_publishing:
+            del self.outbox[row]
 
-    def begin(self) -> None:
+    def _evict_own(self, key: str, writer: int) -> bool:
+        own = self.span.own and writer == 0
+        if own and not self.relaying.echo_without_evicting:
+            self._evict(self._rules().Eviction([key]))
+            self.floor[key] = self.version[key]
+        return own
+
+    def commit_unknown(self, key: str, writer: int) -> None:
+        """COMMIT's reply is lost: evicted here and published at once; row and change become visible together, later."""
+        self.left["unknown_commits"] -= 1
+        self.invisible.append((self._new_row(), key))
+        owed = self._rules().owed_after(self._rules().WriteOutcome.UNKNOWN)
+        own = self._evict_own(key, writer)
+        row = self.invisible[-1][0] if owed.delete_rows else None
+        if owed.publish:
+            self.to_publish.append((writer, row, key, own and owed.may_skip_echo))
+
+    def become_visible(self) -> None:
+        row, key = self.invisible.pop(0)
+        self._change(key)
+        self.outbox[row] = key
+
+    def begin(self, key: str) -> None:
         self.left["slow_writes"] -= 1
-        self.begun.append(self.next_row)
-        self.next_row += 1
+        self.begun.append((self._new_row(), key))
 
     def commit_begun(self) -> None:
         """By a trigger, say: nobody but the relay publishes it."""
-        self._change()
-        self.outbox.append(self.begun.pop(0))
+        row, key = self.begun.pop(0)
+        self._change(key)
+        self.outbox[row] = key
 
-    def publish(self) -> None:
-        row = self.to_publish.pop(0)
-        self._send("w", Invalidate(v=1, origin="w", seq=self.seqs["w"] + 1, keys=[KEY]))
-        self.to_delete.append((row, self.seqs["w"]))
+    def commit_unpublished(self, key: str) -> None:
+        self.left["unrecorded"] -= 1
+        self._change(key)
+        self.outbox[self._new_row()] = key
 
-    def delete(self) -> None:
-        row, seq = self.to_delete.pop(0)
-        if row in self.outbox:
-            self.outbox.remove(row)
-        self.origins["w"] = max(self.origins.get("w", 0), seq)
+    def publish(self, writer: int) -> None:
+        _, row, key, evicted_here = self._take(self.to_publish, writer)
+        origin = self.channels[writer]
+        self._send(origin, key, evicted_here)
+        if row is not None:
+            self.to_delete.append((writer, row, origin, self.seqs[origin]))
 
-    def kill(self) -> None:
+    def publish_unconfirmed(self, writer: int) -> None:
+        _, _, key, evicted_here = self._take(self.to_publish, writer)
+        self._send(self.channels[writer], key, evicted_here)
+        self.renew(writer)
+
+    def renew(self, writer: int) -> None:
+        """The channel is gone; the next one is an origin of its own."""
+        self.left["renewals"] -= 1
+        if self.span.own and writer == 0:
+            self.coherence.forget_echoes(self.channels[writer])
+        self.channels[writer] += "'"
+        self.seqs[self.channels[writer]] = 0
+
+    @staticmethod
+    def _take(owed: list[Any], writer: int) -> Any:
+        return owed.pop(next(at for at, one in enumerate(owed) if one[0] == writer))
+
+    def delete(self, writer: int) -> None:
+        _, row, origin, seq = self._take(self.to_delete, writer)
+        self.outbox.pop(row, None)  # nothing, if its commit is not visible yet
+        self.numbers[origin] = max(self.numbers.get(origin, 0), seq)
+
+    def lose_delete(self, writer: int) -> None:
+        self.left["lost_deletes"] -= 1
+        self._take(self.to_delete, writer)
+
+    def kill(self, writer: int) -> None:
         self.left["kills"] -= 1
-        self.to_publish.clear()
-        self.to_delete.clear()
+        self.to_publish = [one for one in self.to_publish if one[0] != writer]
+        self.to_delete = [one for one in self.to_delete if one[0] != writer]
 
-    # The relay
+    # Relays
 
-    def look(self) -> None:
+    def look(self, number: int) -> None:
         self.left["looks"] -= 1
+        rows = set(list(self.outbox)[: self.span.most_waiting])
         if self.relaying.time_after_look:
-            self.half_look = set(self.outbox)
+            self.relays[number].half_look = rows
         else:
-            self._begin(set(self.outbox))
+            self._begin(self.relays[number], rows)
 
-    def finish_look(self) -> None:
-        rows, self.half_look = self.half_look, None
+    def finish_look(self, number: int) -> None:
+        relay = self.relays[number]
+        rows, relay.half_look = relay.half_look, None
         assert rows is not None
-        self._begin(rows)
+        self._begin(relay, rows)
 
-    def _begin(self, rows: set[Any]) -> None:
-        rows = {row for row in rows if not self.relaying.by_cursor or row > self.cursor}
-        self.seen = dict(self.origins)
-        self.ticks.begin(Look(self.now, (self.now, self.now), SOURCE, rows), self.now - 1)
+    def _begin(self, relay: Relay, rows: set[Any]) -> None:
+        rows = {row for row in rows if not self.relaying.by_cursor or row > relay.cursor}
+        relay.seen = dict(self.numbers)
+        at = self.real + self.span.database_ahead
+        relay.ticks.begin(Look(at, (at, at), SOURCE, rows), self.real - 1)
 
-    def relay(self, row: int) -> None:
-        self._send("r", Invalidate(v=1, origin="r", seq=self.seqs["r"] + 1, keys=[KEY]))
-        self.outbox.remove(row)
-        self.origins["r"] = self.seqs["r"]
-        self.cursor = max(self.cursor, row)
-        self.ticks.confirmed([row])
+    def _relayed(self, relay: Relay) -> list[int]:
+        spared = {one[1] for one in self.to_publish} if self.span.grace else ()
+        return [
+            row
+            for row in self.outbox
+            if row not in spared and (not self.relaying.by_cursor or row > relay.cursor)
+        ]
 
-    def _may_tick(self) -> bool:
-        """Asks the real rule, without using it up."""
-        return pickle.loads(pickle.dumps(self))._take() is not None
+    def relay(self, number: int, row: int) -> None:
+        relay = self.relays[number]
+        self._send(relay.origin, self.outbox.pop(row), False)
+        self.numbers[relay.origin] = self.seqs[relay.origin]
+        relay.ticks.confirmed([row])
+        relay.cursor = max(relay.cursor, row)
 
-    def _take(self) -> Any:
-        numbers = self.seen if self.relaying.numbers_of_look else self.origins
-        self.ticks.left(set(self.outbox), dict(numbers))
-        return self.ticks.take()
+    def relay_unnoted(self, number: int, row: int) -> None:
+        """The database is lost before the DELETE: another session begins, and with it another look."""
+        self.left["lost_deletes"] -= 1
+        relay = self.relays[number]
+        self._send(relay.origin, self.outbox[row], False)
+        relay.ticks = sys.modules[self.deciding].Ticks(0)  # type: ignore[attr-defined]
 
-    def tick(self) -> None:
-        told = self._take()
-        if told is not None:
-            look, numbers = told
-            seqs = {origin: seq for origin, seq in numbers.items() if origin != "r"}
-            tick = Tick(v=1, origin="r", seq=self.seqs["r"], as_of=look.as_of, source=SOURCE, seqs=seqs)
-            self._deliver_later(tick)
+    def _may_tick(self, relay: Relay) -> bool:
+        return self._told(copied(relay)) is not None
+
+    def _told(self, relay: Relay) -> Any:
+        wanted = relay.ticks.wanted
+        if wanted is None:
+            return None
+        relay.ticks.left(wanted & set(self.outbox), dict(self.numbers))
+        return relay.ticks.take()
+
+    def tick(self, number: int, at_once: bool = True) -> None:
+        relay = self.relays[number]
+        told = self._told(relay)
+        if told is None:
+            return
+        look, numbers = told
+        if self.relaying.numbers_of_look:
+            numbers = relay.seen
+        seqs = {origin: seq for origin, seq in numbers.items() if origin != relay.origin}
+        relay.in_hand.append((look.as_of, tuple(seqs.items())))
+        if at_once:
+            self.send_tick(number)
+
+    def send_tick(self, number: int) -> None:
+        relay = self.relays[number]
+        as_of, seqs = relay.in_hand.pop()
+        self._route(
+            Tick(
+                v=1,
+                origin=relay.origin,
+                seq=self.seqs[relay.origin],
+                as_of=as_of,
+                source=SOURCE,
+                seqs=dict(seqs),
+            )
+        )
+
+    # The broker
+
+    def _send(self, origin: str, key: str, evicted_here: bool) -> None:
+        self.seqs[origin] += 1
+        if evicted_here:
+            self.coherence.expect_echo(origin, self.seqs[origin])
+        names = {"tags": [TAG]} if self.span.by_tag else {"keys": [key]}
+        # The two times carry what the world's own checks need to know: which version this was, and of which key.
+        which = float(self.span.keys.index(key))
+        # What was evicted here already says nothing of a version that became visible since.
+        version = 0.0 if evicted_here else float(self.version[key])
+        self._route(
+            Invalidate(v=1, origin=origin, seq=self.seqs[origin], at=version, committed_at=which, **names)
+        )
+
+    def _route(self, message: Any) -> None:
+        if self.bound:
+            self.queue.append(message)
+        elif self.joined and isinstance(message, Invalidate):  # deaf
+            self.missing.append((message.origin or "", message.seq or 0))
 
     def foreign_tick(self) -> None:
         self.left["foreign_ticks"] -= 1
-        self._deliver_later(Tick(v=1, origin="x", seq=0, as_of=self.now, source="another"))
+        self._route(Tick(v=1, origin="x", seq=0, as_of=self.real, source="another"))
 
-    def _send(self, origin: str, message: Any) -> None:
-        self.seqs[origin] += 1
-        self._deliver_later(message)
+    def garble(self) -> None:
+        self.left["malformed"] -= 1
+        if isinstance(self.queue[0], Probe):
+            self.marker_owed = True
+        self.queue[0] = None
 
-    def _deliver_later(self, message: Any) -> None:
-        if self.joined:
-            self.queue.append(message)
+    def publish_marker(self) -> None:
+        self.marker_owed = False
+        self._route(Probe(v=1, id=str(self.marker)))
 
-    # The instance
+    def drop(self) -> None:
+        self.left["drops"] -= 1
+        self._drop_first()
+
+    def purge(self) -> None:
+        """By an operator; what was delivered already is not in the queue any more."""
+        self.left["purges"] -= 1
+        while self.queue:
+            self._drop_first()
+        if self.coherence.marker is not None:
+            self.marker_owed = True  # the watch publishes it again
+
+    def _drop_first(self) -> None:
+        message = self.queue.pop(0)
+        self.behind = max(0, self.behind - 1)
+        if isinstance(message, Invalidate):
+            self.missing.append((message.origin or "", message.seq or 0))
+        elif isinstance(message, Probe):
+            self.marker_owed = True
+        elif message is None:
+            self.missing.append(("", 0))  # what it was before it was garbled
+
+    def become_deaf(self) -> None:
+        self.left["deaf"] -= 1
+        self.bound = False
+
+    # The subscription
 
     def join(self) -> None:
-        self.joined = True
+        self.joined = self.bound = True
+        self.heard_at = self.real
+        if self.span.durable and self.coherence.epoch > 1:
+            self.marker += 1
+            eviction = self.coherence.resumed(str(self.marker), self.now, self.kept)
+            if eviction is not None:
+                self._evict(eviction)
+            self.behind = len(self.queue)
+            self.marker_owed = True
+            return
         self._evict(self.coherence.joined_anew(self.now))
+        self.uncleared = False
+        self.kept = self.coherence.proof_state() if self.span.durable else None
         self.coherence.trust()
 
     def lose(self) -> None:
         self.left["losses"] -= 1
-        self.joined = False
-        self.queue.clear()
-        self.coherence.lost("cut")
+        self._lost("cut")
+
+    def give_up_silent(self) -> None:
+        self._lost("silence")
+
+    def _lost(self, reason: str) -> None:
+        self.coherence.lost(reason)
+        self._cancel_evicting()
+        self.joined = self.marker_owed = False
+        self.queue[:0] = self.taken  # not acknowledged: they come again
+        self.taken.clear()
+        if not self.span.durable:
+            self.bound = False
+            self.queue.clear()
+        elif not self.bound:
+            self.joined = False
+
+    # Receiving
 
     def deliver(self) -> None:
-        eviction = self.coherence.received(self.queue.pop(0), self.now)
-        if eviction is not None:
-            self._evict(eviction)
-        self.coherence.evicted(self.now)
+        self._receive([self.queue.pop(0)])
 
-    def drop(self) -> None:
-        self.left["drops"] -= 1
-        self.queue.pop(0)
+    def deliver_all(self) -> None:
+        batch = self.queue[:]
+        self.queue.clear()
+        self._receive(batch)
+
+    def _receive(self, batch: list[Any]) -> None:
+        self.heard_at = self.real
+        evictions = []
+        for message in batch:
+            if message is None:
+                eviction = self.coherence.gap("malformed message", self.now)
+            else:
+                eviction = self.coherence.received(message, self.now)
+            if eviction is not None:
+                evictions.append(eviction)
+        self.taken = batch
+        merged = self._rules().Eviction.merged(evictions)
+        if merged:
+            self._evict(merged)
+        self.evicting = merged
+        if not self.span.batches or not merged:
+            self.finish_evicting()
+
+    def finish_evicting(self) -> None:
+        for message in self.taken:
+            if isinstance(message, Invalidate):
+                key = self.span.keys[int(message.committed_at or 0)]
+                self.floor[key] = max(self.floor[key], int(message.at or 0))
+        if self.failing:
+            self.failing = False
+            self.coherence.settle("eviction")
+        if self.evicting.everything:
+            self.uncleared = False
+        self.behind = max(0, self.behind - len(self.taken))
+        self.evicting = None
+        self.taken = []
+        self.coherence.evicted(self.now)
+        self.kept = self.coherence.proof_state() if self.span.durable else None
+
+    def fail_evicting(self) -> None:
+        self.left["failures"] -= 1
+        self.failing = True
+        self.uncleared = self.uncleared or self.evicting.everything
+        self.coherence.doubt("eviction", "eviction failed")
+
+    def give_up_evicting(self) -> None:
+        """The subscription starts over."""
+        self._lost("eviction failed")
+
+    def _cancel_evicting(self) -> None:
+        if self.failing:
+            self.failing = False
+            self.coherence.settle("eviction")
+        evicting, self.evicting = self.evicting, None
+        if evicting is not None and evicting.everything and not self.relaying.forgets_failed_evictions:
+            self.coherence.put_off_gap(evicting.reason)
+
+    def begin_epoch_put_off(self) -> None:
+        eviction = self.coherence.take_due_gap(self.now)
+        assert eviction is not None
+        self._evict(eviction)
+        self.clearing = True
+        if not self.span.batches:
+            self.end_epoch_put_off()
+
+    def end_epoch_put_off(self) -> None:
+        self.clearing = self.uncleared = False
+        self.coherence.gap_done()
+
+    def fail_epoch_put_off(self) -> None:
+        self.left["failures"] -= 1
+        self.clearing, self.uncleared = False, True
+        self.coherence.put_off_gap("not cleared")
 
     def _evict(self, eviction: Any) -> None:
+        """What an eviction under way names is not served either, so the entries may go at once."""
         self.coherence.evict(eviction, self.now)
-        if eviction.everything or eviction.keys:
-            self.entry = None
+        if eviction.everything:
+            self.entries.clear()
+            self.missing.clear()
+            self.floor = dict(self.version)
+        for key in eviction.keys:
+            self.entries.pop(key, None)
+        if eviction.tags and self.span.durable:
+            self.entries.clear()  # in a cache outside the process tags have stamps of their own
 
-    def read(self) -> None:
-        if self.entry is not None and self.coherence.may_serve(self.entry, self.now):
-            self._returned(self.entry.value, self.now, "hit")
+    # Reading
+
+    def read(self, number: int, key: str) -> None:
+        least, tags = self.floor[key], frozenset({TAG} if self.span.tagged else ())
+        entry = self._found(key)
+        if entry is not None and self.coherence.may_serve(entry, self.now):
+            if self.span.staleness is None and self.coherence.suspect and self.now - entry.load_started > 1:
+                raise BrokenError(f"a suspect instance serves what was loaded at {entry.load_started}")
+            self._returned(key, entry.value, self.real, least, "hit")
             return
-        self.load = self.coherence.begin_load(KEY, self.now)
+        load = self.coherence.joinable(key, self.now, tags)
+        if load is not None:
+            self.readers[number] = Reader(key, self.real, least, load, leads=False)
+            return
+        load = self.coherence.begin_load(key, self.now, tags)
+        self.readers[number] = Reader(key, self.real, least, load, leads=True)
         if not self.span.hung_loads:
-            self.load_reads()
-            self.load_returns()
+            self.load_reads(number)
+            self.load_returns(number)
 
-    def _returned(self, version: int | None, began: int, how: str) -> None:
-        stale_since = self.replaced_at.get(version or 0)
-        if stale_since is not None and began - stale_since > self.span.staleness:
+    def _found(self, key: str) -> Any:
+        entry = self.entries.get(key)
+        if entry is None or not self.span.durable:
+            return entry
+        # As `SharedCache` finds it: with the epoch of this moment, and a load that began in no future.
+        return self._rules().Entry(
+            entry.value, min(entry.load_started, self.now), *self.coherence.moment, FOREVER, entry.tags
+        )
+
+    def load_reads(self, number: int) -> None:
+        reader = self.readers[number]
+        assert reader is not None
+        reader.value = self.version[reader.key]
+
+    def load_returns(self, number: int) -> None:
+        leader = self.readers[number]
+        assert leader is not None
+        asked = self.coherence.may_share if self.span.durable else self.coherence.may_store
+        if asked(leader.load):
+            self.entries[leader.key] = self.coherence.entry(leader.load, leader.value, FOREVER)
+        self.coherence.end_load(leader.load)
+        for at, reader in enumerate(self.readers):
+            if reader is not None and reader.load is leader.load:
+                self.readers[at] = None
+                self._returned(reader.key, leader.value, reader.began, reader.least, "load")
+
+    # What must hold
+
+    def _returned(self, key: str, version: int | None, began: int, least: int, how: str) -> None:
+        assert version is not None
+        if version < least:
             raise BrokenError(
-                f"a {how} of a read that began at {began} gave what was replaced at {stale_since}"
+                f"a read of {key} begun after version {least} was evicted gave {version} by a {how}"
             )
-
-    def join_load(self) -> None:
-        self.joined_at = self.now
-
-    def load_reads(self) -> None:
-        self.loaded = self.version
-
-    def load_returns(self) -> None:
-        if self.coherence.may_store(self.load):
-            self.entry = self.coherence.entry(self.load, self.loaded, 1e9)
-        self.coherence.end_load(self.load)
-        if self.joined_at is not None:
-            self._returned(self.loaded, self.joined_at, "joined load")
-        self.load = self.loaded = self.joined_at = None
+        replaced = self.replaced_at.get((key, version))
+        limit = self.span.staleness
+        if limit is not None and replaced is not None and began - replaced > limit:
+            raise BrokenError(f"a {how} of a read that began at {began} gave what was replaced at {replaced}")
 
     def check(self) -> None:
-        """All that is asked here is asked of a hit."""
+        c, now, span = self.coherence, self.now, self.span
+        if c.proof.watermark > now + span.skew:
+            raise BrokenError(f"at {now} the watermark is {c.proof.watermark}")
+        if c.gap_due_at is not None:
+            if c.gap_due_at > now + 1:
+                raise BrokenError(f"at {now} a gap is put off until {c.gap_due_at}")
+            if c.suspect is None:
+                raise BrokenError("a gap is put off, and the instance is trusted")
+        if c.suspect is None and self.uncleared:
+            raise BrokenError("the instance is trusted, and did not clear what it had to")
+        if c.suspect is None and not self.joined:
+            raise BrokenError("the instance is trusted, and is not subscribed")
+        if c.suspect is None and self.behind:
+            raise BrokenError("the instance is trusted, and behind with the queue that it resumed")
+        if (
+            span.silence
+            and self.joined
+            and self.real - self.heard_at > span.silence
+            and not c.silent(now, span.silence)
+        ):
+            raise BrokenError(f"nothing has arrived since {self.heard_at}, and at {now} that is no silence")
+        if self._settled():
+            for key in self.entries:
+                entry = self._found(key)
+                if c.may_serve(entry, now) and entry.value != self.version[key]:
+                    raise BrokenError(
+                        f"all is settled, and {key} is served as {entry.value}, not {self.version[key]}"
+                    )
+
+    def _settled(self) -> bool:
+        return not (
+            self.queue or self.taken or self.to_publish or self.outbox or self.invisible or self.missing
+        ) and (self.joined and self.coherence.suspect is None)
+
+    # Comparing
+
+    def _rules(self) -> Any:
+        return sys.modules[self.rules]
 
     def key(self) -> Hashable:
-        c, t, e = self.coherence, self.ticks, self.entry
+        c, span, real, version = self.coherence, self.span, self.real, self.version
+        held = {(key, e.value) for key, e in self.entries.items()}
+        held |= {(r.key, r.value) for r in self.readers if r is not None and r.value is not None}
         return (
-            self.now, self.version, tuple(self.replaced_at.items()), self.next_row, tuple(self.outbox), tuple(self.begun),
-            tuple(self.to_publish), tuple(self.to_delete), tuple(sorted(self.origins.items())), tuple(self.seqs.values()),
-            self.cursor, None if self.half_look is None else tuple(self.half_look), self.joined,
-            tuple((type(m).__name__, m.origin, m.seq, getattr(m, "as_of", 0), tuple(getattr(m, "seqs", {}).items())) for m in self.queue),
-            None if e is None else (e.value, e.load_started, c.epoch - e.epoch),
-            None if self.load is None else (self.load.started, self.load.voided, c.epoch - self.load.epoch), self.loaded, self.joined_at,
-            None if t._look is None else (t._look.as_of, tuple(sorted(t.waiting)), tuple(self.seen.items())),
-            tuple(self.left.items()), tuple(sorted(c._doubts)), tuple(c._seqs.items()), c._gap_due, c._last_gap,
-            c.proof.watermark, c.proof.until, c.proof.extends, c.proof.source,
+            real, self.ahead, self.wall, tuple(self.left.values()), tuple(version.values()), tuple(self.floor.values()),
+            tuple(sorted((one, self.replaced_at[one]) for one in held if one in self.replaced_at)),
+            self.next_row, tuple(self.outbox.items()), tuple(self.begun), tuple(self.invisible),
+            tuple(self.to_publish), tuple(self.to_delete), tuple(sorted(self.numbers.items())),
+            tuple(self.seqs.items()), tuple(self.channels),
+            tuple(map(_message_key, self.queue)), tuple(map(_message_key, self.taken)),
+            None if self.evicting is None else self.evicting.everything, self.failing, self.clearing, self.uncleared,
+            tuple(self.missing), self.behind, self.marker, self.marker_owed, self.bound, self.joined,
+            self.heard_at if span.silence else 0,
+            tuple((key, e.value, e.load_started, c.epoch - e.epoch, c._generation - e.generation)
+                  for key, e in sorted(self.entries.items())),
+            self._reading(),
+            tuple((r.cursor, None if r.half_look is None else tuple(r.half_look), tuple(r.in_hand),
+                   None if r.ticks._look is None else (r.ticks._look.as_of, tuple(sorted(r.ticks.waiting)), tuple(r.seen.items())))
+                  for r in self.relays),
+            tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())),
+            tuple(c._doubts), tuple(c._seqs.items()), tuple(sorted(c._echoes)), c._gap_due is None,
+            c._last_gap if span.clocks or self.now - c._last_gap < 1 else None,
+            c._marker, c._marker_passed, _message_key(c._tick_passed) if c._tick_passed else None, c._subscribed, c._heard_at if span.silence else 0,
+            c.proof.watermark, c.proof.until, c.proof.extends, c.proof.source, c.proof.checked_until,
+            self.kept and (tuple(self.kept.seqs.items()), self.kept.checked_until, self.kept.extends),
         )  # fmt: skip
+
+    def _reading(self) -> Hashable:
+        """The reads under way; which reader is which does not matter."""
+        c = self.coherence
+        loads: dict[int, tuple[Any, list[tuple[Any, ...]]]] = {}
+        for reader in self.readers:
+            if reader is not None:
+                of = loads.setdefault(id(reader.load), (reader.load, []))
+                of[1].append((reader.key, reader.began, reader.least, reader.leads, reader.value or 0))
+        return tuple(
+            sorted(
+                (load.started, load.voided, c.epoch - load.epoch, c._generation - load.generation,
+                 c._loads.get(load.key) is load, tuple(sorted(readers)))
+                for load, readers in loads.values()
+            )
+        )  # fmt: skip
+
+
+def _label(message: Any) -> str:
+    if message is None:
+        return "a malformed message"
+    if isinstance(message, Tick):
+        return f"a tick as of {message.as_of:g}" if message.source == SOURCE else "another database's tick"
+    return "the marker" if isinstance(message, Probe) else f"{message.origin} {message.seq}"
+
+
+def _message_key(message: Any) -> Hashable:
+    if isinstance(message, Tick):
+        return message.origin, message.seq, message.as_of, tuple(message.seqs.items())
+    if isinstance(message, Probe):
+        return message.id
+    return None if message is None else (message.origin, message.seq, message.at, message.committed_at)
 
 
 def timed(rules: Any, deciding: Any, span: Span, relaying: Relaying | None = None) -> Timed:
     """The world at its start."""
-    coherence = rules.Coherence(max_staleness=span.staleness, max_clock_skew=0)
+    coherence = rules.Coherence(
+        max_staleness=span.staleness, max_clock_skew=span.skew, gap_interval=0 if span.durable else None
+    )
     if span.foreign_ticks:
         coherence.proof.trust_only(SOURCE)
-    names = ("writes", "slow_writes", "drops", "losses", "kills", "looks", "foreign_ticks")
-    left = {name: getattr(span, name) for name in names}
+    relays = [Relay(f"r{number}", deciding.Ticks(0)) for number in range(span.relays)]
+    channels = [f"w{number}" for number in range(span.writers)]
     world = Timed(
-        rules.__name__, deciding.__name__, span, relaying or Relaying(), coherence, deciding.Ticks(0), left
-    )
+        rules.__name__, deciding.__name__, span, relaying or Relaying(), coherence, relays, channels,
+        left={name: getattr(span, name) for name in BUDGETS}, version=dict.fromkeys(span.keys, 1),
+        floor=dict.fromkeys(span.keys, 0), seqs=dict.fromkeys([*channels, *(relay.origin for relay in relays)], 0),
+        wall=span.ahead, ahead=span.ahead, readers=[None] * span.readers,
+    )  # fmt: skip
     world.join()
     if span.baselined:
-        world.left["looks"] += 1
-        world.look()
-        if world.half_look is not None:
-            world.finish_look()
-        world.tick()
+        world._begin(relays[0], set())
+        world.tick(0)
         world.deliver()
-        world.now += 1
+        world.wait()
     return world

@@ -20,6 +20,12 @@ BATCHED = Shape(writes=2, readers=1, losses=1, resumes=True, batches=True)
 DROPPED = Shape(keys=("a", "b"), writes=3, readers=1, drops=1)
 UNKNOWN = Shape(writes=1, readers=2, unknown_commits=1)
 OWN = Shape(writes=1, readers=1, own=True)
+OWN_TAGS = Shape(keys=("a", "b"), tagged=True, by_tag=True, own_tags=True, writes=2, readers=1)
+BEATS = Shape(writes=2, readers=1, drops=1, beats=1)
+DROPPED_AND_GARBLED = Shape(keys=("a", "b"), writes=3, readers=1, drops=1, malformed=1)
+
+FEW_TAGS = (("MAX_EVICTED_TAGS = 100_000", "MAX_EVICTED_TAGS = 1"),)
+FEW_ORIGINS = (("MAX_ORIGINS = 10_000", "MAX_ORIGINS = 1"),)
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,98 @@ MUTANTS = [
             ),
         ),
     ),
+    Mutant(
+        "entries of an evicted tag served",
+        TAGS,
+        (("if not self._tags_stand(entry.tags, entry.generation):", "if False:"),),
+    ),
+    Mutant(
+        "an entry forgets its tags",
+        TAGS,
+        (("load.generation, expires_at, load.tags)", "load.generation, expires_at)"),),
+    ),
+    Mutant(
+        "loads joined whose tag was evicted",
+        TAGS,
+        (("or not self._stands(load, load.tags | tags)", ""),),
+    ),
+    Mutant("evicting a tag begins no generation", TAGS, (("self._generation += 1", "pass"),)),
+    Mutant(
+        "tags forgotten beyond the bound",
+        OWN_TAGS,
+        (*FEW_TAGS, ("self._tag_floor = self._generation", "pass")),
+    ),
+    Mutant(
+        "the bound on tags not asked for",
+        OWN_TAGS,
+        (*FEW_TAGS, ("generation >= self._tag_floor and", "")),
+    ),
+    Mutant("a new epoch is the old one", REJOIN, (("self.epoch += 1", "pass"),)),
+    Mutant(
+        "everything is evicted, and no epoch begins",
+        KEPT,
+        (("            self._begin_epoch()\n            return\n", "            return\n"),),
+    ),
+    Mutant(
+        "a lost subscription is trusted",
+        REJOIN,
+        (('self.doubt("subscription", reason)', "pass"),),
+    ),
+    Mutant(
+        "a subscription that was lost counts as one",
+        SLOW,
+        (("        self._subscribed = False\n        self._marker,", "        self._marker,"),),
+    ),
+    Mutant(
+        "every probe is taken for the marker",
+        Shape(writes=1, readers=1, losses=2, resumes=True, probes=1),
+        (("message.id == self._marker", "True"),),
+    ),
+    Mutant(
+        "numbers of messages not looked at",
+        DROPPED,
+        (("return seq == last + 1", "return True"),),
+    ),
+    Mutant(
+        "numbers of beats not looked at",
+        BEATS,
+        (("message.seq, unknown_counts=False):", "message.seq, unknown_counts=False) and False:"),),
+    ),
+    Mutant(
+        "a message with a gap before it waits for the epoch",
+        Shape(keys=("a", "b"), writes=3, readers=1, drops=1, malformed=1),
+        (("return gap or _asked_by(message)", "return gap"),),
+    ),
+    Mutant(
+        "everybody's message taken for one's own",
+        STORE,
+        (("own = (message.origin, message.seq) in self._echoes", "own = True"),),
+    ),
+    Mutant(
+        "a gap put off is forgotten",
+        DROPPED_AND_GARBLED,
+        (("            self.put_off_gap(reason)\n", ""),),
+    ),
+    Mutant(
+        "one of two doubts settles both",
+        Shape(writes=2, readers=1, losses=1, malformed=2),
+        (("self._doubts.pop(about, None)", "self._doubts.clear()"),),
+    ),
 ]
 
-DROPPED_IN_TIME = Span(drops=1)
+DROPPED_IN_TIME = Span(staleness=0, until=3, drops=1)
+HUNG = Span(hung_loads=True, looks=1)
+RESUMED_IN_TIME = Span(staleness=0, until=3, durable=True, losses=1, looks=0)
+PUT_OFF = Span(staleness=0, until=3, malformed=1, drops=1, looks=3, grace=True)
+SKEWED = Span(skew=1, staleness=2, ahead=-1, until=6)
+PUT_RIGHT = Span(database_ahead=2, ahead=2, clocks=(0,), clock_sets=1, staleness=0, until=5)
+FEW_ROWS = (
+    (
+        "from cacheinval.outbox.session import MOST_WAITING, Look",
+        "from cacheinval.outbox.session import Look\n\nMOST_WAITING = 1",
+    ),
+)
+MANY_ROWS = Span(staleness=0, until=3, keys=("k", "l"), most_waiting=1, writes=0, unrecorded=2)
 
 TIMED_MUTANTS = [
     TimedMutant(
@@ -134,7 +229,7 @@ TIMED_MUTANTS = [
     ),
     TimedMutant(
         "tick from a cursor instead of a set",
-        Span(writes=1, slow_writes=1, until=4),
+        Span(writes=1, slow_writes=1, staleness=0, until=3),
         relaying=Relaying(by_cursor=True),
     ),
     TimedMutant(
@@ -142,24 +237,167 @@ TIMED_MUTANTS = [
     ),
     TimedMutant("tick time read after the snapshot", Span(), relaying=Relaying(time_after_look=True)),
     TimedMutant(
+        "a tick of a look that saw only a part",
+        MANY_ROWS,
+        tick_changes=(*FEW_ROWS, ("if len(look.waiting) < MOST_WAITING:", "if True:")),
+    ),
+    TimedMutant(
+        "rows deleted before they are published",
+        Span(staleness=0, until=3, kills=1),
+        relaying=Relaying(deletes_before_publishing=True),
+    ),
+    TimedMutant(
+        "rows of an ambiguous commit deleted, with ticks",
+        Span(writes=0, unknown_commits=1, staleness=0, until=3),
+        (("delete_rows=committed,", "delete_rows=True,"),),
+    ),
+    TimedMutant(
+        "own echo skipped without a local eviction, with ticks",
+        Span(own=True, staleness=0, until=3),
+        relaying=Relaying(echo_without_evicting=True),
+    ),
+    TimedMutant(
         "watermark moved before the numbers are checked",
         DROPPED_IN_TIME,
         (('            return self.gap("messages missing before a tick", now)', "            pass"),),
     ),
     TimedMutant(
+        "gap tolerance 1 at ticks",
+        DROPPED_IN_TIME,
+        (("if seq <= (last or 0):", "if seq <= (last or 0) + 1:"),),
+    ),
+    TimedMutant(
+        "an origin not heard of before is no gap at a tick",
+        DROPPED_IN_TIME,
+        (("return last is not None or unknown_counts", "return last is not None"),),
+    ),
+    TimedMutant(
+        "the relay's own number not checked",
+        DROPPED_IN_TIME,
+        (("numbers = {**tick.seqs, tick.origin: tick.seq}", "numbers = tick.seqs"),),
+    ),
+    TimedMutant(
+        "the numbers of others not checked",
+        DROPPED_IN_TIME,
+        (("numbers = {**tick.seqs, tick.origin: tick.seq}", "numbers = {tick.origin: tick.seq}"),),
+    ),
+    TimedMutant(
+        "watermark trusted across epochs",
+        Span(staleness=0, until=3, losses=1, drops=1),
+        (
+            # The first tick of the new subscription tells numbers, as ever; but the proof of the old one stays.
+            (
+                '        self.proof.start_over()\n        self.doubt("subscription", "new',
+                '        self._first = True\n        self.doubt("subscription", "new',
+            ),
+            (
+                "if self.proof.baselined and any(behind):",
+                'if not self.__dict__.pop("_first", False) and any(behind):',
+            ),
+        ),
+    ),
+    TimedMutant(
+        "watermark trusted across a step of the clock",
+        PUT_RIGHT,
+        (
+            (
+                "        self._tick_passed = None\n        self.proof.start_over()\n",
+                "        self._tick_passed = None\n",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "a tick that was believed by another clock",
+        Span(database_ahead=1, ahead=1, clocks=(0,), clock_sets=1, batches=True, staleness=0, until=4),
+        (
+            (
+                "        self._tick_passed = None\n        self.proof.start_over()\n",
+                "        self.proof.start_over()\n",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "the last gap remembered by another clock",
+        Span(ahead=2, clocks=(0,), clock_sets=1, malformed=2, looks=0, staleness=0, until=3),
+        (
+            (
+                "        self._last_gap = self._heard_at = -math.inf\n",
+                "        self._heard_at = -math.inf\n",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "a clock that was set begins no epoch",
+        Span(ahead=2, clocks=(0,), clock_sets=1, until=5),
+        (('return Eviction(everything=True, reason="clock stepped")', "return Eviction()"),),
+    ),
+    TimedMutant(
         "the first tick extends what was loaded before",
-        Span(drops=1, baselined=False, until=4),
+        Span(drops=1, baselined=False, staleness=0, until=3),
         (("            self.extends = now\n", "            self.extends = -1\n"),),
     ),
     TimedMutant(
+        "what was loaded as the first tick came is extended",
+        Span(drops=1, baselined=False, staleness=0, until=3, looks=2),
+        (("load_started > self.extends", "load_started >= self.extends"),),
+    ),
+    TimedMutant(
         "another database's tick believed",
-        Span(foreign_ticks=2, looks=0),
-        (("if tick.source != self.source:", "if False:"),),
+        Span(foreign_ticks=1, looks=0, staleness=0, until=3),
+        (
+            ("if tick.source != self.source:", "if False:"),
+            ("if self._source_before not in (None, tick.source):", "if False:"),
+        ),
+    ),
+    TimedMutant(
+        "a tick from the future believed",
+        Span(database_ahead=1, until=4),
+        (("if tick.as_of > now + self._max_clock_skew:", "if False:"),),
+    ),
+    TimedMutant(
+        "skew not subtracted",
+        SKEWED,
+        (("return self.watermark - self._max_clock_skew", "return self.watermark"),),
+    ),
+    TimedMutant(
+        "a tick counts while a gap is put off",
+        PUT_OFF,
+        (
+            (
+                "        if not self._doubts:\n            self.proof.advance",
+                "        if True:\n            self.proof.advance",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "a gap put off raises no doubt",
+        PUT_OFF,
+        (('        self.doubt("gap", reason)\n', ""),),
+    ),
+    TimedMutant(
+        "a gap put off meanwhile is settled with the one before",
+        Span(staleness=0, until=3, writes=0, malformed=3, looks=3, batches=True),
+        (
+            (
+                "        if self._gap_due is None:\n            self.settle",
+                "        if True:\n            self.settle",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "an eviction of everything that failed is forgotten",
+        Span(ahead=1, clocks=(0,), clock_sets=1, failures=1, writes=0, looks=0, staleness=0, until=3),
+        relaying=Relaying(forgets_failed_evictions=True),
     ),
     TimedMutant(
         "a late reader joining a hung load",
-        Span(hung_loads=True, looks=1),
+        Span(hung_loads=True, readers=2, looks=0, staleness=0, until=3),
         (("            or self._too_old(load.started, now)\n", ""),),
+    ),
+    TimedMutant(
+        "a hung load stores beside the one that replaced it",
+        Span(hung_loads=True, readers=2, looks=1, staleness=0, until=3),
+        (("            older.voided = True", "            pass"),),
     ),
     TimedMutant(
         "age counted from the end of a load",
@@ -170,5 +408,50 @@ TIMED_MUTANTS = [
                 "return now - load_started > self._age_limit + 1 and",
             ),
         ),
+    ),
+    TimedMutant(
+        "hits of any age",
+        Span(looks=0, staleness=0, until=3),
+        (
+            (
+                "or now >= entry.expires_at or self._too_old(entry.load_started, now):",
+                "or now >= entry.expires_at:",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "watermark without end",
+        Span(looks=1, staleness=0, until=3),
+        (("return now <= self.until and", "return"),),
+    ),
+    TimedMutant(
+        "a suspect instance serves without limit",
+        Span(staleness=None, losses=1, looks=0, until=5),
+        (("SUSPECT_AGE if self._doubts else math.inf", "math.inf"),),
+    ),
+    TimedMutant(
+        "a doubt that changes nothing",
+        Span(staleness=None, losses=1, looks=0, until=5),
+        (
+            (
+                "        self._doubts[about] = reason\n        self._set_age_limit()\n",
+                "        self._doubts[about] = reason\n",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "a resumed queue trusted before its marker, with ticks",
+        RESUMED_IN_TIME,
+        (('self.doubt("subscription", "catching up with the queue")', 'self.settle("subscription")'),),
+    ),
+    TimedMutant(
+        "the marker of an earlier subscription",
+        Span(staleness=0, until=3, durable=True, losses=2, looks=0),
+        (("message.id == self._marker", "True"),),
+    ),
+    TimedMutant(
+        "silence not heard",
+        Span(silence=1, deaf=1, looks=0, writes=0),
+        (("return self._subscribed and now - self._heard_at > limit", "return False"),),
     ),
 ]

@@ -4,22 +4,17 @@ import pytest
 
 import cacheinval.coherence as rules
 
-from .explore import explore
+from .conftest import Exploring
 from .replicas import MUTANTS, SPANS, Mutant, replicated
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", SPANS)
-def test_what_a_replica_gives_is_never_staler_than_what_was_evicted(name: str) -> None:
-    explored = explore(replicated(rules, SPANS[name]), most=200_000)
-    print(f"{name}: {explored.states} states, {explored.transitions} transitions")
-    assert explored.broken is None, f"{explored.broken}, after: {explored.trace}"
-    assert explored.states > 100
+def test_what_a_replica_gives_is_never_staler_than_what_was_evicted(exploring: Exploring, name: str) -> None:
+    exploring(name, replicated(rules, SPANS[name]), 200_000)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_changed_line_is_caught(mutant: Mutant) -> None:
-    explored = explore(replicated(mutant.rules(), mutant.span), most=200_000)
-    assert explored.broken is not None, f"the mutant survived {explored.states} states"
-    print(f"{mutant.name}: {explored.broken}, after: {'; '.join(explored.trace or [])}")
+def test_a_changed_line_is_caught(exploring: Exploring, mutant: Mutant) -> None:
+    exploring(mutant.name, replicated(mutant.rules(), mutant.span), 200_000, caught=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from cacheinval.messages import Invalidate, Probe
+from cacheinval.messages import Beat, Invalidate, Probe
 
 from .explore import BrokenError
 
@@ -32,13 +32,15 @@ class Reader:
     may_store: bool | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shape:
     """How large a world is, and which of its events can happen."""
 
     keys: tuple[str, ...] = ("a",)
     tagged: bool = False
     by_tag: bool = False
+    own_tags: bool = False
+    """Each key has a tag of its own, instead of all sharing one."""
     writes: int = 2
     readers: int = 2
     losses: int = 0
@@ -47,6 +49,11 @@ class Shape:
     malformed: int = 0
     unknown_commits: int = 0
     drops: int = 0
+    origins: int = 1
+    probes: int = 0
+    renewals: int = 0
+    """How often a publishing channel is replaced by a new one, which is an origin of its own."""
+    beats: int = 0
     own: bool = False
     batches: bool = False
     keeps_entries: bool = False
@@ -55,7 +62,7 @@ class Shape:
     """Clearing takes a while (a cache outside the process), and the subscription can be lost meanwhile."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Glue:
     """Where code outside the rules could go wrong; each name is a mutation of what the project does."""
 
@@ -69,7 +76,7 @@ class Glue:
 class World:
     """The database, the queue, one instance."""
 
-    rules: str  # name of the module, for pickling
+    rules: str  # name of the module
     shape: Shape
     glue: Glue
     coherence: Any
@@ -84,11 +91,13 @@ class World:
     entries: dict[str, Any] = field(default_factory=dict)
     readers: list[Reader | None] = field(default_factory=list)
     evicted: dict[str, int] = field(default_factory=dict)
-    seq: int = 0
-    backlog: int = 0  # the newest message that waited when the queue was resumed
+    channels: list[str] = field(default_factory=list)
+    seqs: dict[str, int] = field(default_factory=dict)  # by origin
+    behind: int = 0  # messages left of those that waited when the queue was resumed
     decided: list[tuple[Any, Any]] = field(default_factory=list)  # what came, and what has to go for it
     kept: Any = None  # with the cache: the proof state as of the last eviction that was done
-    hole: bool = False  # a message was dropped, and none of the same origin has come since
+    holes: list[str] = field(default_factory=list)
+    """Origins of which a message was dropped, and none has come since."""
     left: dict[str, int] = field(default_factory=dict)
     now: float = 0.0
 
@@ -103,10 +112,16 @@ class World:
                     yield f"write {key}, reply lost", partial(World.write_unknown, key=key)
         for key in self.invisible:
             yield f"lost commit of {key} becomes visible", partial(World.become_visible, key=key)
-        if self.unpublished:
-            yield "publish", World.publish
-            if self.left["duplicates"]:
-                yield "publish, and leave the row to the relay", World.publish_twice
+        for channel, origin in enumerate(self.channels):
+            by = "" if len(self.channels) == 1 else f" by {origin}"
+            if self.unpublished:
+                yield f"publish{by}", partial(World.publish, channel=channel)
+            if self.left["renewals"]:
+                yield f"another channel instead of {origin}", partial(World.renew, channel=channel)
+            if self.left["beats"] and self.seqs[origin]:
+                yield f"{origin} beats", partial(World.beat, origin=origin)
+        if self.unpublished and self.left["duplicates"]:
+            yield "publish, and leave the row to the relay", World.publish_twice
         if self.rows:
             yield "relay publishes", World.relay
         if not self.bound:
@@ -130,18 +145,24 @@ class World:
             elif self.queue:
                 yield f"deliver {self._label(self.queue[0])}", World.deliver
                 # Not the first of an origin: nobody here knows then which number it would have had.
-                if self.left["drops"] and self.coherence._seqs:
+                if self.left["drops"] and getattr(self.queue[0], "origin", None) in self.coherence._seqs:
                     yield f"{self._label(self.queue[0])} is dropped", World.drop
                 if self.left["duplicates"]:
                     yield "deliver, then again", World.deliver_twice
             if self.left["losses"]:
                 yield "subscription lost", World.lose
+            if self.left["probes"]:
+                yield "somebody probes", World.probe
             if self.left["malformed"]:
                 yield "malformed message", World.malformed
         if self.coherence.gap_due_at is not None:
             yield "a second passes", World.pass_second
+        idle = False
         for number, reader in enumerate(self.readers):
+            if reader is None and idle:
+                continue  # the same as the first idle one
             if reader is None:
+                idle = True
                 for key in shape.keys:
                     yield f"reader {number} reads {key}", partial(World.read, number=number, key=key)
             elif reader.leads and reader.value is None:
@@ -153,7 +174,9 @@ class World:
 
     def _label(self, message: Any) -> str:
         if isinstance(message, Probe):
-            return "marker"
+            return "marker" if message.id == "m" else "probe"
+        if isinstance(message, Beat):
+            return f"beat of {message.origin}"
         return ",".join([*message.keys, *(f"tag {tag}" for tag in message.tags)])
 
     # Writing
@@ -181,28 +204,42 @@ class World:
         if not rules.owed_after(rules.WriteOutcome.UNKNOWN).delete_rows:
             self.rows.append((key, self.database[key]))
 
-    def publish(self) -> None:
-        self._send(*self.unpublished.pop(0))
+    def publish(self, channel: int) -> None:
+        self._send(*self.unpublished.pop(0), self.channels[channel])
+
+    def renew(self, channel: int) -> None:
+        self.left["renewals"] -= 1
+        if self.shape.own:
+            self.coherence.forget_echoes(self.channels[channel])
+        self.channels[channel] += "'"
+        self.seqs[self.channels[channel]] = 0
+
+    def beat(self, origin: str) -> None:
+        self.left["beats"] -= 1
+        if self.bound:
+            self.queue.append(Beat(v=1, origin=origin, seq=self.seqs[origin]))
 
     def publish_twice(self) -> None:
         self.left["duplicates"] -= 1
         key, version, own = self.unpublished.pop(0)
-        self._send(key, version, own)
+        self._send(key, version, own, self.channels[0])
         self.rows.append((key, version))
 
     def relay(self) -> None:
-        self._send(*self.rows.pop(0), own=False)
+        self._send(*self.rows.pop(0), False, "r")
 
-    def _send(self, key: str, version: int, own: bool) -> None:
-        self.seq += 1
+    def _send(self, key: str, version: int, own: bool, origin: str) -> None:
+        self.seqs[origin] += 1
         if own:
-            self.coherence.expect_echo("w", self.seq)
+            self.coherence.expect_echo(origin, self.seqs[origin])
         if self.bound:
-            names = {"tags": [TAG]} if self.shape.by_tag else {"keys": [key]}
+            names = {"tags": [self._tag(key)]} if self.shape.by_tag else {"keys": [key]}
             # The two times carry what the world's own checks need to know: which version this was, and of which key.
             which = float(self.shape.keys.index(key))
             self.queue.append(
-                Invalidate(v=1, origin="w", seq=self.seq, at=float(version), committed_at=which, **names)
+                Invalidate(
+                    v=1, origin=origin, seq=self.seqs[origin], at=float(version), committed_at=which, **names
+                )
             )
 
     # Subscribing
@@ -220,7 +257,7 @@ class World:
         self.joined = True
         if self.shape.resumes and self.left["resumed"]:
             self.coherence.resumed("m", self.now, self.kept)
-            self.backlog = self.seq
+            self.behind = len(self.queue)
             self.queue.append(Probe(v=1, id="m"))
             return
         self.left["resumed"] = 1
@@ -243,11 +280,16 @@ class World:
         self.joined = False
         self.queue[:0] = [message for message, _ in self.decided]  # not acknowledged: they come again
         self.decided.clear()
-        self.queue = [message for message in self.queue if not isinstance(message, Probe)]
+        self.queue = [message for message in self.queue if getattr(message, "id", None) != "m"]
+        self.behind = 0
         if not self.shape.resumes:
             self.bound = False
             self.queue.clear()
         self.coherence.lost("cut")
+
+    def probe(self) -> None:
+        self.left["probes"] -= 1
+        self.queue.append(Probe(v=1, id="another's"))
 
     # Receiving
 
@@ -261,8 +303,8 @@ class World:
     def drop(self) -> None:
         """An operator purges, or the queue overflows."""
         self.left["drops"] -= 1
-        self.hole = True
-        self.queue.pop(0)
+        self.holes.append(self.queue.pop(0).origin)
+        self.behind = max(0, self.behind - 1)
 
     def _receive(self, message: Any) -> None:
         self.decided.append((message, self.coherence.received(message, self.now)))
@@ -278,8 +320,10 @@ class World:
         for message, eviction in decided:
             if eviction is not None:
                 self._evict(eviction)
+            self.behind = max(0, self.behind - 1)
+            if isinstance(message, Invalidate | Beat):
+                self.holes = [origin for origin in self.holes if origin != message.origin]
             if isinstance(message, Invalidate):
-                self.hole = False
                 key = self.shape.keys[int(message.committed_at or 0)]
                 self.evicted[key] = max(self.evicted[key], int(message.at or 0))
         self.coherence.evicted(self.now)
@@ -300,8 +344,10 @@ class World:
 
     def _evict(self, eviction: Any) -> None:
         self.coherence.evict(eviction, self.now)
-        if eviction.everything and not self.shape.keeps_entries:
-            self.entries.clear()
+        if eviction.everything:
+            self.holes.clear()
+            if not self.shape.keeps_entries:
+                self.entries.clear()
         for key in eviction.keys:
             self.entries.pop(key, None)
 
@@ -313,7 +359,7 @@ class World:
         if entry is not None and self.coherence.may_serve(entry, self.now):
             self._returned(key, least, entry.value, "hit")
             return
-        tags = frozenset({TAG}) if self.shape.tagged else frozenset()
+        tags = frozenset({self._tag(key)}) if self.shape.tagged else frozenset()
         load = self.coherence.joinable(key, self.now, tags)
         if load is None and self.glue.joins_any_flight:
             load = next((r.load for r in self.readers if r is not None and r.key == key and r.leads), None)
@@ -357,7 +403,7 @@ class World:
         settled = (
             self.joined
             and not (
-                self.queue or self.decided or self.unpublished or self.rows or self.invisible or self.hole
+                self.queue or self.decided or self.unpublished or self.rows or self.invisible or self.holes
             )
             and self.coherence.suspect is None
         )
@@ -368,36 +414,34 @@ class World:
                         f"all is settled, and {key} is served as {entry.value}, not {self.database[key]}"
                     )
 
+        if self.coherence.gap_due_at is not None and self.coherence.suspect is None:
+            raise BrokenError("a gap is put off, and the instance is trusted")
         if self.coherence.suspect is None and not self.bound:
             raise BrokenError("the instance is trusted, and is not subscribed")
-        if self.joined and self.coherence.suspect is None:
-            behind = [
-                m
-                for m in [*self.queue, *(m for m, _ in self.decided)]
-                if 0 < getattr(m, "seq", 0) <= self.backlog
-            ]
-            if behind:
-                raise BrokenError(
-                    "the instance is trusted, and has not evicted what waited in the queue that it resumed"
-                )
+        if self.joined and self.coherence.suspect is None and self.behind:
+            raise BrokenError(
+                "the instance is trusted, and has not evicted what waited in the queue that it resumed"
+            )
 
-    # Copying and comparing
+    def _tag(self, key: str) -> str:
+        return f"{TAG}{key}" if self.shape.own_tags else TAG
+
+    # Comparing
 
     def _rules(self) -> Any:
         return sys.modules[self.rules]
 
     def key(self) -> Hashable:
         c = self.coherence
-        loads: list[Any] = [reader.load for reader in self.readers if reader is not None]
-        number = {id(load): at for at, load in enumerate(loads)}
         return (
             tuple(sorted(self.database.items())),
             tuple(sorted(self.invisible.items())),
             tuple(self.unpublished),
             tuple(self.rows),
-            tuple((type(m).__name__, *getattr(m, "keys", ()), getattr(m, "at", 0), getattr(m, "seq", 0)) for m in self.queue),
-            tuple((getattr(m, "seq", 0), e is None) for m, e in self.decided),
-            (self.bound, self.joined, self.clearing, self.now, self.seq, self.backlog, self.hole),
+            tuple(map(_message_key, self.queue)),
+            tuple((*_message_key(m), e is None) for m, e in self.decided),
+            (self.bound, self.joined, self.clearing, self.now, self.behind),
+            tuple(self.seqs.items()), tuple(self.channels), tuple(self.holes),
             tuple(sorted(c._echoes)),
             tuple(sorted(self.left.items())),
             tuple(sorted(self.evicted.items())),
@@ -405,25 +449,41 @@ class World:
                 (key, e.value, c.epoch - e.epoch, c._generation - e.generation, e.load_started)
                 for key, e in sorted(self.entries.items())
             ),
-            tuple(
-                None
-                if r is None
-                else (r.key, r.least, r.leads, r.value, r.may_store, r.load.voided, c.epoch - r.load.epoch,
-                      c._generation - r.load.generation, loads.index(r.load), r.load.started)
-                for r in self.readers
-            ),
-            tuple(sorted((key, number.get(id(load), -1)) for key, load in c._loads.items())),
-            tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())),
+            self._reading(),
+            tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())), c._generation - c._tag_floor,
             tuple(sorted(c._doubts)),
             tuple(c._seqs.items()),
             self.kept and tuple(self.kept.seqs.items()),
             c._marker, c._marker_passed, c._tick_passed is None, c._subscribed, c._gap_due, c._last_gap,
         )  # fmt: skip
 
+    def _reading(self) -> Hashable:
+        """The reads under way; which reader is which does not matter."""
+        c = self.coherence
+        loads: dict[int, tuple[Any, list[tuple[Any, ...]]]] = {}
+        for r in self.readers:
+            if r is not None:
+                of = loads.setdefault(id(r.load), (r.load, []))
+                of[1].append((r.key, r.least, r.leads, r.value or 0, str(r.may_store)))
+        return tuple(
+            sorted(
+                (load.key, load.started, load.voided, c.epoch - load.epoch, c._generation - load.generation,
+                 c._loads.get(load.key) is load, tuple(sorted(readers)))
+                for load, readers in loads.values()
+            )
+        )  # fmt: skip
+
+
+def _message_key(message: Any) -> tuple[Hashable, ...]:
+    return (
+        type(message).__name__, *getattr(message, "keys", ()), getattr(message, "at", 0),
+        getattr(message, "origin", ""), getattr(message, "seq", 0), getattr(message, "id", ""),
+    )  # fmt: skip
+
 
 def world(rules: Any, shape: Shape, glue: Glue | None = None) -> World:
     """The world at its start: nothing cached, not subscribed yet."""
-    keys = shape.keys
+    keys, channels = shape.keys, [f"w{number}" for number in range(shape.origins)]
     return World(
         rules=rules.__name__,
         shape=shape,
@@ -432,6 +492,8 @@ def world(rules: Any, shape: Shape, glue: Glue | None = None) -> World:
         database=dict.fromkeys(keys, 1),
         evicted=dict.fromkeys(keys, 0),
         readers=[None] * shape.readers,
+        channels=channels,
+        seqs=dict.fromkeys([*channels, "r"], 0),
         left={
             "writes": shape.writes,
             "losses": shape.losses,
@@ -439,6 +501,9 @@ def world(rules: Any, shape: Shape, glue: Glue | None = None) -> World:
             "malformed": shape.malformed,
             "drops": shape.drops,
             "unknown_commits": shape.unknown_commits,
+            "renewals": shape.renewals,
+            "beats": shape.beats,
+            "probes": shape.probes,
             "resumed": 0,
         },
     )
