@@ -49,11 +49,20 @@ class Channel(Protocol):
     def origin(self) -> str:
         """The random name of this channel's lifetime."""
 
-    async def send(self, body: bytes) -> None:
+    async def send(self, body: bytes, correlation_id: str | None = None) -> None:
         """Publishes `body` to every subscriber; returns when the broker has confirmed it.
+
+        With a `correlation_id` it asks each of them for an answer, which `listen` has to be called for before.
 
         Raises:
             PublishError: not confirmed in time, or refused. It may still arrive; the channel is to be closed.
+        """
+
+    async def listen(self, answered: Callable[[str, bytes], None]) -> None:
+        """From now on `answered` is given the correlation id and the body of each answer to what is sent here.
+
+        Raises:
+            PublishError: no answers can be had; the channel is to be closed.
         """
 
     async def close(self) -> None:

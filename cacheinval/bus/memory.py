@@ -25,7 +25,7 @@ class EventBus:
 
     def __init__(self) -> None:
         self._receptions: set[Reception] = set()
-        self._questions: dict[str, Answers] = {}
+        self._listeners: dict[str, Callable[[str, bytes], None]] = {}
         self._since = time.time()
         self._deliveries = self._rejected = self._confirmed = self._unrouted = 0
 
@@ -89,9 +89,9 @@ class EventBus:
 
     async def answer(self, delivery: Delivery, body: bytes) -> None:
         """Sends `body` to whoever asked by `delivery`; whether that still waits does not matter."""
-        answers = self._questions.get(delivery.reply_to or "")
-        if answers is not None:
-            answers.add(body)
+        answered = self._listeners.get(delivery.reply_to or "")
+        if answered is not None:
+            answered(delivery.correlation_id or "", body)
 
     async def ask(
         self, body: bytes, wait: float, enough: Callable[[Sequence[bytes]], bool] = lambda answers: False
@@ -101,12 +101,20 @@ class EventBus:
         It returns at once when `enough`, which is called with those so far as each arrives, says so.
         """
         question = secrets.token_hex(16)
-        answers = self._questions[question] = Answers(enough)
+        answers = Answers(enough)
+        self._listeners[question] = lambda _, answer: answers.add(answer)
         try:
             self.publish(Delivery(body, reply_to=question, correlation_id=question))
             return await answers.wait(wait)
         finally:
-            del self._questions[question]
+            del self._listeners[question]
+
+    def listen(self, address: str, answered: Callable[[str, bytes], None] | None) -> None:
+        """Answers to what is sent with this `reply_to` go to `answered`; None: to nobody any more."""
+        if answered is None:
+            self._listeners.pop(address, None)
+        else:
+            self._listeners[address] = answered
 
     async def close(self) -> None:
         """Does nothing: other clients may hold the same bus."""
@@ -119,7 +127,7 @@ class EventChannel:
         self.origin = secrets.token_hex(16)
         self._bus: EventBus | None = bus
 
-    async def send(self, body: bytes) -> None:
+    async def send(self, body: bytes, correlation_id: str | None = None) -> None:
         """Publishes `body` to every subscriber; it waits for each of them when this returns.
 
         Raises:
@@ -127,10 +135,17 @@ class EventChannel:
         """
         if self._bus is None:
             raise PublishError("the channel is closed")
-        self._bus.publish(Delivery(body))
+        self._bus.publish(Delivery(body, correlation_id and self.origin, correlation_id))
+
+    async def listen(self, answered: Callable[[str, bytes], None]) -> None:
+        """See `bus.Channel.listen`."""
+        if self._bus is not None:
+            self._bus.listen(self.origin, answered)
 
     async def close(self) -> None:
         """Gives the channel back."""
+        if self._bus is not None:
+            self._bus.listen(self.origin, None)
         self._bus = None
 
 

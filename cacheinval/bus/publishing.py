@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from aio_pika import DeliveryMode, ExchangeType, Message
@@ -13,6 +14,9 @@ from aiormq.abc import DeliveredMessage
 from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, Counts, explain, within
 from cacheinval.errors import PublishError
 from cacheinval.messages import CONTENT_TYPE, MESSAGE_TYPE
+
+ANSWERS = "amq.rabbitmq.reply-to"
+"""RabbitMQ's direct reply-to: what is sent to it goes to the channel that asked, and ends with it. There is no queue."""
 
 __all__ = ["Publishing", "RabbitChannel", "open_exchange"]
 
@@ -29,11 +33,32 @@ class RabbitChannel:
         self._exchange = exchange
         self._timeout = timeout
         self._counts = counts
+        self._reply_to: str | None = None
+
+    async def listen(self, answered: Callable[[str, bytes], None]) -> None:
+        """From now on `answered` is given the correlation id and the body of each answer to what is sent here.
+
+        Raises:
+            PublishError: the broker does not give any; the channel is of no use any more.
+        """
+
+        async def arrive(message: DeliveredMessage) -> None:
+            answered(message.header.properties.correlation_id or "", message.body)
+
+        try:
+            underlay = await within(self._timeout, self._channel.get_underlay_channel())
+            await within(self._timeout, underlay.basic_consume(ANSWERS, arrive, no_ack=True))
+        except Exception as error:
+            self.failure = f"the broker gives no answers: {explain(error)}"
+            raise PublishError(self.failure) from error
+        self._reply_to = ANSWERS
 
     async def send(
-        self, body: bytes, *, to: str = "", reply_to: str | None = None, correlation_id: str | None = None
+        self, body: bytes, correlation_id: str | None = None, *, to: str = "", reply_to: str | None = None
     ) -> None:
         """Publishes `body`, with the routing key `to`; returns when the broker has confirmed it.
+
+        With a `correlation_id` it asks for answers: to `reply_to`, else to whoever has called `listen`.
 
         That no queue was there to take it is a success. Calls may overlap; they go out in their order.
 
@@ -50,7 +75,7 @@ class RabbitChannel:
             app_id=self.origin,
             timestamp=int(time.time()),
             delivery_mode=DeliveryMode.PERSISTENT,
-            reply_to=reply_to,
+            reply_to=reply_to or (self._reply_to if correlation_id else None),
             correlation_id=correlation_id,
         )
         task = asyncio.current_task()

@@ -789,3 +789,54 @@ def test_a_ca_file_that_is_none_is_refused_at_once(tmp_path: Path, namespace: st
         settings = Settings(broker_url="amqps://localhost/", broker_ca_file=str(path), namespace=namespace)
         with pytest.raises(ConfigurationError, match=f"CACHEINVAL_BROKER_CA_FILE={path}: accepted"):
             RabbitBus(settings)
+
+
+# Answers
+
+
+async def test_what_asks_is_answered_to_its_own_channel(
+    instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    near, far = instances(), instances()
+    receivers = [Recorder(), Recorder()]
+    for bus, receiver in zip((near, far), receivers, strict=True):
+        subscribe(bus, receiver)
+        await eventually(lambda receiver=receiver: receiver.ready)
+    heard: list[tuple[str, bytes]] = []
+    channel = await near.open_channel()
+    await channel.listen(lambda message, body: heard.append((message, body)))
+    await channel.send(b"stale?", "m1")
+    await channel.send(b"no question")
+    await eventually(lambda: [len(receiver.begun) for receiver in receivers] == [2, 2])
+    assert [delivery.reply_to is None for delivery in receivers[0].begun] == [False, True]
+    for number, (bus, receiver) in enumerate(zip((near, far), receivers, strict=True)):
+        await bus.answer(receiver.begun[0], b"evicted by %d" % number)
+    await eventually(lambda: sorted(heard) == [("m1", b"evicted by 0"), ("m1", b"evicted by 1")])
+    await channel.close()
+    await far.answer(receivers[1].begun[0], b"nobody is there any more")
+    await far.answer(Delivery(b"", "amq.rabbitmq.reply-to.nonsense", "m1"), b"nor here")
+    await far.answer(receivers[1].begun[0], b"and this channel is still good")
+
+
+async def test_a_new_connection_is_asked_and_answered_anew(
+    instances: Instances, subscribe: Subscribe, eventually: Eventually, rabbitmq: RabbitMQ
+) -> None:
+    async with Proxy("127.0.0.1", int(rabbitmq.url.rsplit(":", 1)[1].strip("/").split("/")[0])) as proxy:
+        near, far, receiver = instances(), instances(_through(proxy, rabbitmq.url)), Recorder()
+        subscribe(near, receiver)
+        await eventually(lambda: receiver.ready)
+        heard: list[tuple[str, bytes]] = []
+        for number in range(2):
+            channel = await far.open_channel()
+            await channel.listen(lambda message, body: heard.append((message, body)))
+            await channel.send(b"stale?", f"m{number}")
+            await eventually(lambda number=number: len(receiver.begun) == number + 1)
+            await near.answer(receiver.begun[number], b"evicted")
+            await eventually(lambda number=number: heard[-1:] == [(f"m{number}", b"evicted")])
+            proxy.cut_open()
+            await eventually(lambda: far.state["publisher"] == "idle")
+
+
+def _through(proxy: Proxy, url: str) -> str:
+    before, _, rest = url.partition("127.0.0.1:")
+    return f"{before}127.0.0.1:{proxy.port}{rest.lstrip('0123456789')}"

@@ -239,3 +239,23 @@ def test_another_event_loop_has_another_bus() -> None:
     assert asyncio.run(bus()) is not asyncio.run(bus())
     gc.collect()
     assert not memory._buses
+
+
+async def test_what_asks_is_answered_to_its_own_channel(run: Run, eventually: Eventually) -> None:
+    bus, receiver = EventBus(), Recorder()
+    run(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    heard: list[tuple[str, bytes]] = []
+    asking, other = await bus.open_channel(), await bus.open_channel()
+    for channel in (asking, other):
+        await channel.listen(lambda message, body: heard.append((message, body)))
+    await asking.send(b"stale?", "m1")
+    await asking.send(b"no question")
+    await eventually(lambda: len(receiver.begun) == 2)
+    question, statement = receiver.begun
+    await bus.answer(question, b"evicted")
+    await bus.answer(statement, b"nobody asked")
+    assert heard == [("m1", b"evicted")]
+    await asking.close()
+    await bus.answer(question, b"too late")
+    assert heard == [("m1", b"evicted")]
