@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SchemaMissingError,
         SubscriptionError,
     )
+    from cacheinval.receipts import Receipt
     from cacheinval.settings import Settings
     from cacheinval.writes import Transaction
 
@@ -30,6 +31,7 @@ __all__ = [
     "Client",
     "CoherentCache",
     "Read",
+    "Receipt",
     "Settings",
     "Transaction",
     "BusError",
@@ -52,6 +54,7 @@ _HOMES = {
     "Client": "client",
     "CoherentCache": "cache",
     "Read": "cache",
+    "Receipt": "receipts",
     "Settings": "settings",
     "Transaction": "writes",
 }

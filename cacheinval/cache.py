@@ -197,9 +197,11 @@ class CoherentCache(ABC):
         else:
             self.counters.misses += 1
         outcome: Literal["miss", "bypass"] = "bypass" if bypassing else "miss"
+        began = now
         while (load := self._coherence.joinable(key, now, tags)) is not None:
+            shared = self._coherence.may_give(load, began)
             landed = await self._wait_for(load)
-            if landed is not _ABANDONED:
+            if shared and landed is not _ABANDONED:
                 self._inherit(load)
                 return Read(landed, outcome, False)
             now = self._now()  # whoever loaded was cancelled; that is no reason to fail for those who waited

@@ -6,18 +6,20 @@ import inspect
 import logging
 import os
 import random
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import version
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, overload
 
 import asyncpg
 import msgspec
 
 from cacheinval import logs
+from cacheinval.asking import Answering, Asking
 from cacheinval.audit import AuditAnswer, Auditor, AuditReport, Loaders
 from cacheinval.backends.attached import AttachedCache
 from cacheinval.backends.memory import BoundedMemoryCache
@@ -40,9 +42,12 @@ from cacheinval.errors import (
 )
 from cacheinval.messages import Ask, Audit, encode
 from cacheinval.outbox import Outbox, apply_schema
+from cacheinval.outbox.instances import Instances, Registrar
 from cacheinval.outbox.relay import Relay
 from cacheinval.publisher import Publisher, Unpublished
+from cacheinval.receipts import Question, Receipt
 from cacheinval.receiver import Instance
+from cacheinval.registration import Registered, Registration
 from cacheinval.settings import Settings, mask_url
 from cacheinval.versions import VersionOf
 from cacheinval.writes import Invalidations, Transaction, Writes
@@ -115,11 +120,18 @@ class Client:
         self._subscribe = subscribe
         self._pool, self._own_pool = pool, pool is None
         self._has_database = pool is not None or bool(self.settings.database_url)
+        self._registration = Registration(
+            self.settings.max_staleness,
+            self.settings.max_clock_skew,
+            required=self._has_database and self.settings.max_staleness is not None,
+            outlives=self.settings.cache_is_external,
+        )
         self._coherence = Coherence(
             self.settings.max_staleness,
             self.settings.max_clock_skew,
             gap_interval=0 if self.settings.cache_is_external else None,
             max_replica_lag=self.settings.max_replica_lag,
+            registration=self._registration,
         )
         if self._has_database:
             self._coherence.proof.await_source()
@@ -131,12 +143,23 @@ class Client:
         self._asked_audit: asyncio.Task[None] | None = None
         self._caches: list[Any] = [self.cache]
         self._outbox = Outbox(self.settings.namespace)
+        # A cache outside the process is the same one when the next process takes over.
+        session = "" if self.settings.cache_is_external else secrets.token_hex(8)
+        me = Registered(self.settings.instance_id, session, self.settings.max_staleness)
+        instances = Instances(lambda: self.pool, self.settings.namespace, self.settings.max_clock_skew)
+        self._asking = Asking(
+            instances.count if self._has_database else None,
+            self.settings.max_clock_skew,
+            (me.id, me.session) if subscribe else None,
+        )
+        self._answering = Answering(self._say_evicted, (me.id, me.session))
         self.publisher = Publisher(
             self._open_channel,
             self._delete_rows if self._has_database else None,
             self._coherence,
             self.settings.publish_timeout,
             self.settings.tick_interval,
+            self._asking,
         )
         self.instance = Instance(
             self._coherence,
@@ -148,8 +171,17 @@ class Client:
             keeper=self._keeper,
             tick_interval=self.settings.tick_interval,
             max_clock_skew=self.settings.max_clock_skew,
+            confirm=self._answering.evicted,
         )
-        self._writes = Writes(lambda: self.pool, self._outbox, self.publisher, self._evict_here)
+        self._registrar = Registrar(
+            instances,
+            me,
+            self._registration,
+            self._clock.now,
+            self._may_register,
+            self.instance.registered,
+        )
+        self._writes = Writes(lambda: self.pool, self._outbox, self.publisher, self._evict_here, self._asking)
         self.relay = self._make_relay()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._bus_run: asyncio.Task[None] | None = None
@@ -174,7 +206,9 @@ class Client:
             )  # made here, so that its own settings are refused at start
             stack.push_async_callback(self._stop, "publisher", "outbox", "asides")
             stack.push_async_callback(self.publisher.flush, FLUSH_TIMEOUT)
-            stack.push_async_callback(self._stop, "subscription", "gaps", "watch", "source", "audit", "relay")
+            stack.push_async_callback(
+                self._stop, "subscription", "gaps", "watch", "source", "audit", "relay", "answers"
+            )
             self._start("publisher", self.publisher.run)
             if self._has_database:
                 self._start("outbox", self.publisher.delete_confirmed)
@@ -185,10 +219,14 @@ class Client:
             if self._subscribe:
                 self._start("gaps", self.instance.begin_epochs_put_off)
                 self._start("watch", self.instance.watch)
+                self._start("answers", self._answering.run)
                 if self.settings.audit_interval:
                     self._start("audit", self.auditor.run)
                 if self._has_database:
                     self._start("source", self._learn_source)
+                    self._start("registration", self._registrar.run)
+                    stack.push_async_callback(self._registrar.leave)
+                    stack.push_async_callback(self._stop, "registration")
                 self._start("subscription", self._stay_subscribed)
             self._stack = stack.pop_all()
         return self
@@ -310,20 +348,26 @@ class Client:
         return self._pool
 
     @asynccontextmanager
-    async def transaction(self, **options: Any) -> AsyncIterator[Transaction]:
+    async def transaction(self, *, wait: float | None = None, **options: Any) -> AsyncIterator[Transaction]:
         """A database transaction; what it invalidates is evicted here and published when it has committed.
 
         Reads of `client.cache` within it go past the cache, so that they see its changes.
 
         Args:
+            wait: seconds; leaving the block then takes until every instance has evicted, at most that long, and
+                `tx.receipt` says who has. The write is committed either way.
             options: as in asyncpg's `Connection.transaction`.
 
         Raises:
             SchemaMissingError: `cacheinval schema apply` has not been run.
             NoDatabaseError: there is no database.
+            ValueError: `wait` is not more than 0, or not finite.
         """
-        async with self._writes.transaction(**options) as tx:
-            yield tx
+        with self._asking.about(wait) as question:
+            async with self._writes.transaction(question, **options) as tx:
+                yield tx
+            if question is not None:
+                tx.receipt = await self._asking.receipt(question)
 
     async def execute(
         self,
@@ -399,14 +443,31 @@ class Client:
             rows = self._outbox.rows(invalidations.keys, tags=invalidations.tags, publish_here=False)
             await self._outbox.record(connection, rows)
 
-    async def invalidate(self, *keys: str, tags: Collection[str] = (), everything: bool = False) -> None:
+    @overload
+    async def invalidate(
+        self, *keys: str, tags: Collection[str] = (), everything: bool = False, wait: None = None
+    ) -> None: ...
+
+    @overload
+    async def invalidate(
+        self, *keys: str, tags: Collection[str] = (), everything: bool = False, wait: float
+    ) -> Receipt: ...
+
+    async def invalidate(
+        self, *keys: str, tags: Collection[str] = (), everything: bool = False, wait: float | None = None
+    ) -> Receipt | None:
         """Evicts these everywhere, for a change that is not in this database.
 
         With a database it returns when the outbox row is committed: the relay sends it, whatever becomes of the broker.
 
+        Args:
+            wait: seconds; it then returns when every instance has evicted, or after that long, with a receipt that says
+                who has. Without a database nobody knows how many there are: it waits all that time, and says who answered.
+
         Raises:
             PublishError: without a database: the broker did not confirm it. It may have arrived nevertheless.
             InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
+            ValueError: `wait` is not more than 0, or not finite.
         """
         invalidations = Invalidations()
         invalidations.add(keys, tags, everything=everything)
@@ -414,20 +475,29 @@ class Client:
             raise InvalidKeyError(
                 "nothing to invalidate; accepted: at least one key or tag, or everything=True"
             )
-        if self._has_database:
-            await self._writes.invalidate(invalidations)
-            return
+        with self._asking.about(wait) as question:
+            if self._has_database:
+                await self._writes.invalidate(invalidations, question)
+            else:
+                await self._publish(invalidations, question)
+            return None if question is None else await self._asking.receipt(question)
+
+    async def _publish(self, invalidations: Invalidations, question: Question | None) -> None:
+        """Without a database: what is said is safe once the broker has confirmed it, and not before."""
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         evicting = self._evict_here(
-            Eviction(invalidations.keys, invalidations.tags, everything, reason="own write")
+            Eviction(invalidations.keys, invalidations.tags, invalidations.everything, reason="own write")
         )
+        if question is not None:
+            self._asking.committed(question, evicted_here=evicting is None)
         self.publisher.submit(
             Unpublished(
                 keys=invalidations.keys,
                 tags=invalidations.tags,
-                everything=everything,
+                everything=invalidations.everything,
                 evicted_here=evicting is None,
                 confirmed=confirmed,
+                question=question,
             )
         )
         if evicting is not None:
@@ -448,7 +518,9 @@ class Client:
             async with self.pool.acquire(timeout=CONNECT_TIMEOUT) as connection:
                 await apply_schema(connection)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            raise DatabaseError(f"the database cannot be used: {error or 'no answer in time'}") from error
+            raise DatabaseError(
+                f"the database cannot be used: {str(error) or 'no answer in time'}"
+            ) from error
 
     # What the parts ask for
 
@@ -540,6 +612,13 @@ class Client:
                     await self.instance.trusted.wait()
         return await self.bus.open_channel()
 
+    def _may_register(self) -> bool:
+        # Of two processes with one id the second hears nothing, and is not to be counted as the first one.
+        return not self.settings.cache_is_external or self._coherence.subscribed
+
+    async def _say_evicted(self, delivery: Any, body: bytes) -> None:
+        await self.bus.answer(delivery, body)
+
     async def _publish_probe(self, body: bytes) -> None:
         async with asyncio.timeout(2 * self.settings.publish_timeout):
             channel: Channel = await self.bus.open_channel()
@@ -612,6 +691,7 @@ class Client:
             "started_at": self._started_at,
             "watermark_age": self.watermark_age,
             "tick_refused": self._coherence.proof.refused,
+            "registration": self._registrar.state if self._subscribe and self._has_database else None,
             "broker": getattr(self.bus, "state", None),
             "relay": None if self.relay is None else self.relay.state,
             "publisher": {"failing": self.publisher.failing, "waiting": self.publisher.waiting},

@@ -14,6 +14,7 @@ from typing import Any
 
 from cacheinval.floors import MAX_AT_ONCE, NO_FLOOR, Floors
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
+from cacheinval.registration import NOT_YET, Registration
 
 __all__ = [
     "Coherence",
@@ -342,6 +343,7 @@ class Coherence:
         gap_interval: seconds between two epochs begun for gaps, one second if None. 0 for a cache outside the process:
             a gap that was put off is forgotten when the process ends, and such a cache outlives it.
         max_replica_lag: seconds by which a replica that loaders read may lag behind the primary.
+        registration: under which alone anything is served, if it is required; None: nothing depends on any.
     """
 
     def __init__(
@@ -350,15 +352,20 @@ class Coherence:
         max_clock_skew: float = 0.1,
         gap_interval: float | None = None,
         max_replica_lag: float = 30.0,
+        registration: Registration | None = None,
     ) -> None:
         self._gap_interval = gap_interval
         self._max_replica_lag = max_replica_lag
         self._floors = Floors(max_replica_lag, wanted=False)
         self.proof = Proof(max_staleness, max_clock_skew)
+        self.registration = registration or Registration()
+        self._registers = self.registration.required
         self.epoch = 1
         self.counters = Counters()
         self._max_staleness = max_staleness
         self._doubts: dict[str, str] = {"subscription": "not subscribed yet"}
+        if self.registration.required:
+            self._doubts["registration"] = NOT_YET
         self._age_limit = 0.0
         self._set_age_limit()
 
@@ -390,6 +397,8 @@ class Coherence:
         """Whether a read that begins at `now` may be answered with `entry`."""
         if entry.epoch != self.epoch or now >= entry.expires_at or self._too_old(entry.load_started, now):
             return False
+        if self._registers and not self.registration.covers(entry.load_started, now):
+            return False
         if entry.generation == self._generation or not entry.tags:
             return True
         if not self._tags_stand(entry.tags, entry.generation):
@@ -418,6 +427,14 @@ class Coherence:
             return None  # a replica was asked without regard to when these were evicted
         load.tags |= tags
         return load
+
+    def may_give(self, load: Load, now: float) -> bool:
+        """Whether the value of `load`, which `joinable` answered, is for a read that begins at `now`.
+
+        Where no writer waits for this instance, only if the load began after the read did. The others wait until
+        it has ended, and ask again: they all share the one that is begun then.
+        """
+        return load.started > now or self.registration.covers(load.started, now)
 
     # Loading and storing
 
@@ -493,9 +510,16 @@ class Coherence:
 
     def bypassing(self, entry: Entry | None, now: float) -> bool:
         """Whether a load is made because freshness cannot be proven, rather than because nothing is cached."""
-        if self._doubts:
+        if self._doubts or now >= self.registration.until:
             return True
-        return entry is not None and entry.epoch == self.epoch and self._too_old(entry.load_started, now)
+        return (
+            entry is not None
+            and entry.epoch == self.epoch
+            and (
+                self._too_old(entry.load_started, now)
+                or not self.registration.covers(entry.load_started, now)
+            )
+        )
 
     def end_load(self, load: Load) -> None:
         """The load has ended, however it did."""
@@ -622,6 +646,11 @@ class Coherence:
         """What to keep with a cache outside the process, before that is acknowledged which led to it."""
         latest = list(self._seqs.items())[-MAX_ORIGINS_KEPT:]
         return ProofState(dict(latest), self.proof.checked_until, self.proof.extends, self.proof.source)
+
+    @property
+    def subscribed(self) -> bool:
+        """Whether a queue of this instance receives what is published."""
+        return self._subscribed
 
     @property
     def marker(self) -> str | None:
@@ -753,6 +782,7 @@ class Coherence:
         self._tick_passed = None
         self.proof.start_over()
         self._floors.forget(now)
+        self.registration.forget()
         return Eviction(everything=True, reason="clock stepped")
 
     def put_off_gap(self, reason: str) -> None:

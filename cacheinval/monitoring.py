@@ -197,6 +197,10 @@ def _gauges(status: Mapping[str, Any]) -> Iterator[Metric]:
         "publisher_failing": (publisher["failing"], "Whether the last publish failed."),
         "publisher_waiting": (publisher["waiting"], "Names that wait to be published."),
     }
+    registration = status.get("registration")
+    if registration is not None:
+        registered = registration["state"] == "registered"
+        values["registered"] = (registered, "Whether writers that wait for the others count this instance.")
     if relay is not None:
         leads = relay["state"] in ("leader", "blocked")
         values["relay_leader"] = (leads, "Whether this process relays the outbox.")

@@ -39,8 +39,17 @@ class Channel(Protocol):
 
     @property
     def origin(self) -> str: ...
-    async def send(self, body: bytes) -> None: ...
+    async def send(self, body: bytes, correlation_id: str | None = None, /) -> None: ...
+    async def listen(self, answered: Callable[[str, bytes], None]) -> None: ...
     async def close(self) -> None: ...
+
+
+class Asking(Protocol):
+    """Whose questions are published along with a write, and who is told what is answered."""
+
+    def sent(self, question: Any, messages: Sequence[str]) -> None: ...
+    def left(self, question: Any, reason: str) -> None: ...
+    def answered(self, message: str, body: bytes) -> None: ...
 
 
 @dataclass(slots=True)
@@ -59,6 +68,8 @@ class Unpublished:
     evicted_here: bool = False
     committed_at: float = field(default_factory=time.time)
     confirmed: "asyncio.Future[None] | None" = None
+    question: Any = None
+    """What the writer wants to know of the others, if it waits for them."""
 
     @property
     def size(self) -> int:
@@ -85,6 +96,7 @@ class Publisher:
         delete_rows: deletes confirmed rows of the outbox, and notes there the last confirmed number of each origin, so
             that ticks can tell it; None without a database.
         timeout: seconds for one publish, confirm included.
+        asking: whose questions are asked; None if nobody has any.
     """
 
     def __init__(
@@ -94,6 +106,7 @@ class Publisher:
         coherence: Coherence,
         timeout: float,
         tick_interval: float = 1.0,
+        asking: Asking | None = None,
     ) -> None:
         self.counters = PublisherCounters()
         self._open_channel = open_channel
@@ -104,7 +117,9 @@ class Publisher:
         self._confirmed_seqs: dict[str, int] = {}
         self._sending = False
         self._beat_until = 0.0
+        self._asking = asking
         self._channel: Channel | None = None
+        self._listening: Channel | None = None
         self._seq = 0
         self._failing_since: float | None = None
         self._retry_at = 0.0
@@ -237,14 +252,30 @@ class Publisher:
         at, committed_at = time.time(), min(one.committed_at for one in batch)
         evicted_here = all(one.evicted_here for one in batch)
         messages = list(split(*_together(batch)))
+        questions = [one.question for one in batch if one.question is not None]
+        if questions and self._asking is not None and self._listening is not self._channel:
+            await self._channel.listen(self._asking.answered)
+            self._listening = self._channel
+        first = self._seq + 1
         bodies = [self._stamp(self._channel, message, at, committed_at, evicted_here) for message in messages]
-        if len(bodies) == 1:
-            await self._channel.send(bodies[0])
+        ids = self._ask(questions, [f"{self._channel.origin}.{seq}" for seq in range(first, self._seq + 1)])
+        sending = [self._channel.send(body, *asked) for body, *asked in zip(bodies, *ids, strict=True)]
+        if len(sending) == 1:
+            await sending[0]
         else:
-            results = await asyncio.gather(*map(self._channel.send, bodies), return_exceptions=True)
+            results = await asyncio.gather(*sending, return_exceptions=True)
             for problem in filter(None, results):
                 raise problem
         self.counters.confirmed_messages += len(messages)
+
+    def _ask(self, questions: Sequence[Any], messages: Sequence[str]) -> Sequence[Sequence[str]]:
+        """The correlation ids, one list of them, by which the messages ask for answers; none if nobody wants any."""
+        if self._asking is None or not questions:
+            return []
+        for question in questions:
+            # Whoever has evicted what all of them say, which may be other writes' as well, has evicted what this one says.
+            self._asking.sent(question, messages)
+        return [messages]
 
     def _stamp(
         self, channel: Channel, message: Invalidate, at: float, committed_at: float, evicted_here: bool
@@ -289,6 +320,8 @@ class Publisher:
 
     def _leave(self, one: Unpublished, reason: str) -> None:
         self.counters.left_to_relay += one.confirmed is None
+        if self._asking is not None and one.question is not None:
+            self._asking.left(one.question, reason)
         if one.confirmed is not None and not one.confirmed.done():
             one.confirmed.set_exception(PublishError(f"not confirmed: {reason}"))
             one.confirmed.exception()  # seen, even where the writer has gone

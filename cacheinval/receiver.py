@@ -86,6 +86,7 @@ class Instance:
         caches: whatever is to be evicted, the instance's own cache first.
         publish_probe: publishes a marker and returns when the broker has confirmed it.
         answer: called for each message that asks for this instance's status, or for an audit of it.
+        confirm: called with those that ask to be told of their eviction, when it is done.
         resubscribe: ends the subscription, so that a new one is made.
         keeper: for a cache outside the process: keeps what must outlive this process together with it.
         tick_interval: seconds.
@@ -104,6 +105,7 @@ class Instance:
         keeper: Keeper | None = None,
         tick_interval: float = 1.0,
         max_clock_skew: float = 0.1,
+        confirm: Callable[[Sequence[Delivery]], None] = lambda deliveries: None,
     ) -> None:
         self.counters = ReceiverCounters()
         self._coherence = coherence
@@ -111,6 +113,7 @@ class Instance:
         self._caches = caches
         self._publish_probe = publish_probe
         self._answer = answer
+        self._confirm = confirm
         self._resubscribe = resubscribe
         self._keeper = keeper
         self._tick_interval = tick_interval
@@ -174,6 +177,7 @@ class Instance:
         answers: list[str | None] = []
         evictions: list[Eviction] = []
         evicted: list[Invalidate] = []
+        asking: list[Delivery] = []
         for delivery in deliveries:
             message, problem = self._understand(delivery)
             answers.append(problem)
@@ -181,6 +185,8 @@ class Instance:
                 eviction = self._coherence.gap("malformed message", now)
             else:
                 eviction = self._coherence.received(message, now)
+                if delivery.reply_to and isinstance(message, Invalidate):
+                    asking.append(delivery)  # also where it had been evicted before
             if eviction is not None:
                 evictions.append(eviction)
                 if isinstance(message, Invalidate):
@@ -190,6 +196,8 @@ class Instance:
             self._tell(evicted)
         self._coherence.evicted(self._clock.now())
         await self._keep()
+        if asking:
+            self._confirm(asking)
         self._note_trust()
         if self._coherence.gap_due_at is not None:
             self._gap_put_off.set()
@@ -263,6 +271,14 @@ class Instance:
             except CacheError as error:
                 if loop.time() > give_up_at:
                     raise EvictionError(f"not evicted within {RETRY_LIMIT:g} s: {error}") from error
+
+    def registered(self, problem: str | None) -> None:
+        """The registration of this instance begins to stand (None), or no longer does (why)."""
+        if problem is None:
+            self._coherence.settle("registration")
+        elif self._coherence.registration.required:
+            self._coherence.doubt("registration", problem)
+        self._note_trust()
 
     def _note_trust(self) -> None:
         reason = self._coherence.suspect

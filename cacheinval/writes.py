@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from cacheinval.asking import Asking
 from cacheinval.cache import without_cache
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
 from cacheinval.errors import DatabaseError
 from cacheinval.messages import check_names
 from cacheinval.outbox import Outbox, Row, combine, explain
 from cacheinval.publisher import Publisher, Unpublished
+from cacheinval.receipts import Question, Receipt
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -69,6 +71,9 @@ class Invalidations:
 class Transaction:
     """An asyncpg transaction that knows what it makes stale; every method of the connection can be called on it."""
 
+    receipt: Receipt | None = None
+    """Who has evicted, once the transaction has committed and the others were waited for (`wait=`)."""
+
     def __init__(self, connection: "Connection") -> None:
         self.connection = connection
         self.invalidations = Invalidations()
@@ -102,6 +107,7 @@ class Writes:
         pool: gives the pool; raises NoDatabaseError.
         evict: evicts in every cache of this client; returns None when it has, or a future that ends (never with an
             error) when it has been tried.
+        asking: told who is known to have evicted.
     """
 
     def __init__(
@@ -110,14 +116,18 @@ class Writes:
         outbox: Outbox,
         publisher: Publisher,
         evict: Callable[[Eviction], "asyncio.Future[None] | None"],
+        asking: Asking,
     ) -> None:
         self._pool = pool
         self._outbox = outbox
         self._publisher = publisher
         self._evict = evict
+        self._asking = asking
 
     @asynccontextmanager
-    async def transaction(self, **options: Any) -> AsyncIterator[Transaction]:
+    async def transaction(
+        self, question: Question | None = None, **options: Any
+    ) -> AsyncIterator[Transaction]:
         """See `Client.transaction`."""
         async with self._connection() as connection:
             transaction = connection.transaction(**options)
@@ -135,7 +145,7 @@ class Writes:
                     async with asyncio.timeout(RELEASE_TIMEOUT):
                         await transaction.rollback()
                 raise
-            await self._settle(transaction.commit, tx.invalidations, rows, COMMIT_TIMEOUT)
+            await self._settle(transaction.commit, tx.invalidations, rows, COMMIT_TIMEOUT, question)
 
     async def statement(
         self,
@@ -160,16 +170,16 @@ class Writes:
                 lambda: call(combined, *arguments, timeout=timeout), invalidations, rows, None
             )
 
-    async def invalidate(self, invalidations: Invalidations) -> None:
+    async def invalidate(self, invalidations: Invalidations, question: Question | None = None) -> None:
         """Commits the outbox rows alone: a change that is not in this database."""
         rows = self._rows(invalidations)
         if len(rows) > 1:
-            async with self.transaction() as tx:
+            async with self.transaction(question) as tx:
                 tx.invalidations = invalidations
             return
         async with self._connection() as connection:
             await self._settle(
-                lambda: self._outbox.record(connection, rows), invalidations, rows, COMMIT_TIMEOUT
+                lambda: self._outbox.record(connection, rows), invalidations, rows, COMMIT_TIMEOUT, question
             )
 
     async def _settle(
@@ -178,6 +188,7 @@ class Writes:
         invalidations: Invalidations,
         rows: Sequence[Row],
         deadline: float | None,
+        question: Question | None = None,
     ) -> Any:
         """Runs what commits, and does what is then owed, whether its outcome is known or not."""
         outcome = WriteOutcome.UNKNOWN
@@ -197,7 +208,7 @@ class Writes:
             raise
         finally:
             # No await before everything owed is handed over: a cancelled writer still tells the others.
-            evicting = self._tell(outcome, invalidations, rows) if invalidations else None
+            evicting = self._tell(outcome, invalidations, rows, question) if invalidations else None
         if evicting is not None:
             await asyncio.wait(
                 {evicting}
@@ -205,7 +216,11 @@ class Writes:
         return result
 
     def _tell(
-        self, outcome: WriteOutcome, invalidations: Invalidations, rows: Sequence[Row]
+        self,
+        outcome: WriteOutcome,
+        invalidations: Invalidations,
+        rows: Sequence[Row],
+        question: Question | None,
     ) -> "asyncio.Future[None] | None":
         owed = owed_after(outcome)
         if not owed.publish:
@@ -219,6 +234,9 @@ class Writes:
                 versions=invalidations.versions,
             )
         )
+        evicted_here = owed.may_skip_echo and evicting is None
+        if question is not None and outcome is WriteOutcome.COMMITTED:
+            self._asking.committed(question, evicted_here=evicted_here)
         self._publisher.submit(
             Unpublished(
                 keys=invalidations.keys,
@@ -226,8 +244,9 @@ class Writes:
                 versions=invalidations.versions,
                 everything=invalidations.everything,
                 rows=[row.id for row in rows] if owed.delete_rows else (),
-                evicted_here=owed.may_skip_echo and evicting is None,
+                evicted_here=evicted_here,
                 committed_at=time.time(),
+                question=question,
             )
         )
         return evicting

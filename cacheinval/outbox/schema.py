@@ -27,6 +27,7 @@ _DEADLINE = 60.0
 
 _COMPLETE = """
     SELECT to_regclass('cacheinval.outbox') IS NOT NULL
+        AND to_regclass('cacheinval.instances') IS NOT NULL
         AND to_regprocedure('cacheinval.invalidate(text[], bigint[], text[], text)') IS NOT NULL
         AND to_regprocedure('cacheinval.untrack(regclass)') IS NOT NULL
 """

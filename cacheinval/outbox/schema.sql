@@ -5,7 +5,8 @@
 --   a role that calls cacheinval.invalidate()  nothing: PUBLIC may
 --   a role that writes a tracked table         nothing either (track.sql)
 --   an embedded client, a worker or a relay    GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …;
---                                              GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins TO …;
+--                                              GRANT SELECT, INSERT, UPDATE, DELETE
+--                                                  ON cacheinval.origins, cacheinval.instances TO …;
 --                                              GRANT SELECT ON cacheinval.schema_version TO …;
 -- Clients write the outbox by a plain INSERT, not by a function: only an INSERT can be put in front of another
 -- statement as a WITH that surely runs (a SELECT that nobody refers to is skipped), it is the cheaper of the two, and
@@ -80,6 +81,23 @@ CREATE TABLE IF NOT EXISTS cacheinval.origins (
     PRIMARY KEY (namespace, origin)
 ) WITH (
     fillfactor = 50, -- updated all the time: new versions find room in the same page
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 500,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- The live instances, for writers that wait for the others. Each renews its row, and serves from its cache only while the
+-- row stands, if it promises freshness; a row that has expired is nobody's. Times are this database's.
+CREATE TABLE IF NOT EXISTS cacheinval.instances (
+    namespace text NOT NULL,
+    id text NOT NULL,
+    session text NOT NULL, -- random for each process whose cache ends with it; '' for a cache that outlives its process
+    max_staleness float8, -- seconds after which it is safe without an answer; null: never
+    since timestamptz NOT NULL, -- from then on everybody has seen this row; 'infinity' until that is known
+    expires_at timestamptz NOT NULL,
+    PRIMARY KEY (namespace, id, session)
+) WITH (
+    fillfactor = 50, -- as above
     autovacuum_vacuum_scale_factor = 0,
     autovacuum_vacuum_threshold = 500,
     autovacuum_vacuum_cost_delay = 0

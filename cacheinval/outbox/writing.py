@@ -163,14 +163,14 @@ def explain(error: asyncpg.PostgresError) -> DatabaseError | None:
         return DatabaseError(
             f"{text}; a role that writes or publishes the outbox needs: "
             "GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …; "
-            "GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins TO …"
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins, cacheinval.instances TO …"
         )
     return None
 
 
 def _names_ours(text: str) -> bool:
     words = text.replace('"', " ").replace(".", " ").split()
-    return not {"outbox", "origins", "cacheinval"}.isdisjoint(words)
+    return not {"outbox", "origins", "instances", "cacheinval"}.isdisjoint(words)
 
 
 def _parts(

@@ -65,7 +65,9 @@ async def test_the_grants_are_what_a_client_needs(
         try:
             await owner.pool.execute(re.sub(r"\bshop\b", role, grants))
             url = re.sub(r"//[^@]+@", f"//{role}@", database_url)
-            settings = Settings(broker_url=rabbitmq.url, database_url=url, namespace=namespace)
+            settings = Settings(
+                broker_url=rabbitmq.url, database_url=url, namespace=namespace, max_staleness=5
+            )
             async with Client(settings) as client:
                 await client.wait_ready(10)
                 await client.apply_schema()
@@ -74,6 +76,8 @@ async def test_the_grants_are_what_a_client_needs(
                     await client.record(tx.connection, "price:b")
                 await eventually(lambda: client.pool.fetchval("SELECT count(*) = 0 FROM cacheinval.outbox"))
                 assert client.stats()["relay"]["published_rows"] >= 1
+                assert (await client.invalidate("price:a", wait=30)).complete
+                assert await client.pool.fetchval("SELECT count(*) FROM cacheinval.instances") == 1
         finally:
             await owner.pool.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
@@ -122,6 +126,7 @@ async def test_the_definitions_make_a_user_who_can_do_everything_that_is_needed(
         await one.invalidate("price:a")
         await eventually(lambda: two.stats()["receiver"]["messages"] == 1)
         assert [instance["id"] for instance in await one.ask_instances()] == ["one", "two"]
+        assert (await one.invalidate("price:a", wait=2)).answered == ("one", "two")
         channel = await one.bus.open_channel()
         await channel.send(b"nonsense")
         await eventually(lambda: two.stats()["receiver"]["malformed"] == 1)

@@ -441,3 +441,19 @@ async def test_replicas_lag_for_as_long_as_the_setting_says(namespace: str, even
             return replica.loads > 0
 
         await eventually(a_replica_was_asked)
+
+
+async def test_waiting_without_a_database_lists_who_answered(client: Client, other: Client) -> None:
+    receipt = await client.invalidate("k", wait=0.5)
+    assert receipt.answered == tuple(sorted(one.settings.instance_id for one in (client, other)))
+    assert (receipt.confirmed, receipt.total, receipt.complete) == (2, None, False)
+    assert receipt.reason == "there is no database"
+    assert await client.invalidate("k") is None
+
+
+@pytest.mark.parametrize("wait", [0, -1.0, float("inf"), float("nan")])
+async def test_nothing_is_invalidated_where_nobody_can_wait_so_long(client: Client, wait: float) -> None:
+    await client.cache.get_or_set("k", Source())
+    with pytest.raises(ValueError, match="accepted: seconds, more than 0 and finite"):
+        await client.invalidate("k", wait=wait)
+    assert (await client.cache.read("k", Source())).outcome == "hit"

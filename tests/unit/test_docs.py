@@ -275,11 +275,15 @@ def test_the_message_in_the_protocol_is_one() -> None:
 
 
 def test_the_columns_in_the_protocol_are_those_of_the_schema() -> None:
-    table = re.search(
-        r"CREATE TABLE IF NOT EXISTS cacheinval\.outbox \((.*?)^\)", schema_sql(), re.DOTALL | re.MULTILINE
-    )
-    assert table
-    made = re.findall(r"^    (\w+) (\S+?)[ ,]", table[1], re.MULTILINE)
+    made = []
+    for name in ("outbox", "instances"):
+        table = re.search(
+            rf"CREATE TABLE IF NOT EXISTS cacheinval\.{name} \((.*?)^\)",
+            schema_sql(),
+            re.DOTALL | re.MULTILINE,
+        )
+        assert table
+        made += re.findall(r"^    ([a-z_]+) (\S+?)[ ,]", table[1], re.MULTILINE)
     told = section(PROTOCOL, "Postgres")
     assert re.findall(r"^\| `(\w+)` \| (\S+) \|", told, re.MULTILINE) == made
     assert f"version {SCHEMA_VERSION}" in told

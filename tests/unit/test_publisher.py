@@ -28,6 +28,8 @@ class Broker:
     deleted: list[UUID] = field(default_factory=list)
     noted: list[dict[str, int]] = field(default_factory=list)
     deletes: bool = True
+    asked: list[str | None] = field(default_factory=list)
+    listeners: list[Callable[[str, bytes], None]] = field(default_factory=list)
 
     async def open_channel(self) -> "Channel":
         self.attempts += 1
@@ -49,10 +51,14 @@ class Channel:
     origin: str
     closed: bool = False
 
-    async def send(self, body: bytes) -> None:
+    async def listen(self, answered: Callable[[str, bytes], None]) -> None:
+        self.broker.listeners.append(answered)
+
+    async def send(self, body: bytes, correlation_id: str | None = None) -> None:
         message = decode(body)
         assert isinstance(message, Invalidate)
         self.broker.sent.append(message)
+        self.broker.asked.append(correlation_id)
         await self.broker.confirms.wait()
         if self.broker.fails:
             raise PublishError("refused")
@@ -423,3 +429,82 @@ async def test_after_a_failure_no_echo_is_expected(make: Make, broker: Broker, c
     eviction = coherence.received(broker.sent[0], 1.0)  # it arrives nevertheless, and late
     assert eviction is not None
     assert eviction.keys == ["a"]
+
+
+# Asking the others
+
+
+@dataclass
+class Asking:
+    """Notes what it is told."""
+
+    asked: dict[str, list[str]] = field(default_factory=dict)
+    given_up: dict[str, str] = field(default_factory=dict)
+
+    def sent(self, question: str, messages: Sequence[str]) -> None:
+        self.asked[question] = list(messages)
+
+    def left(self, question: str, reason: str) -> None:
+        self.given_up[question] = reason
+
+    def answered(self, message: str, body: bytes) -> None: ...
+
+
+async def test_a_write_that_waits_asks_in_each_of_its_messages(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    publisher._asking = asking = Asking()
+    publisher.submit(write("a"))
+    assert await publisher.flush(5)
+    assert (broker.asked, broker.listeners) == ([None], [])
+
+    publisher.submit(write(*[f"k{n}" for n in range(2_500)], question="q"))
+    assert await publisher.flush(5)
+    assert sorted(asking.asked["q"]) == ["origin0.2", "origin0.3", "origin0.4"]
+    assert broker.asked[1:] == [f"origin0.{message.seq}" for message in broker.sent[1:]]
+    assert broker.listeners == [asking.answered]
+
+    publisher.submit(write("b", question="r"))
+    assert await publisher.flush(5)
+    assert asking.asked["r"] == ["origin0.5"]
+    assert len(broker.listeners) == 1, "once for a channel"
+
+
+async def test_writes_that_go_out_together_ask_together(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    publisher._asking = asking = Asking()
+    broker.confirms.clear()
+    publisher.submit(write("first"))
+    await asyncio.sleep(0.01)
+    for one in (write("a", question="q"), write("b"), write("c", question="r")):
+        publisher.submit(one)
+    broker.confirms.set()
+    assert await publisher.flush(5)
+    assert broker.asked == [None, "origin0.2"]
+    assert asking.asked == {"q": ["origin0.2"], "r": ["origin0.2"]}
+
+
+async def test_a_write_that_is_left_to_the_relay_is_told_why(make: Make, broker: Broker) -> None:
+    publisher = await make()
+    publisher._asking = asking = Asking()
+    broker.refuses = True
+    publisher.submit(write("a", question="q"))
+    assert await publisher.flush(5)
+    assert asking.given_up == {"q": "no broker there"}
+    assert asking.asked == {}
+
+
+async def test_a_new_channel_listens_anew(make: Make, broker: Broker, eventually: Eventually) -> None:
+    publisher = await make()
+    publisher._asking = Asking()
+    broker.fails = True
+    publisher.submit(write("a", question="q"))
+    assert await publisher.flush(5)
+    broker.fails = False
+
+    def publish() -> bool:
+        publisher.submit(write("b", question="r"))
+        return len(broker.channels) == 2
+
+    await eventually(publish)
+    assert await publisher.flush(5)
+    assert len(broker.listeners) == 2

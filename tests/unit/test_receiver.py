@@ -541,3 +541,69 @@ async def test_every_delivery_has_its_answer(joined: House) -> None:
     deliveries: Sequence[Delivery] = [BAD, invalidate("a"), BAD, Delivery(b""), invalidate("b")]
     answers = await joined.instance.receive(deliveries)
     assert [answer is None for answer in answers] == [False, True, False, False, True]
+
+
+# Answering whoever waits
+
+
+@pytest.fixture
+async def asked(house: House) -> list[Delivery]:
+    """What was confirmed so far by `instance`, which is the same as the house's but for that."""
+    confirmed: list[Delivery] = []
+    house.instance._confirm = confirmed.extend
+    await house.instance.joined(resumed=False)
+    return confirmed
+
+
+def asking(*keys: str, seq: int, origin: str = "o") -> Delivery:
+    return Delivery(encode(Invalidate(v=1, origin=origin, seq=seq, keys=list(keys))), "back")
+
+
+async def test_who_asks_is_told_when_every_cache_has_evicted(house: House, asked: list[Delivery]) -> None:
+    house.caches[1].open.clear()
+    one = asking("a", seq=1)
+    receiving = asyncio.create_task(house.instance.receive([one, invalidate("b", seq=2)]))
+    while "a" not in house.caches[0].keys:
+        await asyncio.sleep(0)
+    assert asked == []
+    house.caches[1].open.set()
+    await receiving
+    assert asked == [one]
+
+
+async def test_who_asks_is_told_also_of_what_had_been_evicted_before(
+    house: House, asked: list[Delivery]
+) -> None:
+    one = asking("a", seq=1)
+    house.coherence.expect_echo("o", 1)
+    await house.instance.receive([one])
+    await house.instance.receive([one])
+    assert asked == [one, one]
+
+
+async def test_who_asks_is_not_told_of_what_could_not_be_evicted(
+    house: House, asked: list[Delivery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver, "RETRY_LIMIT", 0.01)
+    house.caches[0].down = True
+    with pytest.raises(EvictionError):
+        await house.instance.receive([asking("a", seq=1)])
+    assert asked == []
+
+
+async def test_what_is_no_invalidation_is_not_confirmed(house: House, asked: list[Delivery]) -> None:
+    await house.instance.receive(
+        [Delivery(encode(Probe(v=1, id="x")), "back"), Delivery(b"not JSON", "back"), asking("a", seq=1)]
+    )
+    assert asked == [asking("a", seq=1)]
+
+
+async def test_an_instance_that_is_not_registered_is_suspect_where_that_counts(joined: House) -> None:
+    joined.instance.registered("the database is away")
+    assert joined.instance.trusted.is_set()
+    joined.coherence.registration.required = True
+    joined.instance.registered("the database is away")
+    assert joined.coherence.suspect == "the database is away"
+    assert not joined.instance.trusted.is_set()
+    joined.instance.registered(None)
+    assert joined.instance.trusted.is_set()

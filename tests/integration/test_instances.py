@@ -1,0 +1,294 @@
+"""The table of live instances on a real Postgres: when a row stands, and who is counted."""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+from waiting import Eventually
+
+from cacheinval import Client, DatabaseError, SchemaMissingError, Settings, registration
+from cacheinval.clock import Clock
+from cacheinval.outbox import apply_schema
+from cacheinval.outbox.instances import Instances, Registrar
+from cacheinval.registration import Registered, Registration
+
+NAMESPACE = "shop"
+LEASE = 10.0
+ONE = Registered("one", "", 5.0)
+OTHER = Registered("other", "s0", None)
+
+
+@pytest.fixture
+async def db(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(database_url)
+    await apply_schema(connection)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def instances(db: asyncpg.Connection) -> Instances:
+    return Instances(lambda: db, NAMESPACE, 0.5)
+
+
+async def since(instances: Instances, one: Registered = ONE) -> float:
+    return (await instances.register(one, LEASE, 5.0))[1]
+
+
+async def is_left(db: asyncpg.Connection, seconds: float) -> None:
+    await db.execute(
+        "UPDATE cacheinval.instances SET expires_at = clock_timestamp() + make_interval(secs => $1)", seconds
+    )
+
+
+class TestSince:
+    async def test_it_is_told_by_the_second_statement_and_stays(self, instances: Instances) -> None:
+        assert await since(instances) == math.inf
+        told, first = await instances.register(ONE, LEASE, 5.0)
+        assert first <= told
+        assert await since(instances) == first
+
+    async def test_a_row_that_was_renewed_too_late_stands_anew(
+        self, instances: Instances, db: asyncpg.Connection
+    ) -> None:
+        await since(instances)
+        first = await since(instances)
+        await is_left(db, LEASE / 2 + 1)
+        assert await since(instances) == first
+        await is_left(db, LEASE / 2 - 0.001)
+        assert await since(instances) == math.inf
+        assert await since(instances) > first
+
+    async def test_a_row_that_has_ended_stands_anew(
+        self, instances: Instances, db: asyncpg.Connection
+    ) -> None:
+        await since(instances)
+        await since(instances)
+        await is_left(db, -1)
+        assert await since(instances) == math.inf
+
+    async def test_another_staleness_makes_another_instance_of_it(self, instances: Instances) -> None:
+        await since(instances)
+        await since(instances)
+        assert await since(instances, Registered("one", "", 6.0)) == math.inf
+
+    async def test_one_that_had_to_wait_for_another_statement_tells_the_time_after_it(
+        self, instances: Instances, db: asyncpg.Connection, database_url: str, eventually: Eventually
+    ) -> None:
+        await since(instances)
+        holder = await asyncpg.connect(database_url)
+        try:
+            transaction = holder.transaction()
+            await transaction.start()
+            await holder.execute("UPDATE cacheinval.instances SET session = ''")
+            renewing = asyncio.create_task(since(instances))
+            await eventually(
+                lambda: holder.fetchval(
+                    "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'transactionid'"
+                )
+            )
+            released = await holder.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+            await transaction.commit()
+            assert await renewing > released
+        finally:
+            await holder.close()
+
+
+class TestCounting:
+    async def test_whoever_is_registered_in_this_namespace_counts(
+        self, instances: Instances, db: asyncpg.Connection
+    ) -> None:
+        await since(instances)
+        await since(instances, OTHER)
+        await Instances(lambda: db, "another", 0.5).register(ONE, LEASE, 5.0)
+        assert await instances.count() == [ONE, OTHER]
+        await instances.leave(OTHER)
+        assert await instances.count() == [ONE]
+
+    async def test_whose_lease_has_ended_does_not(self, instances: Instances, db: asyncpg.Connection) -> None:
+        await since(instances)
+        await is_left(db, -0.001)
+        assert await instances.count() == []
+
+    async def test_rows_that_ended_long_ago_are_taken_away(
+        self, instances: Instances, db: asyncpg.Connection
+    ) -> None:
+        await since(instances)
+        await is_left(db, -3590)
+        await instances.forget_old()
+        assert await db.fetchval("SELECT count(*) FROM cacheinval.instances") == 1
+        await is_left(db, -3610)
+        await instances.forget_old()
+        assert await db.fetchval("SELECT count(*) FROM cacheinval.instances") == 0
+
+    async def test_nobody_is_counted_by_a_clock_that_is_wrong(self, db: asyncpg.Connection) -> None:
+        doubting = Instances(lambda: db, NAMESPACE, -1.0)  # differs by more than that, whatever it is
+        with pytest.raises(DatabaseError, match="this clock and the database's differ by"):
+            await doubting.count()
+
+
+class TestProblems:
+    async def test_a_missing_schema(self, database_url: str) -> None:
+        connection = await asyncpg.connect(database_url)
+        try:
+            with pytest.raises(SchemaMissingError):
+                await Instances(lambda: connection, NAMESPACE, 0.5).count()
+        finally:
+            await connection.close()
+
+    async def test_missing_rights(self, instances: Instances, db: asyncpg.Connection) -> None:
+        await db.execute("CREATE ROLE nobody_of_instances")
+        try:
+            await db.execute("SET ROLE nobody_of_instances")
+            with pytest.raises(
+                DatabaseError, match=r"GRANT .* ON cacheinval\.origins, cacheinval\.instances TO"
+            ):
+                await since(instances)
+            await db.execute("RESET ROLE")
+            await db.execute(
+                "GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.instances TO nobody_of_instances"
+            )
+            await db.execute("SET ROLE nobody_of_instances")
+            await since(instances)
+            assert await instances.count() == [ONE]
+            await instances.forget_old()
+            await instances.leave(ONE)
+        finally:
+            await db.execute("RESET ROLE")
+            await db.execute("DROP OWNED BY nobody_of_instances")
+            await db.execute("DROP ROLE nobody_of_instances")
+
+    async def test_a_database_that_does_not_answer(self) -> None:
+        class Silent:
+            async def fetchrow(self, query: str, *args: object, timeout: float | None = None) -> Any:
+                await asyncio.Event().wait()
+
+            async def execute(self, query: str, *args: object, timeout: float | None = None) -> str:
+                raise OSError("no route")
+
+        silent = Instances(Silent, NAMESPACE, 0.5)
+        with pytest.raises(DatabaseError, match="cannot be used: no answer in time"):
+            await silent.register(ONE, LEASE, 0.01)
+        with pytest.raises(DatabaseError, match="cannot be used: no route"):
+            await silent.leave(ONE)
+
+
+class Database:
+    """Postgres, until it is away."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self.connection = connection
+        self.away = False
+
+    async def fetchrow(self, query: str, *args: object, timeout: float | None = None) -> Any:
+        if self.away:
+            raise OSError("no route")
+        return await self.connection.fetchrow(query, *args)
+
+    async def execute(self, query: str, *args: object, timeout: float | None = None) -> str:
+        if self.away:
+            raise OSError("no route")
+        return await self.connection.execute(query, *args)
+
+
+async def test_it_is_told_once_that_it_lapses_and_once_that_it_stands_again(
+    db: asyncpg.Connection,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "cacheinval.registration")
+    monkeypatch.setattr(registration, "SHORTEST_LEASE", 1.2)
+    database = Database(db)
+    told: list[str | None] = []
+    one = Registration(None, 0.1)
+    registrar = Registrar(
+        Instances(lambda: database, NAMESPACE, 0.5),
+        Registered("one", "s0", None),
+        one,
+        Clock().now,
+        lambda: True,
+        told.append,
+    )
+
+    async def logged(count: int) -> bool:
+        return len(caplog.messages) == count
+
+    database.away = True
+    task = asyncio.create_task(registrar.run())
+    await eventually(lambda: logged(1))
+    assert "not registered: no writer waits for this instance" in caplog.messages[-1]
+    assert registrar.state["reason"] == "the database cannot be used: no route"
+    database.away = False
+    await eventually(lambda: logged(2))
+    assert registrar.state["state"] == "registered"
+    database.away = True
+    await eventually(lambda: registrar.state["state"] == "unregistered")
+    await eventually(lambda: logged(3))
+    database.away = False
+    await eventually(lambda: logged(4))
+    assert [why for why in told if why is None] == [None, None]
+    task.cancel()
+    await asyncio.wait([task])
+    await registrar.leave()
+    assert await db.fetchval("SELECT count(*) FROM cacheinval.instances") == 0
+    assert registrar.state["reason"] == "not registered any more"
+
+
+ClientOf = Callable[..., Client]
+
+
+@pytest.fixture
+def client_of(database_url: str, namespace: str) -> ClientOf:
+    def make(**settings: Any) -> Client:
+        given = {
+            "broker_url": "memory://",
+            "relay": "off",
+            "database_url": database_url,
+            "namespace": namespace,
+        }
+        return Client(Settings(**given, **settings))
+
+    return make
+
+
+ROWS = "SELECT id, session, max_staleness FROM cacheinval.instances"
+
+
+async def test_an_instance_is_in_the_table_as_long_as_it_lives(
+    db: asyncpg.Connection, client_of: ClientOf
+) -> None:
+    async with client_of(instance_id="one", max_staleness=5) as client:
+        await client.wait_ready(10)
+        (row,) = await db.fetch(ROWS)
+        assert (row["id"], row["max_staleness"]) == ("one", 5.0)
+        assert client.status()["registration"] == {
+            "state": "registered",
+            "reason": None,
+            "session": row["session"],
+            "required": True,
+        }
+    assert await db.fetch(ROWS) == []
+
+
+async def test_one_that_promises_freshness_is_not_ready_before_it_is_registered(
+    db: asyncpg.Connection, client_of: ClientOf, eventually: Eventually
+) -> None:
+    await db.execute("ALTER TABLE cacheinval.instances RENAME TO elsewhere")
+    async with client_of(max_staleness=5) as client, client_of() as eventual:
+        await eventual.wait_ready(10)
+        await eventually(lambda: client.reason == str(SchemaMissingError()))
+
+        async def load() -> int:
+            return 1
+
+        for one, outcomes in ((client, ["bypass", "bypass"]), (eventual, ["miss", "hit"])):
+            assert [(await one.cache.read("k", load)).outcome for _ in outcomes] == outcomes
+        await db.execute("ALTER TABLE cacheinval.elsewhere RENAME TO instances")
+        await client.wait_ready(10)
+        assert (await client.cache.read("k", load)).outcome == "bypass", "it was loaded before"
+        assert (await client.cache.read("k", load)).outcome == "hit"

@@ -1,0 +1,147 @@
+"""After a complete receipt nobody serves the old value, in every order of events; and what is wrong is noticed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+import cacheinval.coherence as rules
+import cacheinval.receipts as receipts
+import cacheinval.registration as registration
+
+from .explore import explore
+from .mutants import changed
+from .registration import Waiting, registering
+
+LATE = Waiting(registrations=1, lease=3, until=4)
+LAPSES = Waiting(starts_registered=True, registrations=1, loads=1, lease=3, until=6)
+HUNG = Waiting(hung_loads=True, registrations=1, lease=3, until=3, staleness=1)
+LEAVES = Waiting(starts_registered=True, leaves=1, registrations=1, loads=1, lease=3, until=4)
+TAKEN_OVER = Waiting(starts_registered=True, restarts=1, registrations=2, loads=1, until=5)
+
+SPANS = {
+    "an instance that registers late": LATE,
+    "a lease that ends, for whoever is cut off or frozen": LAPSES,
+    "loads that hang": HUNG,
+    "an instance that leaves": LEAVES,
+    "a cache that outlives its process": TAKEN_OVER,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault, where it shows, and how it is made: a changed line of a module, or a fault of the span's."""
+
+    name: str
+    span: Waiting
+    module: Literal["rules", "registration", "receipts"] = "rules"
+    line: str = ""
+    instead: str = ""
+
+
+MUTANTS = [
+    Mutant(
+        "entries from before the registration are served",
+        LATE,
+        "registration",
+        "return now < self.until and load_started > self.since",
+        "return now < self.until",
+    ),
+    Mutant(
+        "served after the lease lapsed",
+        LAPSES,
+        "registration",
+        "return now < self.until and load_started > self.since",
+        "return load_started > self.since",
+    ),
+    Mutant(
+        "an entry served without asking for the registration",
+        LATE,
+        "rules",
+        "if self._registers and not self.registration.covers(entry.load_started, now):",
+        "if False:",
+    ),
+    Mutant(
+        "m read before the commit",
+        Waiting(registrations=1, lease=3, until=4, counts_before_commit=True),
+    ),
+    Mutant(
+        "the lease counted from the answer",
+        LAPSES,
+        "registration",
+        "self._counted_until = sent + self.lease",
+        "self._counted_until = now + self.lease",
+    ),
+    Mutant(
+        "a hole forgotten where the answer came late",
+        LAPSES,
+        "registration",
+        "            return self._counted_until\n        # Another",
+        "            return math.inf\n        # Another",
+    ),
+    Mutant(
+        "a load from before the registration shared with late readers",
+        HUNG,
+        "rules",
+        "return load.started > now or self.registration.covers(load.started, now)",
+        "return True",
+    ),
+    Mutant(
+        "safe by time a second too early",
+        LAPSES,
+        "receipts",
+        "self.committed_at + one.max_staleness",
+        "self.committed_at + one.max_staleness - 1",
+    ),
+    Mutant(
+        "served after leaving",
+        LEAVES,
+        "registration",
+        "            self.until, self.since = -math.inf, math.inf\n\n    def covers",
+        "            pass\n\n    def covers",
+    ),
+    Mutant(
+        "a row taken over although its last renewal may have left a hole",
+        Waiting(
+            starts_registered=True,
+            restarts=1,
+            registrations=2,
+            loads=1,
+            until=5,
+            keeps_since_to_the_end=True,
+        ),
+    ),
+    Mutant(
+        "a row taken over by an answer that came late",
+        TAKEN_OVER,
+        "registration",
+        "return sent + self.lease / 2 - 2 * self._max_clock_skew if self._outlives",
+        "return math.inf if self._outlives",
+    ),
+    Mutant(
+        "a row that stands since it was executed, not since it was seen",
+        Waiting(restarts=1, registrations=1, lease=4, until=4, loads=1, since_when_executed=True),
+    ),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", SPANS)
+def test_nobody_serves_the_old_value_after_a_complete_receipt(name: str) -> None:
+    explored = explore(registering(rules, registration, receipts, SPANS[name]), most=200_000)
+    print(f"{name}: {explored.states} states, {explored.transitions} transitions")
+    assert explored.broken is None, f"{explored.broken}, after: {explored.trace}"
+    assert explored.states > 100
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_changed_line_is_caught(mutant: Mutant) -> None:
+    modules = {"rules": rules, "registration": registration, "receipts": receipts}
+    if mutant.line:
+        change = ((mutant.line, mutant.instead),)
+        modules[mutant.module] = changed(modules[mutant.module], change, f"waiting: {mutant.name}")
+    world = registering(modules["rules"], modules["registration"], modules["receipts"], mutant.span)
+    explored = explore(world, most=200_000)
+    assert explored.broken is not None, f"the mutant survived {explored.states} states"
+    print(f"{mutant.name}: {explored.broken}, after: {'; '.join(explored.trace or [])}")
