@@ -15,13 +15,16 @@ from cacheinval.errors import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Coroutine
 
+    from cacheinval.receipts import Receipt
     from cacheinval.settings import Settings
 
 __all__ = ["app", "main"]
 
 PUBLISH_PATIENCE = 2.0  # seconds that `invalidate` waits for the broker, where the row is the safety
+SILENT_WAIT = 2.0  # seconds for which `invalidate --wait` waits without a word
 WIDEST = 10_000  # columns of a table that is not for a terminal
 
 # What a command needs is imported when it runs: --help must not wait for aio-pika and uvicorn.
@@ -117,11 +120,21 @@ def invalidate(
         list[str] | None, typer.Option(help="All entries that carry this tag.", show_default=False)
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All entries of the namespace.")] = False,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Wait until every instance has evicted, at most this long; 1 if one is missing, and why.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Evict keys, tags or everything, in every instance."""
     if not (keys or tag or everything):
         raise typer.BadParameter("accepted: at least one KEY, --tag or --all")
-    _run(_invalidate(_settings(), keys or [], tag or [], everything))
+    if wait is not None and not 0 < wait < float("inf"):
+        raise typer.BadParameter("accepted: seconds, more than 0 and finite", param_hint="--wait")
+    _run(_invalidate(_settings(), keys or [], tag or [], everything, wait))
 
 
 @app.command()
@@ -214,15 +227,52 @@ def _run(work: "Coroutine[Any, Any, None]") -> None:
         raise DatabaseError(f"the database cannot be used: {reason}") from error
 
 
-async def _invalidate(settings: "Settings", keys: list[str], tags: list[str], everything: bool) -> None:
+async def _invalidate(
+    settings: "Settings", keys: list[str], tags: list[str], everything: bool, wait: float | None
+) -> None:
     from cacheinval.client import Client
 
+    receipt = None
     async with Client(settings.model_copy(update={"relay": "off"}), subscribe=False) as client:
-        await client.invalidate(*keys, tags=tags, everything=everything)
+        if wait is None:
+            await client.invalidate(*keys, tags=tags, everything=everything)
+        else:
+            telling = _tell_of_waiting(wait)
+            try:
+                receipt = await client.invalidate(*keys, tags=tags, everything=everything, wait=wait)
+            finally:
+                telling.cancel()
         published = await client.publisher.flush(PUBLISH_PATIENCE) and not client.publisher.failing
     if not published:
         _say("recorded, but not confirmed by the broker: the relay will send it")
-    print("invalidated", "everything" if everything else " ".join([*keys, *(f"#{tag}" for tag in tags)]))
+    what = "everything" if everything else " ".join([*keys, *(f"#{tag}" for tag in tags)])
+    if receipt is None:
+        print("invalidated", what)
+        return
+    print(f"invalidated {what}: {_evicted_by(receipt)}")
+    widest = max((len(who) for who, _ in receipt.missing), default=0)
+    for who, why in receipt.missing:
+        print(f"  {who:{widest}}  {why}")
+    if not receipt.complete:
+        raise typer.Exit(1)
+
+
+def _tell_of_waiting(wait: float) -> "asyncio.TimerHandle":
+    import asyncio
+
+    def tell() -> None:
+        if sys.stderr.isatty():
+            _say(f"waiting for the instances, at most {wait:g} s")
+
+    return asyncio.get_running_loop().call_later(SILENT_WAIT, tell)
+
+
+def _evicted_by(receipt: "Receipt") -> str:
+    if receipt.total is None:
+        who = f" ({', '.join(receipt.answered)})" if receipt.answered else ""
+        return f"evicted by {receipt.confirmed}{who}, of how many is unknown: {receipt.reason}"
+    by_time = f", {len(receipt.by_time)} of them by time" if receipt.by_time else ""
+    return f"evicted by {receipt.confirmed} of {receipt.total} instances{by_time}"
 
 
 async def _status(settings: "Settings", as_json: bool) -> None:

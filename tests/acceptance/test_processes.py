@@ -444,6 +444,36 @@ class TestCommands:
 
             await eventually(evicted, timeout=5)
 
+    async def test_invalidate_waits_and_says_who_is_missing(
+        self, started: Started, settings: dict[str, object], namespace: str
+    ) -> None:
+        services = [await started.start_http("serve", **settings) for _ in range(2)]
+        for service in services:
+            await started.until(service, "ready")
+            await service.eventually_logged("registered")
+        await started.put(services[0], "kettle", "1")
+        for service in services:
+            await started.read(service, "kettle")
+            assert await started.read(service, "kettle") == ("1", "cacheinval; hit")
+        code, out, err = await run("invalidate", "product:kettle", "--wait", "60", **settings)
+        assert (code, out, err) == (0, "invalidated product:kettle: evicted by 2 of 2 instances\n", "")
+        for service in services:
+            assert await started.read(service, "kettle") == ("1", "cacheinval; fwd=miss; stored")
+
+        for silent, staleness in (("silent", None), ("by-time", 0.1), ("later", 3600.0)):
+            statement = (
+                "INSERT INTO cacheinval.instances VALUES ($1, $2, '', $3, now(), now() + interval '1 hour')"
+            )
+            await fetchval(settings["database_url"], statement, namespace, silent, staleness)
+        code, out, err = await run("invalidate", "product:kettle", "--wait", "2", **settings)
+        first, later, silently = out.splitlines()
+        assert first == "invalidated product:kettle: evicted by 3 of 5 instances, 1 of them by time"
+        assert later.startswith("  later   no answer within 2 s; safe in 359")
+        assert (
+            silently == "  silent  no answer within 2 s; it has no max_staleness: not safe until it answers"
+        )
+        assert (code, err) == (1, "")
+
     async def test_invalidate_with_a_database_needs_no_broker(
         self, started: Started, settings: dict[str, object]
     ) -> None:

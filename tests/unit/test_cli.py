@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import pytest
 
+import cacheinval.cli
 import cacheinval.worker
 from cacheinval.cli import main
 from cacheinval.errors import CacheinvalError, ConfigurationError
@@ -85,6 +86,10 @@ class TestUse:
             ["--nonsense"],
             ["invalidate"],
             ["invalidate", "--tag"],
+            ["invalidate", "a", "--wait", "0"],
+            ["invalidate", "a", "--wait", "inf"],
+            ["invalidate", "a", "--wait", "nan"],
+            ["invalidate", "a", "--wait", "long"],
             ["status", "x"],
             ["demo", "--bus", "x"],
         ],
@@ -103,6 +108,31 @@ class TestUse:
         assert ended(monkeypatch, "invalidate", "k" * 513) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "has 513 bytes" in line
+
+
+class TestWaiting:
+    def test_nobody_knows_how_many_there_are_without_a_database(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert ended(monkeypatch, "invalidate", "a", "--wait", "0.05") == 1
+        said = "invalidated a: evicted by 0, of how many is unknown: there is no database\n"
+        assert capsys.readouterr() == (said, "")
+
+    @pytest.mark.parametrize(
+        ("is_terminal", "said"),
+        [(True, "cacheinval: waiting for the instances, at most 0.2 s\n"), (False, "")],
+    )
+    def test_a_person_who_waits_is_told_so(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        is_terminal: bool,
+        said: str,
+    ) -> None:
+        monkeypatch.setattr(cacheinval.cli, "SILENT_WAIT", 0.01)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+        assert ended(monkeypatch, "invalidate", "a", "--wait", "0.2") == 1
+        assert capsys.readouterr().err == said
 
 
 class TestErrors:
