@@ -1,26 +1,21 @@
 """The client that services embed: the one place where the parts are put together."""
 
 import asyncio
-import functools
-import inspect
 import logging
 import os
-import random
 import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import version
-from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, overload
 
 import asyncpg
-import msgspec
 
 from cacheinval import logs
 from cacheinval.asking import Answering, Asking
-from cacheinval.audit import AuditAnswer, Auditor, AuditReport, Loaders
+from cacheinval.audit import Auditor, AuditReport, Loaders
 from cacheinval.backends.attached import AttachedCache
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.proof import KeptProof
@@ -31,6 +26,7 @@ from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.cache import CoherentCache, InProcessCache, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import SUSPECT_AGE, Coherence, Eviction
+from cacheinval.decorating import cached
 from cacheinval.errors import (
     CacheError,
     CacheinvalError,
@@ -40,15 +36,17 @@ from cacheinval.errors import (
     NoDatabaseError,
     PublishError,
 )
-from cacheinval.messages import Ask, Audit, encode
+from cacheinval.fleet import Respondent, ask_instances
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Instances, Registrar
+from cacheinval.outbox.pool import CONNECT_TIMEOUT, STATEMENT_TIMEOUT, Borrowed, close_pool, make_pool
 from cacheinval.outbox.relay import Relay
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.receipts import Question, Receipt
 from cacheinval.receiver import Instance
 from cacheinval.registration import Registered, Registration
 from cacheinval.settings import Settings, mask_url
+from cacheinval.tasks import STOP_TIMEOUT, Tasks
 from cacheinval.versions import VersionOf
 from cacheinval.writes import Invalidations, Transaction, Writes
 
@@ -66,15 +64,11 @@ T = TypeVar("T")
 
 VERSION = version("cacheinval")
 
-# What leaving takes at most, in seconds; together within the 10 s that a supervisor grants before it kills.
-STOP_TIMEOUT = 4.0
+# What leaving takes at most, in seconds: with the tasks' time to stop within the 10 s that a supervisor grants.
 FLUSH_TIMEOUT = 1.0
-CLOSE_TIMEOUT = 1.0
 
 RESTART_PAUSE = 1.0
 FIRST_JOIN_TIMEOUT = 1.0
-CONNECT_TIMEOUT = 5.0
-STATEMENT_TIMEOUT = 60.0
 
 
 class Client:
@@ -116,7 +110,7 @@ class Client:
                 "pool: max_size 1 leaves nothing beside the relay, which keeps one connection; accepted: at least 2, or "
                 "CACHEINVAL_RELAY=off"
             )
-        self._clock = Clock()
+        self._clock, self._tasks = Clock(), Tasks()
         self._subscribe = subscribe
         self._pool, self._own_pool = pool, pool is None
         self._has_database = pool is not None or bool(self.settings.database_url)
@@ -140,7 +134,6 @@ class Client:
         self._loaders = Loaders(among=self.settings.cache_max_entries)
         self.cache: CoherentCache = self._make_cache()
         self.auditor = self._make_auditor()
-        self._asked_audit: asyncio.Task[None] | None = None
         self._caches: list[Any] = [self.cache]
         self._outbox = Outbox(self.settings.namespace)
         # A cache outside the process is the same one when the next process takes over.
@@ -161,12 +154,13 @@ class Client:
             self.settings.tick_interval,
             self._asking,
         )
+        respondent = Respondent(me.id, lambda: self.bus, self.status, self.auditor, self._tasks.aside)
         self.instance = Instance(
             self._coherence,
             self._clock,
             self._caches,
             self._publish_probe,
-            self._answer,
+            respondent.answer,
             self._resubscribe,
             keeper=self._keeper,
             tick_interval=self.settings.tick_interval,
@@ -183,9 +177,7 @@ class Client:
         )
         self._writes = Writes(lambda: self.pool, self._outbox, self.publisher, self._evict_here, self._asking)
         self.relay = self._make_relay()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._bus_run: asyncio.Task[None] | None = None
-        self._asides: set[asyncio.Task[None]] = set()
         self._stack = AsyncExitStack()
         self._started_at: float | None = None
 
@@ -198,79 +190,41 @@ class Client:
         # Entered in this order, left in the reverse one: what feeds others stops before what it feeds.
         async with AsyncExitStack() as stack:
             if self._has_database and self._own_pool:
-                self._pool = await _make_pool(self.settings.database_url)
-                stack.push_async_callback(_close_pool, self._pool)
+                self._pool = await make_pool(self.settings.database_url)
+                stack.push_async_callback(close_pool, self._pool)
             stack.push_async_callback(self.cache.close)
             stack.push_async_callback(
                 self.bus.close
             )  # made here, so that its own settings are refused at start
-            stack.push_async_callback(self._stop, "publisher", "outbox", "asides")
+            stack.push_async_callback(self._tasks.stop_all)
             stack.push_async_callback(self.publisher.flush, FLUSH_TIMEOUT)
             stack.push_async_callback(
-                self._stop, "subscription", "gaps", "watch", "source", "audit", "relay", "answers"
+                self._tasks.stop, "subscription", "gaps", "watch", "source", "audit", "relay", "answers"
             )
-            self._start("publisher", self.publisher.run)
+            self._tasks.start("publisher", self.publisher.run)
             if self._has_database:
-                self._start("outbox", self.publisher.delete_confirmed)
+                self._tasks.start("outbox", self.publisher.delete_confirmed)
             else:
-                self._start("outbox", self.publisher.beat)
+                self._tasks.start("outbox", self.publisher.beat)
             if self.relay is not None:
-                self._start("relay", self.relay.run)
+                self._tasks.start("relay", self.relay.run)
             if self._subscribe:
-                self._start("gaps", self.instance.begin_epochs_put_off)
-                self._start("watch", self.instance.watch)
-                self._start("answers", self._answering.run)
+                self._tasks.start("gaps", self.instance.begin_epochs_put_off)
+                self._tasks.start("watch", self.instance.watch)
+                self._tasks.start("answers", self._answering.run)
                 if self.settings.audit_interval:
-                    self._start("audit", self.auditor.run)
+                    self._tasks.start("audit", self.auditor.run)
                 if self._has_database:
-                    self._start("source", self._learn_source)
-                    self._start("registration", self._registrar.run)
+                    self._tasks.start("source", self._learn_source)
+                    self._tasks.start("registration", self._registrar.run)
                     stack.push_async_callback(self._registrar.leave)
-                    stack.push_async_callback(self._stop, "registration")
-                self._start("subscription", self._stay_subscribed)
+                    stack.push_async_callback(self._tasks.stop, "registration")
+                self._tasks.start("subscription", self._stay_subscribed, self.instance.lost)
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
-
-    def _start(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._tasks[name] = asyncio.create_task(self._supervise(name, run), name=f"cacheinval {name}")
-
-    async def _supervise(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs a part for as long as the client lives; none of them ends by itself, so an error is a defect: it is
-        said loudly, and the part starts over."""
-        while True:
-            try:
-                await run()
-                raise CacheinvalError(f"{name} ended by itself")
-            except (Exception, asyncio.CancelledError) as error:
-                # The libraries cancel futures of their own; only who cancels this task means it.
-                task = asyncio.current_task()
-                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                    raise
-                if name == "subscription":  # of the others none can rejoin
-                    self.instance.lost(f"{name} failed: {error!r}")
-                log.exception("%s failed, starting it again", name)
-            await asyncio.sleep(RESTART_PAUSE * random.uniform(0.5, 1.5))
-
-    async def _stop(self, *names: str, timeout: float = STOP_TIMEOUT) -> None:
-        tasks = [self._tasks.pop(name) for name in names if name in self._tasks]
-        if "asides" in names:
-            tasks += self._asides
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            _, pending = await asyncio.wait(tasks, timeout=timeout)
-            for task in pending:
-                logs.event(log, logging.WARNING, "still busy after its time to stop", task=task.get_name())
-
-    def _aside(self, run: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """A short task beside the others; `run` sees to its own errors."""
-        task = asyncio.create_task(run)
-        self._asides.add(task)
-        task.add_done_callback(self._asides.discard)
-        return task
 
     # Reading
 
@@ -296,29 +250,11 @@ class Client:
             InvalidKeyError: the template names something that is no argument.
         """
 
-        def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-            signature = inspect.signature(function)
-            _check_template(key, signature, function)
-            if version is not None or primary is not None:
-                self._coherence.compare_versions()
-
-            @functools.wraps(function)
-            async def cached(*args: P.args, **kwargs: P.kwargs) -> T:
-                bound = signature.bind(*args, **kwargs)
-                bound.apply_defaults()
-                return await self.cache.get_or_set(
-                    key.format(**bound.arguments),
-                    lambda: function(*args, **kwargs),
-                    ttl=ttl,
-                    tags=tags,
-                    model=model,
-                    version=version,
-                    primary=None if primary is None else lambda: primary(*args, **kwargs),
-                )
-
-            return cached
-
-        return decorate
+        if version is not None or primary is not None:
+            self._coherence.compare_versions()
+        return cached(
+            lambda: self.cache, key, ttl=ttl, tags=tags, model=model, version=version, primary=primary
+        )
 
     def attach(self, cache: "BaseCache", *, may_flush_all: bool = False) -> None:
         """Keeps an aiocache cache of yours honest, too: keys are evicted from it, and no more than that.
@@ -572,7 +508,7 @@ class Client:
             return await asyncpg.connect(
                 self.settings.database_url, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
             )
-        return _Borrowed(self.pool, await self.pool.acquire(timeout=CONNECT_TIMEOUT))
+        return Borrowed(self.pool, await self.pool.acquire(timeout=CONNECT_TIMEOUT))
 
     async def _stay_subscribed(self) -> None:
         while True:
@@ -633,7 +569,7 @@ class Client:
             self.cache.evict_now(eviction)
             if len(self._caches) == 1:
                 return None
-        return self._aside(self._try_to_evict(eviction))
+        return self._tasks.aside(self._try_to_evict(eviction))
 
     async def _try_to_evict(self, eviction: Eviction) -> None:
         for cache in self._caches:
@@ -727,9 +663,7 @@ class Client:
         Raises:
             PublishError: the broker cannot be reached, or nobody has ever subscribed in this namespace.
         """
-        answers = await self.bus.ask(encode(Ask(v=1)), wait)
-        instances = [answer for body in answers if (answer := _status_in(body)) is not None]
-        return sorted(instances, key=lambda instance: str(instance["id"]))
+        return await ask_instances(self.bus, wait)
 
     async def audit(self, sample: int = 100, delay: float | None = None) -> AuditReport:
         """Compares up to `sample` cached entries, at random, with what their loaders read now; evicts nothing.
@@ -744,101 +678,3 @@ class Client:
                 nor more than 600.
         """
         return await self.auditor.audit(sample, delay)
-
-    def _answer(self, delivery: Any, message: Ask | Audit) -> None:
-        if isinstance(message, Ask):
-            self._aside(self._send_status(delivery))
-        elif self._asked_audit is None or self._asked_audit.done():
-            self._asked_audit = self._aside(self._audit_for(delivery, message))
-        else:  # whoever asks again and again must not make this instance load again and again
-            self._aside(self._send_answer(delivery, AuditAnswer(id=self.settings.instance_id)))
-
-    async def _send_status(self, delivery: Any) -> None:
-        await self._send_answer(delivery, self.status())
-
-    async def _audit_for(self, delivery: Any, message: Audit) -> None:
-        loaders = len(self._loaders)
-        try:
-            report = await self.auditor.audit(message.sample, message.delay)
-        except Exception:
-            log.exception("an audit failed")
-            return
-        answer = AuditAnswer(id=self.settings.instance_id, loaders=loaders, report=report)
-        await self._send_answer(delivery, answer)
-
-    async def _send_answer(self, delivery: Any, answer: Any) -> None:
-        try:
-            await self.bus.answer(delivery, msgspec.json.encode(answer))
-        except PublishError as error:
-            logs.event(log, logging.DEBUG, "answer not sent", reason=error)
-
-
-class _Borrowed:
-    """A session out of somebody else's pool: closing it gives it back, which also resets it and frees its locks."""
-
-    def __init__(self, pool: "Pool", connection: Any) -> None:
-        self._pool = pool
-        self._connection = connection
-        self._given_back = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection, name)
-
-    async def close(self) -> None:
-        if self._given_back:
-            return
-        self._given_back = True
-        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            # asyncpg does this, too, unless the pool's owner has set a `reset` of his own.
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._connection.execute("SELECT pg_advisory_unlock_all(); RESET ALL")
-        await self._pool.release(self._connection, timeout=CLOSE_TIMEOUT)
-
-    def terminate(self) -> None:
-        """`close` has given it back, or ended it where the database did not answer."""
-
-
-def _status_in(body: bytes) -> dict[str, Any] | None:
-    try:
-        status = msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError:
-        return None
-    return status if "id" in status else None
-
-
-async def _make_pool(url: str) -> "Pool":
-    # No connection is made before it is needed: a client can start, and wait, while the database is away.
-    return await asyncpg.create_pool(
-        url, min_size=0, max_size=10, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
-    )
-
-
-async def _bounded(close: Callable[[], Awaitable[None]]) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            await close()
-
-
-async def _close_pool(pool: "Pool") -> None:
-    try:
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            await pool.close()
-    except Exception:  # it waits for connections that are in use, or that no longer answer
-        pool.terminate()
-
-
-def _check_template(key: str, signature: inspect.Signature, function: Any) -> None:
-    try:
-        names = {
-            field.split(".")[0].split("[")[0]
-            for _, field, _, _ in Formatter().parse(key)
-            if field is not None
-        }
-    except ValueError as error:
-        raise InvalidKeyError(f"key template {key!r}: {error}") from None
-    missing = names - signature.parameters.keys()
-    if missing:
-        raise InvalidKeyError(
-            f"key template {key!r} names {', '.join(sorted(map(repr, missing)))}; accepted: the arguments of "
-            f"{function.__qualname__}{signature}"
-        )

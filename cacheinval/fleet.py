@@ -1,0 +1,86 @@
+"""Asking every instance of a namespace how it is, and answering whoever asks."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from cacheinval import logs
+from cacheinval.audit import AuditAnswer, Auditor
+from cacheinval.bus import Bus
+from cacheinval.errors import PublishError
+from cacheinval.messages import Ask, Audit, encode
+
+__all__ = ["Respondent", "ask_instances"]
+
+log = logging.getLogger("cacheinval.client")
+
+
+async def ask_instances(bus: Bus, wait: float) -> list[dict[str, Any]]:
+    """See `Client.ask_instances`."""
+    answers = await bus.ask(encode(Ask(v=1)), wait)
+    instances = [answer for body in answers if (answer := _status_in(body)) is not None]
+    return sorted(instances, key=lambda instance: str(instance["id"]))
+
+
+def _status_in(body: bytes) -> dict[str, Any] | None:
+    try:
+        status = msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return None
+    return status if "id" in status else None
+
+
+class Respondent:
+    """One instance, as it answers.
+
+    Args:
+        bus: carries the answers.
+        status: what `status` shows.
+        auditor: makes the audits that are asked for, one at a time.
+        aside: runs a short task.
+    """
+
+    def __init__(
+        self,
+        instance_id: str,
+        bus: Callable[[], Bus],
+        status: Callable[[], dict[str, Any]],
+        auditor: Auditor,
+        aside: "Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]",
+    ) -> None:
+        self._id = instance_id
+        self._bus = bus
+        self._status = status
+        self._auditor = auditor
+        self._aside = aside
+        self._audit: asyncio.Task[None] | None = None
+
+    def answer(self, delivery: Any, message: Ask | Audit) -> None:
+        """Answers beside whatever else goes on; returns at once."""
+        if isinstance(message, Ask):
+            self._aside(self._send_status(delivery))
+        elif self._audit is None or self._audit.done():
+            self._audit = self._aside(self._audit_for(delivery, message))
+        else:  # whoever asks again and again must not make this instance load again and again
+            self._aside(self._send(delivery, AuditAnswer(id=self._id)))
+
+    async def _send_status(self, delivery: Any) -> None:
+        await self._send(delivery, self._status())
+
+    async def _audit_for(self, delivery: Any, message: Audit) -> None:
+        loaders = self._auditor.state["loaders"]
+        try:
+            report = await self._auditor.audit(message.sample, message.delay)
+        except Exception:
+            log.exception("an audit failed")
+            return
+        await self._send(delivery, AuditAnswer(id=self._id, loaders=loaders, report=report))
+
+    async def _send(self, delivery: Any, answer: Any) -> None:
+        try:
+            await self._bus().answer(delivery, msgspec.json.encode(answer))
+        except PublishError as error:
+            logs.event(log, logging.DEBUG, "answer not sent", reason=error)
