@@ -42,6 +42,7 @@ async def test_a_change_that_nobody_recorded_is_found(started: Started, settings
         await started.until(service, "ready")
     for product_id in ("kettle", "lamp"):
         await started.put(one, product_id, "1")
+        await other.eventually_logged("evicted", key=f"product:{product_id}")  # not after it has read
         for service in (one, other):
             await started.read(service, product_id)
 
@@ -96,6 +97,8 @@ async def test_a_service_with_redis_audits_what_its_worker_cannot(
     for process in (worker, reader):
         await started.until(process, "ready")
     await started.put(reader, "kettle", "1.50")
+    for process in (worker, reader):
+        await process.eventually_logged("evicted", key="product:kettle")  # not after it has been read
     await started.read(reader, "kettle")
     code, out, err = await run("audit", timeout=60, **settings)
     assert code == 0, out + err
