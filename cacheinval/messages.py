@@ -1,6 +1,6 @@
 """The wire format, both ways: UTF-8 JSON, validated on arrival and never sent wrong (PROTOCOL.md, "Messages")."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -226,30 +226,36 @@ def split(
     tags: Sequence[str] = (),
     versions: Sequence[int | None] = (),
     everything: bool = False,
-) -> Iterator[Invalidate]:
+) -> Generator[Invalidate, None, None]:
     """As few messages as carry these names, each of at most 1000 names and 1 MiB; `everything` needs no names."""
     if everything:
         yield Invalidate(v=1, all=True)
         return
     known = versions if any(version is not None for version in versions) else ()
-    names = [(key, known[at] if known else None, False) for at, key in enumerate(keys)]
-    names += [(tag, None, True) for tag in tags]
-    start, size = 0, 0
-    for at, (name, _, _) in enumerate(names):
-        cost = len(_encoder.encode(name)) + 22  # with a comma, and its version with another
-        if at - start == MAX_KEYS_SENT or (at > start and size + cost > MAX_BODY_SENT - 1024):
-            yield _message(names[start:at])
-            start, size = at, 0
-        size += cost
-    if names:
-        yield _message(names[start:])
+    start, total = 0, len(keys) + len(tags)
+    while start < total:
+        end = min(start + MAX_KEYS_SENT, total)
+        few, few_tags = keys[start:end], tags[max(0, start - len(keys)) : max(0, end - len(keys))]
+        fitting = _fitting([*few, *few_tags])
+        few, few_tags = few[:fitting], few_tags[: max(0, fitting - len(few))]
+        yield Invalidate(
+            v=1, keys=list(few), tags=list(few_tags), versions=_worth_telling(known[start:end][: len(few)])
+        )
+        start += fitting
 
 
-def _message(names: list[tuple[str, int | None, bool]]) -> Invalidate:
-    versions = [version for _, version, is_tag in names if not is_tag]
-    return Invalidate(
-        v=1,
-        keys=[name for name, _, is_tag in names if not is_tag],
-        tags=[name for name, _, is_tag in names if is_tag],
-        versions=versions if any(version is not None for version in versions) else [],
-    )
+def _fitting(names: Sequence[str]) -> int:
+    """How many of `names` go into one message; one at least."""
+    room = MAX_BODY_SENT - 1024
+    if (6 * max(map(len, names)) + 24) * len(names) < room:  # no character takes more than six bytes of JSON
+        return len(names)
+    size = 0
+    for count, name in enumerate(names):
+        size += len(_encoder.encode(name)) + 22  # with a comma, and its version with another
+        if size > room and count:
+            return count
+    return len(names)
+
+
+def _worth_telling(versions: Sequence[int | None]) -> list[int | None]:
+    return list(versions) if any(version is not None for version in versions) else []

@@ -29,6 +29,7 @@ BEATS = 10
 
 BACKOFF_FIRST, BACKOFF_MOST = 0.2, 5.0
 ROWS_AT_ONCE = 1_000
+MESSAGES_IN_FLIGHT = 8
 
 NOTE_AGAIN = 900.0
 """Seconds after which an idle channel notes its number again: the relay forgets what was silent for an hour."""
@@ -251,22 +252,30 @@ class Publisher:
             self._seq = 0
         at, committed_at = time.time(), min(one.committed_at for one in batch)
         evicted_here = all(one.evicted_here for one in batch)
-        messages = list(split(*_together(batch)))
+        channel, messages = self._channel, list(split(*_together(batch)))
         questions = [one.question for one in batch if one.question is not None]
-        if questions and self._asking is not None and self._listening is not self._channel:
-            await self._channel.listen(self._asking.answered)
-            self._listening = self._channel
-        first = self._seq + 1
-        bodies = [self._stamp(self._channel, message, at, committed_at, evicted_here) for message in messages]
-        ids = self._ask(questions, [f"{self._channel.origin}.{seq}" for seq in range(first, self._seq + 1)])
-        sending = [self._channel.send(body, *asked) for body, *asked in zip(bodies, *ids, strict=True)]
-        if len(sending) == 1:
-            await sending[0]
-        else:
-            results = await asyncio.gather(*sending, return_exceptions=True)
-            for problem in filter(None, results):
-                raise problem
-        self.counters.confirmed_messages += len(messages)
+        if questions and self._asking is not None and self._listening is not channel:
+            await channel.listen(self._asking.answered)
+            self._listening = channel
+        numbers = range(self._seq + 1, self._seq + 1 + len(messages))
+        ids = self._ask(questions, [f"{channel.origin}.{seq}" for seq in numbers])
+        todo = ((message, asked) for message, *asked in zip(messages, *ids, strict=True))
+
+        async def send_rest() -> None:
+            try:
+                for message, asked in todo:
+                    # From here to the inside of `send` nothing awaits: messages go out in the order of their numbers.
+                    body = self._stamp(channel, message, at, committed_at, evicted_here)
+                    await channel.send(body, *asked)
+                    self.counters.confirmed_messages += 1
+            finally:
+                todo.close()  # after a failure the other senders end with what they have in hand
+
+        # Of a hundred messages some go out at a time, as confirms come: others have their turn in between.
+        senders = min(MESSAGES_IN_FLIGHT, len(messages))
+        results = await asyncio.gather(*(send_rest() for _ in range(senders)), return_exceptions=True)
+        for problem in filter(None, results):
+            raise problem
 
     def _ask(self, questions: Sequence[Any], messages: Sequence[str]) -> Sequence[Sequence[str]]:
         """The correlation ids, one list of them, by which the messages ask for answers; none if nobody wants any."""

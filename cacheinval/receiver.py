@@ -5,7 +5,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
@@ -32,6 +32,9 @@ MARKER_AGAIN = 10.0
 """Seconds after which a marker is published again: it could not be, or somebody purged the queue that it was in."""
 
 RETRY_FIRST, RETRY_MOST, RETRY_LIMIT = 0.05, 2.0, 30.0
+
+PORTION = 128 << 10
+"""Bytes of messages after which everything else in the process has its turn: some thousands of names."""
 
 
 class Delivery(Protocol):
@@ -173,6 +176,14 @@ class Instance:
     async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
         """See `bus.Receiver.receive`."""
         self._heard.set()
+        answers: list[str | None] = []
+        for few in _portions(deliveries):
+            if answers:
+                await asyncio.sleep(0)  # between portions: nothing is understood by now and not yet evicted
+            answers += await self._receive_portion(few)
+        return answers
+
+    async def _receive_portion(self, deliveries: Sequence[Delivery]) -> list[str | None]:
         now = self._clock.now()
         answers: list[str | None] = []
         evictions: list[Eviction] = []
@@ -381,6 +392,16 @@ class Instance:
                     await self._evict(eviction)
                     self._coherence.gap_done()
                     self._note_trust()
+
+
+def _portions(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
+    start, size = 0, 0
+    for at, delivery in enumerate(deliveries):
+        if at > start and size + len(delivery.body) > PORTION:
+            yield deliveries[start:at]
+            start, size = at, 0
+        size += len(delivery.body)
+    yield deliveries[start:]
 
 
 def _named(what: str, names: Sequence[str]) -> dict[str, str | int]:

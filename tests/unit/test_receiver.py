@@ -278,6 +278,27 @@ async def test_the_rules_know_before_the_caches_do(joined: House) -> None:
     await receiving
 
 
+async def test_everybody_else_has_his_turn_while_much_is_received(
+    joined: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, c = invalidate("a"), invalidate("b"), invalidate("c")
+    monkeypatch.setattr(receiver, "PORTION", len(a.body) + len(b.body))
+    seen: list[list[str]] = []
+
+    async def look() -> None:
+        while True:
+            seen.append(joined.caches[0].keys)
+            await asyncio.sleep(0)
+
+    looking = asyncio.create_task(look())
+    await asyncio.sleep(0)
+    assert await joined.instance.receive([a, b, c]) == [None] * 3
+    looking.cancel()
+    # Whatever has been understood has been evicted whenever somebody else runs.
+    assert seen == [[], ["a", "b"]]
+    assert joined.caches[0].keys == ["a", "b", "c"]
+
+
 async def test_tags_and_all_are_passed_on(joined: House) -> None:
     await joined.instance.receive([Delivery(encode(Invalidate(v=1, tags=["t"])))])
     assert joined.caches[0].evicted == [Eviction([], ["t"])]
