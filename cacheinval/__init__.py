@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from cacheinval.cache import CoherentCache, Read
     from cacheinval.client import Client
     from cacheinval.errors import (
+        BlockedError,
         BusError,
         CacheError,
         CacheinvalError,
@@ -34,6 +35,7 @@ __all__ = [
     "Receipt",
     "Settings",
     "Transaction",
+    "BlockedError",
     "BusError",
     "CacheError",
     "CacheinvalError",

@@ -7,6 +7,7 @@ __all__ = [
     "MalformedMessageError",
     "BusError",
     "PublishError",
+    "BlockedError",
     "SubscriptionError",
     "DatabaseError",
     "NoDatabaseError",
@@ -42,6 +43,10 @@ class BusError(CacheinvalError):
 
 class PublishError(BusError):
     """The broker did not confirm a message in time; the message may still arrive."""
+
+
+class BlockedError(PublishError):
+    """The broker blocks publishers (an alarm: memory or disk)."""
 
 
 class SubscriptionError(BusError):

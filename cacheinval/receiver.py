@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from cacheinval import logs
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, ProofState
-from cacheinval.errors import BusError, CacheError, EvictionError, MalformedMessageError
+from cacheinval.errors import BlockedError, BusError, CacheError, EvictionError, MalformedMessageError
 from cacheinval.messages import Ask, Audit, Invalidate, Message, Probe, Unknown, decode, encode
 
 __all__ = ["LATENCY_BUCKETS", "Instance", "ReceiverCounters"]
@@ -139,6 +139,7 @@ class Instance:
 
     async def joined(self, *, resumed: bool) -> None:
         """See `bus.Receiver.joined`."""
+        self._coherence.settle("silence")
         if not resumed:
             await self._insist(self.renewing)
             await self._evict(self._coherence.joined_anew(self._clock.now()))
@@ -176,6 +177,7 @@ class Instance:
     async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
         """See `bus.Receiver.receive`."""
         self._heard.set()
+        self._coherence.settle("silence")
         answers: list[str | None] = []
         for few in _portions(deliveries):
             if answers:
@@ -352,6 +354,11 @@ class Instance:
             await self._publish_probe(encode(Probe(v=1, id=secrets.token_hex(8))))
             async with asyncio.timeout(PROBE_TIMEOUT):
                 await self._heard.wait()
+        except BlockedError as error:
+            # Nobody can publish, so a new subscription would hear no more than this one, and cost an epoch each time.
+            self._coherence.doubt("silence", f"silence: {error}")
+            self._note_trust()
+            return
         except BusError as error:
             reason = f"silence, and a probe could not be published: {error}"
         except TimeoutError:

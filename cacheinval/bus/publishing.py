@@ -12,7 +12,7 @@ from aio_pika.exceptions import AMQPChannelError, ChannelNotFoundEntity, Channel
 from aiormq.abc import DeliveredMessage
 
 from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, Counts, explain, within
-from cacheinval.errors import PublishError
+from cacheinval.errors import BlockedError, PublishError
 from cacheinval.messages import CONTENT_TYPE, MESSAGE_TYPE
 
 ANSWERS = "amq.rabbitmq.reply-to"
@@ -179,7 +179,7 @@ class Publishing:
             await within(_left(deadline), connection.transport.ready())
         except TimeoutError as error:
             # Kept, not dropped: in an alarm the broker takes no note of closed connections, and they pile up.
-            raise PublishError("the broker blocks publishers (an alarm: memory or disk)") from error
+            raise BlockedError from error
 
     def _drop(self, connection: AbstractConnection) -> None:
         if self._connection is connection:

@@ -6,10 +6,13 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import asyncpg
 import pytest
+from actors import DELTA, UNLUCKY, make_stock
+from history import now
 from proxy import Proxy
 from scene import (
     EVENTUAL,
@@ -23,11 +26,12 @@ from scene import (
     price,
     through,
 )
+from workload import Working
 
 from cacheinval import Client
 from cacheinval.sandbox import RabbitMQ
 
-pytest_plugins = ("scene",)
+pytest_plugins = ("scene", "workload")
 
 DB = asyncpg.Connection
 
@@ -225,3 +229,68 @@ async def test_writes_do_not_wait_for_the_broker(
 
         await eventually(publishes_again, EVENTUAL)
         await eventually(lambda: has_price(reader, "a", 203))
+
+
+CROWD, HOT = 1_000, tuple(f"hot{number}" for number in range(100))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", ["killed", "memory alarm", "disk alarm"])
+async def test_without_a_broker_hits_live_by_their_own_age_and_the_database_by_few_loads(
+    fault: str,
+    own_rabbitmq: RabbitMQ,
+    database_url: str,
+    stock: DB,
+    working: Working,
+    eventually: Eventually,
+) -> None:
+    await make_stock(stock, HOT)
+    work = working(stock, keys=HOT, broker_url=own_rabbitmq.url, database_url=database_url)
+    await work.relay()
+    reader, writer = await work.reader("reader"), await work.writer()
+
+    async def be_one_of_many() -> None:
+        while True:
+            with suppress(*UNLUCKY):
+                await reader.read(random.choice(HOT))
+            await asyncio.sleep(random.uniform(0.2, 0.6))
+
+    async with work.writing(writer):
+        await eventually(lambda: all(reader.loads.values()), EVENTUAL)
+        crowd = [work.start(be_one_of_many()) for _ in range(CROWD)]
+        work.history.fault(fault)
+        await begin(fault, own_rabbitmq)
+        said = "alarm" if fault.endswith("alarm") else ""
+        await eventually(lambda: not reader.client.ready and said in reader.client.reason, EVENTUAL)
+        await work.sees("reader", "bypass", now())
+        away, written = now(), writer.done
+        await asyncio.sleep(4 * DELTA)
+        back = work.history.fault("over")
+        assert writer.done > written + 20
+        await end(fault, own_rabbitmq)
+        await eventually(lambda: work.says("reader").ready, EVENTUAL)
+        for one in crowd:
+            one.cancel()
+    # Who is loaded once by DELTA, whatever the number of readers, is loaded a hundred times by a hundred keys.
+    for key, loads in reader.loads.items():
+        outage = [at for at in loads if away < at < back]
+        assert all(later - earlier > DELTA for earlier, later in pairwise(outage)), (key, outage)
+    await work.check()
+
+
+async def begin(fault: str, broker: RabbitMQ) -> None:
+    if fault == "killed":
+        await broker.kill()
+    elif fault == "memory alarm":
+        await broker.ctl("set_vm_memory_high_watermark", "0.0000001")
+    else:
+        await broker.ctl("set_disk_free_limit", "1000000GB")
+
+
+async def end(fault: str, broker: RabbitMQ) -> None:
+    if fault == "killed":
+        await broker.start()
+    elif fault == "memory alarm":
+        await broker.ctl("set_vm_memory_high_watermark", "0.4")
+    else:
+        await broker.ctl("set_disk_free_limit", "50MB")

@@ -12,7 +12,7 @@ from cacheinval import coherence as rules
 from cacheinval import receiver
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, ProofState
-from cacheinval.errors import CacheError, EvictionError, PublishError
+from cacheinval.errors import BlockedError, CacheError, EvictionError, PublishError
 from cacheinval.messages import Ask, Audit, Invalidate, Probe, decode, encode
 from cacheinval.receiver import Instance
 
@@ -250,6 +250,32 @@ async def test_a_marker_that_could_not_be_published_is_published_later(
     assert not instance.trusted.is_set()
     await instance.receive([Delivery(attempts[1])])
     assert instance.trusted.is_set()
+
+
+async def test_silence_in_an_alarm_is_a_doubt_and_no_reason_to_subscribe_anew() -> None:
+    subscribed_anew: list[str] = []
+
+    async def blocked(body: bytes) -> None:
+        raise BlockedError
+
+    coherence = Coherence()
+    instance = Instance(
+        coherence, SetClock(), [], blocked, lambda delivery: None, subscribed_anew.append, tick_interval=0.01
+    )
+    await instance.joined(resumed=False)
+    assert instance.trusted.is_set()
+    instance._clock.time += 1
+    watching = asyncio.create_task(instance.watch())
+    async with asyncio.timeout(5):
+        while instance.trusted.is_set():
+            await asyncio.sleep(0.005)
+    watching.cancel()
+    assert coherence.suspect == "silence: The broker blocks publishers (an alarm: memory or disk)."
+    epoch = coherence.epoch
+    await instance.receive([invalidate("a")])  # the alarm is over
+    assert instance.trusted.is_set()
+    assert coherence.epoch == epoch
+    assert subscribed_anew == []
 
 
 # Receiving
