@@ -217,7 +217,8 @@ class History:
         """Looks at the whole history; `breaches` says what broke a promise.
 
         - A hit that began at t never gave a version that was replaced by a write acknowledged before t - max_staleness.
-        - A read that began after an eviction of a version was done at its instance never gave a lower one.
+        - A read that began after an eviction of a version was done at its instance never gave a lower one, if that
+          version is known to have been committed.
         - A read that began after a tick was processed at its instance never gave a version replaced by a write that was
           acknowledged before the tick's time.
         - When everything was quiet, every read gave what the database has, and every key was a hit again.
@@ -234,9 +235,7 @@ class History:
         for write in self.writes:
             if write.acknowledged is not None and write.version is not None:
                 acknowledged[write.key].add(write.acknowledged, write.version)
-        evicted: dict[tuple[str, str], _Floor] = defaultdict(_Floor)
-        for one in self.evictions:
-            evicted[one.instance, one.key].add(one.at, one.version)
+        evicted = self._evicted()
         ticks: dict[str, list[Tick]] = defaultdict(list)
         for tick in sorted(self.ticks, key=lambda tick: tick.at):
             ticks[tick.instance].append(tick)
@@ -246,6 +245,25 @@ class History:
             self._check_tick(read, promised, ticks, acknowledged, checked)
         self._check_settled(promised, checked)
         return checked
+
+    def _evicted(self) -> dict[tuple[str, str], "_Floor"]:
+        """From when on each instance must not give less than what it evicted.
+
+        A write whose outcome its client does not know is published at once, and may become visible later or never; its
+        version may then be another write's.
+        """
+        known: dict[tuple[str, int | None], float] = {}
+        unknown = {(write.key, write.version) for write in self.writes if write.acknowledged is None}
+        for write in self.writes:
+            if write.acknowledged is not None:
+                known[write.key, write.version] = write.acknowledged
+        evicted: dict[tuple[str, str], _Floor] = defaultdict(_Floor)
+        for one in self.evictions:
+            visible = known.get((one.key, one.version))
+            if visible is not None:
+                since = max(one.at, visible) if (one.key, one.version) in unknown else one.at
+                evicted[one.instance, one.key].add(since, one.version)
+        return evicted
 
     def _check_staleness(
         self, read: Read, promised: Promised, acknowledged: Mapping[str, "_Floor"], checked: Checked

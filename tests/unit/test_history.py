@@ -76,6 +76,15 @@ def test_what_nobody_promised_is_no_lie() -> None:
     unknown = Write("a", 7.5, 3, None)
     assert checked(unknown, Read("two", "a", 9.5, 9.5, 3, "hit")).breaches == []
     assert checked(unknown, Read("two", "a", 9.5, 9.5, 2, "hit")).breaches == []
+    # It is published nevertheless, perhaps before anybody can see it, and its version may then be another write's.
+    told = Evicted("one", "a", 3, 7.6)
+    assert checked(unknown, told, Read("one", "a", 7.7, 7.7, 2, "miss")).breaches == []
+    again = Write("a", 7.8, 3, 8.0)
+    promised = Promised(STALENESS)
+    early, late = Read("one", "a", 7.9, 7.9, 2, "miss"), Read("one", "a", 8.1, 8.1, 2, "miss")
+    before = checked(unknown, told, again, promised=promised).breaches
+    assert checked(unknown, told, again, early, promised=promised).breaches == before
+    assert len(checked(unknown, told, again, late, promised=promised).breaches) == len(before) + 1
     # What was loaded before the first tick of a subscription is not proven by it, and served for a second at most.
     first = Tick("two", 5.5, 5.4, extends=5.4)
     assert checked(first, Read("two", "a", 5.6, 5.6, 1, "hit")).breaches == []

@@ -1,0 +1,228 @@
+"""The database restarts, hangs, answers nobody, or commits what its client has given up: everybody is told in the end."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import asyncpg
+import pytest
+from actors import DELTA, KEYS, RECORD, WRITE, Writer, make_stock
+from history import Write, now
+from proxy import Proxy
+from scene import EVENTUAL, OUTBOX, Eventually, through
+from workload import Work, Working
+
+from cacheinval import Client
+from cacheinval.processes import Guard
+from cacheinval.sandbox import Postgres, RabbitMQ
+
+pytest_plugins = ("scene", "workload")
+
+DB = asyncpg.Connection
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[DB]:
+    connection = await asyncpg.connect(url, timeout=10, command_timeout=30)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+@pytest.mark.timeout(120)
+async def test_the_database_loses_replies_and_connections_and_dies_under_load(
+    rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, eventually: Eventually
+) -> None:
+    async with (
+        AsyncExitStack() as stack,
+        Proxy("127.0.0.1", own_postgres.port) as proxy,
+        connected(own_postgres.url) as first,
+    ):
+        await make_stock(first)
+        work = working(first, broker_url=rabbitmq.url, database_url=own_postgres.url)
+        await work.relay()
+        reader = await work.reader("reader")
+        writer = await work.writer(database_url=through(proxy, own_postgres.url))
+        async with work.writing(writer):
+            for _ in range(5):
+                failed = writer.failed
+                work.history.fault("a reply to COMMIT is cut")
+                proxy.cut_reply_after(b"COMMIT")
+                await eventually(lambda failed=failed: writer.failed > failed, EVENTUAL)
+            # Published all the same, though nobody told the writer that they were committed, and again by the relay.
+            unknown = [write for write in work.history.writes if write.acknowledged is None]
+            assert len(unknown) >= 5
+
+            await goes_on(work, writer, eventually)
+            work.history.fault("no connection is left")
+            async with every_connection_of(reader.client), every_connection_of(writer.client):
+                errors, failed = reader.errors, writer.failed
+                await eventually(lambda: reader.errors > errors and writer.failed > failed, EVENTUAL)
+
+            await goes_on(work, writer, eventually)
+            work.history.fault("killed")
+            await own_postgres.kill()
+            errors = reader.errors
+            await eventually(lambda: reader.errors > errors, EVENTUAL)
+            await own_postgres.start()
+            work.truth = await stack.enter_async_context(connected(own_postgres.url))
+            await goes_on(work, writer, eventually)
+        checked = await work.check()
+        assert checked.unknown_writes >= 7
+        assert checked.ticks > 0
+
+
+async def goes_on(work: Work, writer: Writer, eventually: Eventually) -> None:
+    """Waits until writes are acknowledged, and reads are hits."""
+    done = writer.done
+    await eventually(lambda: writer.done > done + 5, EVENTUAL)
+    await work.sees("reader", "hit", now())
+
+
+@asynccontextmanager
+async def every_connection_of(client: Client) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        for _ in range(client.pool.get_max_size()):
+            await stack.enter_async_context(client.pool.acquire(timeout=EVENTUAL))
+        yield
+
+
+@pytest.mark.timeout(60)
+async def test_a_long_transaction_that_holds_the_oldest_row(
+    rabbitmq: RabbitMQ, database_url: str, stock: DB, working: Working, eventually: Eventually
+) -> None:
+    held, *others = KEYS
+    work = working(stock, broker_url=rabbitmq.url, database_url=database_url)
+    await work.relay()
+    reader = await work.reader("reader")
+    writer = await work.writer()
+    writer = Writer("writer", writer.client, work.history, others)
+    async with connected(database_url) as long:
+        write = Write(held, now())
+        work.history.note(write)
+        transaction = long.transaction()
+        await transaction.start()
+        write.version = await long.fetchval(WRITE, held)
+        await long.execute(RECORD, held, write.version, reader.client.settings.namespace)
+        async with work.writing(writer):
+            began = work.history.fault("a transaction stays open")
+            # Younger rows are published, and ticks say so: nothing waits for it.
+            await eventually(lambda: writer.done > 20, EVENTUAL)
+            await eventually(lambda: work.history.ticks[-1].as_of > began + DELTA, EVENTUAL)
+            old = await reader.read(held)
+            assert (old.version, old.outcome) == (1, "hit")
+            await transaction.commit()
+            write.acknowledged = now()
+            await eventually(lambda: reads(reader, held, 2), EVENTUAL)
+    await work.check()
+    assert reader.client.stats()["coherence"]["epochs"] == 1
+
+
+async def reads(reader: Any, key: str, version: int) -> bool:
+    return bool((await reader.read(key)).version == version)
+
+
+@pytest.mark.timeout(90)
+async def test_a_commit_becomes_visible_after_its_client_gave_up_and_published(
+    rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, eventually: Eventually
+) -> None:
+    key = KEYS[0]
+    async with (
+        Proxy("127.0.0.1", own_postgres.port) as proxy,
+        connected(own_postgres.url) as truth,
+    ):
+        await make_stock(truth)
+        work = working(truth, broker_url=rabbitmq.url, database_url=own_postgres.url)
+        await work.relay()
+        reader = await work.reader("reader")
+        writer = await work.writer(database_url=through(proxy, own_postgres.url))
+        await eventually(lambda: reads(reader, key, 1))
+
+        # COMMIT waits for a copy that does not come, after it is on the disk and before anybody sees it.
+        await truth.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        await truth.execute("SELECT pg_reload_conf()")
+        await eventually(lambda: truth.fetchval("SELECT current_setting('synchronous_standby_names') <> ''"))
+        writing = asyncio.create_task(writer.write(key))
+        await eventually(
+            lambda: truth.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"),
+            EVENTUAL,
+        )
+        published = writer.client.publisher.counters
+        work.history.fault("the writer is cut off")
+        proxy.cut()
+        assert not await writing
+        await eventually(lambda: published.confirmed_writes == 1, EVENTUAL)
+        await eventually(lambda: len(work.history.evictions) == 1, EVENTUAL)
+        # Everybody has evicted, and has the old value again: there is no other to be had.
+        assert await truth.fetchval(OUTBOX) == 0
+        seen = await reader.read(key)
+        assert seen.version == 1
+        await work.sees("reader", "hit", now())
+
+        work.history.fault("the commit becomes visible")
+        await truth.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        await truth.execute("SELECT pg_reload_conf()")
+        await eventually(lambda: reads(reader, key, 2), EVENTUAL)
+        proxy.pass_()
+        assert await writer.write(KEYS[1])
+        await work.check()
+        assert reader.client.stats()["coherence"]["epochs"] == 1
+
+
+class Standby(Postgres):
+    """A copy of another server, which follows it."""
+
+    programs: ClassVar[Any] = {
+        **Postgres.programs,
+        "pg_basebackup": ("/usr/lib/postgresql/*/bin/pg_basebackup", "/usr/pgsql-*/bin/pg_basebackup"),
+    }
+
+    def __init__(self, folder: Path, guard: Guard, primary: str) -> None:
+        super().__init__(folder, guard)
+        self._primary = primary
+
+    async def _prepare(self) -> None:
+        if user := self._user():
+            shutil.chown(self.folder, user)
+        copy = ["--pgdata", str(self.folder / "data"), "--write-recovery-conf", "--checkpoint=fast"]
+        await self._run([self.program("pg_basebackup"), "--dbname", self._primary, *copy])
+
+
+@pytest.mark.timeout(90)
+async def test_a_relay_that_is_pointed_at_a_standby(
+    rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, eventually: Eventually
+) -> None:
+    folder = own_postgres.folder.with_name("standby")
+    folder.mkdir()
+    guard = Guard(None)
+    standby = Standby(folder, guard, own_postgres.url)
+    async with AsyncExitStack() as stack:
+        stack.callback(guard.close)
+        truth = await stack.enter_async_context(connected(own_postgres.url))
+        await make_stock(truth)
+        stack.push_async_callback(standby.close)
+        await standby.start()
+        work = working(truth, broker_url=rabbitmq.url, database_url=own_postgres.url)
+        reader = await work.reader("reader")
+        work.history.fault("the relay has a standby")
+        wrong = await work._clients(
+            **work.settings | {"database_url": standby.url}, relay="auto", subscribe=False
+        )
+        relay = wrong.relay
+        assert relay is not None
+        await eventually(lambda: relay.state["state"] == "unready", EVENTUAL)
+        assert "standby" in wrong.status()["relay"]["reason"]
+        async with work.writing(await work.writer(), ways=("transaction", "statement")):
+            began = now()
+            # Nothing proves that anything is fresh, however well it is heard.
+            await eventually(
+                lambda: [read for read in work.reads("reader", began) if read.outcome == "bypass"], EVENTUAL
+            )
+            assert reader.client.watermark_age is None
+            await work.relay()
+            await eventually(lambda: reader.client.watermark_age is not None, EVENTUAL)
+        await work.check()
