@@ -47,7 +47,7 @@ async def make_stock(connection: "asyncpg.Connection[asyncpg.Record]", keys: Seq
 class Observed:
     """An instance in this process whose reads, evictions and ticks are noted under its name.
 
-    `held`, while it is set, keeps the instance from taking in what has been delivered to it.
+    While `free` is not set it takes in nothing of what is delivered to it; `held` tells how many messages that are.
     """
 
     def __init__(self, name: str, client: Client, history: History, keys: Sequence[str] = KEYS) -> None:
@@ -57,16 +57,16 @@ class Observed:
         self.errors = 0
         self.free = asyncio.Event()
         self.free.set()
-        self.in_hand = 0
+        self.held = 0
         self._history = history
         self._receive = client.instance.receive
         client.instance.receive = self._observe
 
     async def _observe(self, deliveries: Sequence[Any]) -> list[str | None]:
-        self.in_hand = len(deliveries)
+        self.held = 0 if self.free.is_set() else len(deliveries)
         await self.free.wait()
+        self.held = 0
         answers = await self._receive(deliveries)
-        self.in_hand = 0
         at = now()
         for delivery, problem in zip(deliveries, answers, strict=True):
             message = decode(delivery.body) if problem is None else None

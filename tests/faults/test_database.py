@@ -216,7 +216,7 @@ async def test_a_relay_that_is_pointed_at_a_standby(
         assert relay is not None
         await eventually(lambda: relay.state["state"] == "unready", EVENTUAL)
         assert "standby" in wrong.status()["relay"]["reason"]
-        async with work.writing(await work.writer(), ways=("transaction", "statement")):
+        async with work.writing(await work.writer(), pause=0.5, ways=("transaction", "statement")):
             began = now()
             # Nothing proves that anything is fresh, however well it is heard.
             await eventually(
