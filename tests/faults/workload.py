@@ -61,10 +61,13 @@ class Work:
 
     async def reader(self, name: str, **settings: Any) -> Observed:
         """An instance in this process, ready, that reads from now on."""
-        client = await self._clients(**self.settings | settings)
-        observed = Observed(name, client, self.history, self.keys)
-        self.instances[name] = observed
-        await client.wait_ready(EVENTUAL)
+        observed = self.observe(name, await self._clients(**self.settings | settings))
+        await observed.client.wait_ready(EVENTUAL)
+        return observed
+
+    def observe(self, name: str, client: Client) -> Observed:
+        """The same with a client that is there already, ready or not."""
+        observed = self.instances[name] = Observed(name, client, self.history, self.keys)
         self.start(observed.keep_telling())
         self.start(observed.keep_reading())
         return observed
