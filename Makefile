@@ -1,9 +1,10 @@
 # What to do with a clone. Everything sets up what it needs, so `make demo` or `make test` is enough.
 
 BIN := .venv/bin
+MINUTES := 10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulation lint build constraints clean
+.PHONY: help setup demo test simulation soak lint build constraints clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */\1	/p' Makefile | expand -t 14
@@ -20,6 +21,10 @@ test: setup  ## all tests, against private servers
 
 simulation: .venv/installed  ## the rules in every order of events: states explored, mutants and what caught them
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/simulation
+
+soak: setup  ## MINUTES=10 of walks through the rules, then as many of random faults under load; SEED=… plays them again
+	@cd tests && ../$(BIN)/python -m simulation.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/installed  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check --quiet .

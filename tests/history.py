@@ -33,8 +33,6 @@ now = time.monotonic
 CONVERSION = 0.001
 """Seconds by which a wall clock time can be wrong when it is told by the clock of the history."""
 
-BREACHES_SHOWN = 20
-
 
 def from_wall(at: float) -> float:
     """The wall clock time `at` by the clock of the history."""
@@ -189,6 +187,16 @@ class History:
         self._followed[path] = self._followed.get(path, 0) + len(whole) + len(newline)
         for line in whole.splitlines():
             self.note(_decoder.decode(line))
+
+    def forget(self, promised: Promised) -> None:
+        """Starts afresh from a moment at which everything was quiet and right."""
+        assert promised.settled_at is not None
+        for notes in (self.reads, self.evictions, self.ticks, self.states, self.faults):
+            notes.clear()
+        self.writes[:] = [
+            Write(key, promised.settled_at, version, promised.settled_at)
+            for key, version in promised.truth.items()
+        ]
 
     def keep(self, path: Path) -> Path:
         """Writes all notes to a file, in the order of their times; returns its path."""

@@ -59,6 +59,7 @@ class Observed:
         self.free.set()
         self.held = 0
         self._history = history
+        self._proven = (0.0, 0.0)
         self._receive = client.instance.receive
         client.instance.receive = self._observe
 
@@ -75,7 +76,8 @@ class Observed:
                     if version is not None:
                         self._history.note(Evicted(self.name, key, version, at))
         proof = self.client._coherence.proof
-        if proof.baselined and proof.watermark > float("-inf"):
+        if proof.baselined and (proof.watermark, proof.extends) != self._proven:
+            self._proven = (proof.watermark, proof.extends)
             self._history.note(Tick(self.name, at, from_wall(proof.watermark), from_wall(proof.extends)))
         return answers
 

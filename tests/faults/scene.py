@@ -88,6 +88,11 @@ class Program:
                 lines.append(json.loads(line))
         return [line for line in lines if isinstance(line, dict)]
 
+    @property
+    def last_words(self) -> str:
+        """The end of its log, under the name of that."""
+        return f"--- {self._log.name}\n{self._log.read_text()[-6000:]}"
+
     async def request(self, method: str, path: str, **options: Any) -> httpx.Response | None:
         """The answer, or None while there is none to be had."""
         if not self._url:
@@ -130,7 +135,6 @@ class Program:
         if self.returncode is None:
             await self.kill()
         await self._http.aclose()
-        print(f"--- {self._log.name}\n{self._log.read_text()[-6000:]}")  # pytest shows it if the test failed
 
 
 class Programs(Protocol):
@@ -157,6 +161,7 @@ async def programs(tmp_path: Path, namespace: str) -> AsyncIterator[Programs]:
     finally:
         for program in started:
             await program.close()
+            print(program.last_words)  # pytest shows it if the test failed
         guard.forget(*(program.pid for program in started))
         guard.close()
 

@@ -30,6 +30,9 @@ async def stock(database_url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.
         connection.terminate()
 
 
+UNFINISHED = "SELECT count(*) FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()"
+
+
 class Work:
     """Everybody who reads and writes in one test, and the history of it.
 
@@ -51,6 +54,7 @@ class Work:
         self.truth = truth
         self.keys = keys
         self.instances: dict[str, Observed | Program] = {}
+        self.settled: Promised | None = None
         self._clients = clients
         self._programs = programs
         self._folder = folder
@@ -141,10 +145,6 @@ class Work:
         self.look()
         return [read for read in self.history.reads if read.instance == name and read.begun > since]
 
-    async def seconds(self, duration: float) -> None:
-        """The load goes on this long: as a fault has to last, before it may end."""
-        await asyncio.sleep(duration)
-
     async def sees(self, name: str, outcome: str, since: float, timeout: float = EVENTUAL) -> None:
         """Waits until an instance has read with this outcome."""
         await until(lambda: any(read.outcome == outcome for read in self.reads(name, since)), timeout)
@@ -155,7 +155,8 @@ class Work:
         Nobody may be writing any more.
         """
         who = names or tuple(self.instances)
-        await until(lambda: self.truth.fetchval(f"SELECT ({OUTBOX}) = 0"), timeout)
+        # A writer that has given up may have left a transaction behind that is still to commit.
+        await until(lambda: self.truth.fetchval(f"SELECT ({UNFINISHED}) = 0 AND ({OUTBOX}) = 0"), timeout)
         last = from_wall(await self.truth.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8"))
 
         def is_quiet(name: str) -> bool:
@@ -184,27 +185,31 @@ class Work:
         return [read for read in self.history.reads if read.begun > since and read.outcome == "hit"]
 
     async def check(self, *names: str, timeout: float = EVENTUAL) -> Checked:
-        """Settles, and holds the whole history against what is promised."""
+        """Settles, and holds the whole history against what is promised; it is kept where that fails."""
         try:
             promised = await self.settle(*names, timeout=timeout)
             checked = self.history.check(promised)
+            assert not checked.breaches, "\n".join(
+                [f"{len(checked.breaches)} breaches", *checked.breaches[:20]]
+            )
+            assert checked.hits > 0
+            assert checked.writes > 0
         except BaseException:
-            print("kept:", self.history.keep(self._folder / "history.jsonl"))
+            print(f"the history is kept: {self.history.keep(self._folder / 'history.jsonl')}")
             raise
-        if checked.breaches:
-            kept = self.history.keep(self._folder / "history.jsonl")
-            shown = "\n".join(checked.breaches[:20])
-            pytest.fail(f"{len(checked.breaches)} breaches, kept in {kept}:\n{shown}")
-        assert checked.hits > 0
-        assert checked.writes > 0
+        self.settled = promised
         return checked
 
     async def close(self) -> None:
         """Ends what was started here."""
-        for task in self._tasks:
-            task.cancel()
-        results = await asyncio.gather(*self._tasks, return_exceptions=True)
-        failures = [one for one in results if isinstance(one, Exception)]
+        unfinished = set(self._tasks)
+        for _ in range(30):  # once may not be enough: asyncio.wait_for of Python 3.11 can swallow a cancellation
+            for task in unfinished:
+                task.cancel()
+            if unfinished:
+                _, unfinished = await asyncio.wait(unfinished, timeout=1)
+        assert not unfinished, unfinished
+        failures = [task.exception() for task in self._tasks if not task.cancelled() and task.exception()]
         assert not failures, failures
 
 
