@@ -18,6 +18,7 @@ pytest_plugins = ("scene", "workload")
 
 DB = asyncpg.Connection
 LONG = 2.5 * DELTA  # seconds that a fault lasts
+GRACE = 0.25  # seconds for which the relay leaves a row to the client that has written it
 
 
 @pytest.fixture
@@ -74,4 +75,23 @@ async def test_a_half_open_connection(
             await eventually(lambda: work.says("deaf").ready, EVENTUAL)
             assert work.says("deaf").epoch > epoch
             await work.sees("deaf", "hit", ended)
+        await work.check()
+
+
+@pytest.mark.timeout(90)
+async def test_a_writer_whose_way_to_the_broker_is_slow(
+    work: Work, rabbitmq: RabbitMQ, eventually: Eventually
+) -> None:
+    """Ticks have to wait for what it has committed, and neither it nor the relay has told anybody yet."""
+    await work.relay()
+    reader = await work.reader("reader")
+    async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
+        writer = await work.writer(broker_url=through(proxy, rabbitmq.url))
+        assert await writer.write("k0")
+        assert await writer.client.publisher.flush(EVENTUAL)
+        work.history.fault("slow")
+        proxy.delay(GRACE / 2)
+        async with work.writing(writer, ways=("transaction", "statement")):
+            heard = reader.client.stats()["coherence"]["ticks"]
+            await eventually(lambda: reader.client.stats()["coherence"]["ticks"] > heard + 15, EVENTUAL)
         await work.check()
