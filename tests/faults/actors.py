@@ -24,7 +24,14 @@ FRESH: dict[str, Any] = {
 """Settings of a client that has to prove freshness, with all durations scaled down."""
 
 KEYS = tuple(f"k{number}" for number in range(6))
-UNLUCKY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, CacheinvalError)
+UNLUCKY = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+    CacheinvalError,
+)
 """What reads and writes may raise while something is broken."""
 
 WRITE = "UPDATE stock SET version = version + 1 WHERE id = $1 RETURNING version"
@@ -96,12 +103,15 @@ class Observed:
 
     async def keep_reading(self, pause: float = 0.004) -> None:
         """Reads one key after the other, until cancelled."""
+        task = asyncio.current_task()
         for key in itertools.cycle(self.loads):
             try:
                 async with asyncio.timeout(QUERY_TIMEOUT):
                     await self.read(key)
             except UNLUCKY:
                 self.errors += 1
+                if task is not None and task.cancelling():  # asyncpg may raise something else in its place
+                    return
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
 
     async def keep_telling(self, pause: float = 0.05) -> None:

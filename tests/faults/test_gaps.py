@@ -267,8 +267,9 @@ async def test_it_is_noticed_and_a_new_epoch_begins(
     async with work.writing(writer):
         await eventually(lambda: writer.done > 5, EVENTUAL)
         before = epoch(reader)
-        began = work.history.fault(trouble.__name__)
+        work.history.fault(trouble.__name__)
         await trouble(Trouble(rabbitmq, operator, reader, subscriptions))
+        began = now()
         await eventually(lambda: epoch(reader) > before, EVENTUAL)
         took = now() - began
         await reader.client.wait_ready(EVENTUAL)
