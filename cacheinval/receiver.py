@@ -33,8 +33,8 @@ MARKER_AGAIN = 10.0
 
 RETRY_FIRST, RETRY_MOST, RETRY_LIMIT = 0.05, 2.0, 30.0
 
-PORTION = 128 << 10
-"""Bytes of messages after which everything else in the process has its turn: some thousands of names."""
+PORTION = 32 << 10
+"""Bytes of messages after which everything else in the process has its turn: two or three thousand names."""
 
 
 class Delivery(Protocol):

@@ -264,7 +264,7 @@ async def test_without_a_broker_hits_live_by_their_own_age_and_the_database_by_f
         await eventually(lambda: not reader.client.ready and said in reader.client.reason, EVENTUAL)
         await work.sees("reader", "bypass", now())
         away, written = now(), writer.done
-        await asyncio.sleep(4 * DELTA)
+        await asyncio.sleep(3 * DELTA)
         back = work.history.fault("over")
         assert writer.done > written + 20
         await end(fault, own_rabbitmq)
