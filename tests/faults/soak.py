@@ -21,7 +21,7 @@ from typing import Any
 import asyncpg
 import pytest
 from actors import Writer, make_stock
-from breaking import BLOCKED, FAULTS, KEYS, NAMESPACE, Stage
+from breaking import BLOCKED, FAULTS, KEYS, NAMESPACE, Breaks, Stage
 from history import Checked
 from proxy import Proxy
 from scene import Program, through
@@ -88,10 +88,23 @@ async def on_stage(folder: Path, chance: random.Random) -> AsyncIterator[Stage]:
         yield Stage(sandbox, work, to_broker, to_database, writers, relays, start_relay, chance)
 
 
-async def play(stage: Stage) -> tuple[str, Checked]:
-    """One round: faults of one to three kinds at once, the rest of the time nothing, then the check."""
-    kinds = stage.chance.sample(sorted(FAULTS), stage.chance.choice([1, 1, 2, 2, 3]))
-    faults = [stage.chance.choice(FAULTS[kind]) for kind in kinds]
+def draw(deck: list[Breaks], chance: random.Random) -> list[Breaks]:
+    """Faults of one to three kinds; each comes once before any comes again."""
+    kind_of = {fault: kind for kind, faults in FAULTS.items() for fault in faults}
+    if not deck:
+        deck += kind_of
+        chance.shuffle(deck)
+    drawn: dict[str, Breaks] = {}
+    most = chance.choice([1, 1, 2, 2, 3])
+    for fault in list(deck):
+        if len(drawn) < most and kind_of[fault] not in drawn:
+            drawn[kind_of[fault]] = fault
+            deck.remove(fault)
+    return list(drawn.values())
+
+
+async def play(stage: Stage, faults: list[Breaks]) -> tuple[str, Checked]:
+    """One round: faults at once, the rest of the time nothing, then the check."""
     names = ", ".join(fault.__name__ for fault in faults)
     async with stage.work.writing(*stage.writers):
         await asyncio.sleep(stage.chance.uniform(1, 5))
@@ -117,6 +130,7 @@ async def soak(minutes: float, seed: int, folder: Path) -> int:
     """Rounds until the time is over; the exit code."""
     began = time.monotonic()
     total = Checked()
+    deck: list[Breaks] = []
     rounds = 0
 
     def say(text: str) -> None:
@@ -139,7 +153,7 @@ async def soak(minutes: float, seed: int, folder: Path) -> int:
         telling = asyncio.create_task(say_how_it_is())
         try:
             while time.monotonic() - began < 60 * minutes:
-                names, checked = await play(stage)
+                names, checked = await play(stage, draw(deck, stage.chance))
                 rounds += 1
                 for name in (
                     "reads",

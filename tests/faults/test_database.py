@@ -12,7 +12,7 @@ import pytest
 from actors import DELTA, KEYS, RECORD, WRITE, Writer, make_stock
 from history import Write, now
 from proxy import Proxy
-from scene import EVENTUAL, OUTBOX, Eventually, through
+from scene import EVENTUAL, OUTBOX, Clients, Eventually, through
 from workload import Work, Working
 
 from cacheinval import Client
@@ -194,7 +194,7 @@ class Standby(Postgres):
 
 @pytest.mark.timeout(90)
 async def test_a_relay_that_is_pointed_at_a_standby(
-    rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, eventually: Eventually
+    rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, clients: Clients, eventually: Eventually
 ) -> None:
     folder = own_postgres.folder.with_name("standby")
     folder.mkdir()
@@ -209,9 +209,7 @@ async def test_a_relay_that_is_pointed_at_a_standby(
         work = working(truth, broker_url=rabbitmq.url, database_url=own_postgres.url)
         reader = await work.reader("reader")
         work.history.fault("the relay has a standby")
-        wrong = await work._clients(
-            **work.settings | {"database_url": standby.url}, relay="auto", subscribe=False
-        )
+        wrong = await clients(**work.settings | {"database_url": standby.url}, relay="auto", subscribe=False)
         relay = wrong.relay
         assert relay is not None
         await eventually(lambda: relay.state["state"] == "unready", EVENTUAL)
