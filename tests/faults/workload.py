@@ -203,7 +203,8 @@ class Work:
     async def close(self) -> None:
         """Ends what was started here."""
         unfinished = set(self._tasks)
-        for _ in range(30):  # once may not be enough: asyncio.wait_for of Python 3.11 can swallow a cancellation
+        # Once may not be enough: asyncio.wait_for of Python 3.11, which the libraries use, can swallow a cancellation.
+        for _ in range(30):
             for task in unfinished:
                 task.cancel()
             if unfinished:
