@@ -41,6 +41,7 @@ from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Instances, Registrar
 from cacheinval.outbox.pool import CONNECT_TIMEOUT, STATEMENT_TIMEOUT, Borrowed, close_pool, make_pool
 from cacheinval.outbox.relay import Relay
+from cacheinval.outbox.session import LOST
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.receipts import Question, Receipt
 from cacheinval.receiver import Instance
@@ -453,7 +454,7 @@ class Client:
         try:
             async with self.pool.acquire(timeout=CONNECT_TIMEOUT) as connection:
                 await apply_schema(connection)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except LOST as error:
             raise DatabaseError(
                 f"the database cannot be used: {str(error) or 'no answer in time'}"
             ) from error
@@ -534,7 +535,7 @@ class Client:
                     source = await self.pool.fetchval("SELECT cacheinval.source()")
                 self._coherence.proof.trust_only(source)
                 await asyncio.Event().wait()  # for good: the task ends with the client
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except LOST:
                 await asyncio.sleep(RESTART_PAUSE)
 
     async def _delete_rows(self, rows: Sequence[Any], confirmed: Mapping[str, int]) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from cacheinval.outbox.session import LOST
+
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
@@ -49,7 +51,7 @@ class Borrowed:
         if self._given_back:
             return
         self._given_back = True
-        with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        with suppress(*LOST):
             # asyncpg does this, too, unless the pool's owner has set a `reset` of his own.
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._connection.execute("SELECT pg_advisory_unlock_all(); RESET ALL")

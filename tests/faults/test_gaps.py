@@ -317,7 +317,9 @@ async def test_an_exchange_of_another_type_is_said_loudly_and_repaired_by_an_ope
 
 
 @pytest.mark.timeout(90)
-async def test_a_queue_expires_while_its_instance_is_away(
+@pytest.mark.parametrize("loss", ["expired", "purged"])
+async def test_a_queue_loses_what_it_held_while_its_instance_is_away(
+    loss: str,
     work: Work,
     redis: Redis,
     rabbitmq: RabbitMQ,
@@ -326,22 +328,46 @@ async def test_a_queue_expires_while_its_instance_is_away(
     clients: Clients,
     eventually: Eventually,
 ) -> None:
+    """Nobody writes any more when it comes back, and the writer is dead."""
     queue = f"cacheinval.{namespace}.one"
     settings = work.settings | {"cache_url": redis.url, "instance_id": "one"}
     first = await clients(**settings)
     await first.wait_ready(EVENTUAL)
     old = Observed("first", first, work.history)
     await eventually(lambda: is_hit(old, KEYS[0]), EVENTUAL)
+    await eventually(lambda: is_baselined(old), EVENTUAL)
     await first.__aexit__(None, None, None)
-    definition = json.dumps({"expires": 200})
-    await rabbitmq.ctl("set_policy", "--apply-to", "queues", "soon", f"^{re.escape(queue)}$", definition)
 
-    async def is_gone() -> bool:
-        return queue not in await rabbitmq.ctl("list_queues", "--silent", "name")
+    async def write() -> None:
+        writer = await work.writer()
+        assert await writer.write(KEYS[0])
+        assert await writer.client.publisher.flush(EVENTUAL)
+        await writer.client.__aexit__(None, None, None)
 
-    await eventually(is_gone, EVENTUAL)
-    await rabbitmq.ctl("clear_policy", "soon")
-    assert await (await work.writer()).write(KEYS[0])
+    work.history.fault(loss)
+    if loss == "expired":
+        definition = json.dumps({"expires": 200})
+        await rabbitmq.ctl("set_policy", "--apply-to", "queues", "soon", f"^{re.escape(queue)}$", definition)
+
+        async def is_gone() -> bool:
+            return queue not in await rabbitmq.ctl("list_queues", "--silent", "name")
+
+        await eventually(is_gone, EVENTUAL)
+        await rabbitmq.ctl("clear_policy", "soon")
+        await write()
+    else:
+        await write()
+        await rabbitmq.ctl("purge_queue", queue)
+    began = now()
     second = await work.reader("second", cache_url=redis.url, instance_id="one")
-    assert (await second.read(KEYS[0])).version == 2
+    await eventually(lambda: second.client.stats()["coherence"]["epochs"] >= 1, EVENTUAL)
+    if loss == "purged":
+        assert now() - began < IN_TIME + LATE
+        counters = second.client.stats()["coherence"]
+        assert counters["gap_reasons"] == {"messages missing before a tick": 1}
+    await eventually(lambda: gives(second, KEYS[0], 2), EVENTUAL)
     await work.check("second")
+
+
+async def gives(reader: Observed, key: str, version: int) -> bool:
+    return (await reader.read(key)).version == version
