@@ -574,10 +574,12 @@ class Client:
 
     async def _try_to_evict(self, eviction: Eviction) -> None:
         for cache in self._caches:
-            with suppress(
-                CacheError
-            ):  # the message comes back here, and is not acknowledged before it is done
+            try:
                 await cache.evict(eviction)
+            except CacheError:
+                pass  # the message comes back here, and is not acknowledged before it is done
+            except Exception:
+                log.exception("a cache cannot evict")
 
     # How it is doing
 

@@ -15,6 +15,8 @@ from cacheinval.messages import Ask, Audit, encode
 
 __all__ = ["Respondent", "ask_instances"]
 
+MOST_ANSWERS = 100  # under way at a time
+
 log = logging.getLogger("cacheinval.client")
 
 
@@ -57,15 +59,24 @@ class Respondent:
         self._auditor = auditor
         self._aside = aside
         self._audit: asyncio.Task[None] | None = None
+        self._answering: set[asyncio.Task[None]] = set()
 
     def answer(self, delivery: Any, message: Ask | Audit) -> None:
         """Answers beside whatever else goes on; returns at once."""
+        if len(self._answering) >= MOST_ANSWERS:
+            return  # nobody needs an answer that comes when so many others are still on their way
         if isinstance(message, Ask):
-            self._aside(self._send_status(delivery))
+            self._begin(self._send_status(delivery))
         elif self._audit is None or self._audit.done():
-            self._audit = self._aside(self._audit_for(delivery, message))
+            self._audit = self._begin(self._audit_for(delivery, message))
         else:  # whoever asks again and again must not make this instance load again and again
-            self._aside(self._send(delivery, AuditAnswer(id=self._id)))
+            self._begin(self._send(delivery, AuditAnswer(id=self._id)))
+
+    def _begin(self, answer: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = self._aside(answer)
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+        return task
 
     async def _send_status(self, delivery: Any) -> None:
         await self._send(delivery, self._status())

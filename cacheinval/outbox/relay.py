@@ -34,6 +34,7 @@ PAUSES = (0.2, 5.0)  # seconds: the first and the longest between two attempts
 PATIENCE = (5.0, 300.0)
 """Seconds that a leader waits for the broker before it lets others try: at first, and at most."""
 FORGET_EVERY = 60  # ticks
+MOST_ORIGINS = 20_000  # that are told in a tick, which would be too large a message with many more
 REASONS_SAID = 5
 
 State = Literal["starting", "disconnected", "unready", "standby", "leader", "blocked", "stopped"]
@@ -75,7 +76,7 @@ class Relay:
         self._max_clock_skew = max_clock_skew
         self._sender = Sender(open_channel, publish_timeout)
         self._ticks = Ticks(tick_interval)
-        self._clocks_differ = False
+        self._clocks_differ = self._too_many_origins = False
         self._pauses = _Pauses()
         self._patience = PATIENCE[0]
         self._state: State = "starting"
@@ -177,7 +178,7 @@ class Relay:
         confirmed: list[UUID] = []
         failure = await self._meanwhile(session, self._sender.publish(rows, confirmed))
         # Each was seen in the table before its publish began.
-        await session.delete(confirmed, self._sender.confirmed if failure is None else {})
+        await session.delete(confirmed, self._sender.confirmed)
         self._ticks.confirmed(confirmed)
         if failure is not None:
             raise failure
@@ -211,6 +212,14 @@ class Relay:
         if told is None:
             return
         look, seqs = told
+        if len(seqs) > MOST_ORIGINS:
+            if not self._too_many_origins:
+                text = "no ticks: too many channels were opened within an hour to tell of each"
+                logs.event(log, logging.ERROR, text, channels=len(seqs), accepted=MOST_ORIGINS)
+            self._too_many_origins = True
+            await session.forget_old_origins()
+            return
+        self._too_many_origins = False
         failure = await self._meanwhile(session, self._sender.tick(look.as_of, look.source, seqs))
         if failure is not None:
             # Nothing waits for the broker: nobody may ever have subscribed, or the next row says what is wrong. The age of

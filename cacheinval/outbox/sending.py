@@ -42,24 +42,36 @@ class Sender:
         self._deadline = publish_timeout + 1
         self._channel: Channel | None = None
         self._seq = 0
+        self._confirmed_to = 0  # with all that came before it
+        self._confirmed_beyond: set[int] = set()
+        self.confirmed: dict[str, int] = {}
+        """The last number by origin up to which all were confirmed, as of the last publish."""
         self.published_rows = self.published_messages = self.bad_rows = self.ticks = 0
 
     async def publish(self, rows: Sequence[Mapping[str, Any]], confirmed: list[UUID]) -> PublishError | None:
-        """Publishes all rows, and notes in `confirmed` which may be deleted; returns what went wrong first, if anything."""
+        """Publishes all rows, and notes in `confirmed` which may be deleted; returns what went wrong first, if anything.
+
+        Where something did, those are left out whose numbers come after the first that was not confirmed: with their
+        deletion a number has to be noted, and that one must not claim what is missing.
+        """
+        self.confirmed = {}
         try:
-            if self._channel is None:
-                async with asyncio.timeout(self._deadline):
-                    self._channel = await self._open_channel()
-                self._seq = 0
+            async with asyncio.timeout(self._deadline):
+                channel = await self._opened()
         except TimeoutError:
             return PublishError(f"the broker gave no channel within {self._deadline:g} s")
         except PublishError as error:
             return error
         todo = batches(rows)
+        sent: list[tuple[int, Batch]] = []
         senders = min(MESSAGES_IN_FLIGHT, len(rows))
         results = await asyncio.gather(
-            *(self._send(self._channel, todo, confirmed) for _ in range(senders)), return_exceptions=True
+            *(self._send(channel, todo, sent) for _ in range(senders)), return_exceptions=True
         )
+        self.confirmed = {channel.origin: self._confirmed_to}
+        for last, batch in sent:
+            if last <= self._confirmed_to:
+                confirmed += batch.ids
         failures = [result for result in results if result is not None]
         if failures:
             await self.close()
@@ -73,24 +85,24 @@ class Sender:
             problem = problem or failure
         return problem
 
-    @property
-    def confirmed(self) -> dict[str, int]:
-        """The last confirmed number by origin: of the one channel, while nothing is in flight."""
-        return {} if self._channel is None else {self._channel.origin: self._seq}
+    async def _opened(self) -> Channel:
+        if self._channel is None:
+            self._channel = await self._open_channel()
+            self._seq = self._confirmed_to = 0
+            self._confirmed_beyond = set()
+        return self._channel
 
     async def tick(self, as_of: float, source: str, seqs: Mapping[str, int]) -> PublishError | None:
         """Says that all that was committed before `as_of` is confirmed; returns what went wrong, if anything."""
         try:
             async with asyncio.timeout(self._deadline):
-                if self._channel is None:
-                    self._channel = await self._open_channel()
-                    self._seq = 0
-                known = {origin: seq for origin, seq in seqs.items() if origin != self._channel.origin}
-                await self._channel.send(
+                channel = await self._opened()
+                known = {origin: seq for origin, seq in seqs.items() if origin != channel.origin}
+                await channel.send(
                     encode(
                         Tick(
                             v=1,
-                            origin=self._channel.origin,
+                            origin=channel.origin,
                             seq=self._seq,
                             as_of=as_of,
                             source=source,
@@ -113,23 +125,25 @@ class Sender:
             await channel.close()
 
     async def _send(
-        self, channel: Channel, todo: Generator[Batch, None, None], confirmed: list[UUID]
+        self, channel: Channel, todo: Generator[Batch, None, None], sent: list[tuple[int, Batch]]
     ) -> None:
         try:
             for batch in todo:
+                last = 0
                 for message in batch.messages:
-                    await self._send_one(channel, message, batch.oldest)
-                confirmed += batch.ids
+                    last = await self._send_one(channel, message, batch.oldest)
+                sent.append((last, batch))
                 self.published_rows += len(batch.ids)
                 self._report_bad(batch)
         finally:
             todo.close()  # after a failure the other senders end with what they have in hand
 
-    async def _send_one(self, channel: Channel, message: Invalidate, committed_at: float) -> None:
+    async def _send_one(self, channel: Channel, message: Invalidate, committed_at: float) -> int:
         self._seq += 1
+        seq = self._seq
         # From here to the inside of `send` nothing awaits: messages go out in the order of their numbers.
         body = encode(
-            stamped(message, origin=channel.origin, seq=self._seq, at=time.time(), committed_at=committed_at)
+            stamped(message, origin=channel.origin, seq=seq, at=time.time(), committed_at=committed_at)
         )
         try:
             async with asyncio.timeout(self._deadline):
@@ -137,6 +151,11 @@ class Sender:
         except TimeoutError:
             raise PublishError(f"the broker did not confirm within {self._deadline:g} s") from None
         self.published_messages += 1
+        self._confirmed_beyond.add(seq)
+        while self._confirmed_to + 1 in self._confirmed_beyond:
+            self._confirmed_to += 1
+            self._confirmed_beyond.remove(self._confirmed_to)
+        return seq
 
     def _report_bad(self, batch: Batch) -> None:
         if batch.bad:

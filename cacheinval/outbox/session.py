@@ -130,7 +130,7 @@ class Session:
         await self.delete([UUID(int=0)], {})
         await self.look()
         await self.left(set())
-        await self.forget_old_origins()
+        await _answer(self._others[_FORGET].fetch(""))
 
     async def lead(self) -> bool:
         """Takes the lock, if nobody else has it; to be tried until it is taken, and only by one for a namespace."""

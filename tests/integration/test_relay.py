@@ -391,6 +391,57 @@ async def test_what_was_confirmed_before_the_failure_is_deleted(
         await eventually(lambda: relay.counters["errors"] >= 2)
         assert await left(db)() == 1_000
         assert await db.fetchval("SELECT count(*) FROM cacheinval.outbox WHERE keys[1] LIKE 'good%'") == 0
+        # And told: a tick has to say what was confirmed, also of a channel that is closed.
+        assert await db.fetch("SELECT seq FROM cacheinval.origins") == [(1,)]
+
+
+async def test_what_comes_after_a_failure_is_not_deleted(
+    db: asyncpg.Connection,
+    database_url: str,
+    broker: Broker,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its number would claim the one before it, which was not confirmed."""
+    real, fails = Channel.send, True
+
+    async def send(self: Channel, body: bytes) -> None:
+        await real(self, body)
+        if '"bad' in body.decode() and fails:
+            raise PublishError("not this one")
+
+    monkeypatch.setattr(Channel, "send", send)
+    for first in ("bad", "good"):
+        await db.execute(
+            "INSERT INTO cacheinval.outbox (namespace, keys)"
+            " SELECT 'shop', ARRAY[$1 || n] FROM generate_series(1, 1000) n",
+            first,
+        )
+    async with running(database_url, broker) as relay:
+        await eventually(lambda: relay.counters["errors"] >= 2)
+        assert await left(db)() == 2_000
+        fails = False
+        await eventually(empty(db))
+
+
+async def test_more_channels_than_a_tick_can_tell_are_said_and_not_ticked(
+    db: asyncpg.Connection,
+    database_url: str,
+    broker: Broker,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(relay_module, "MOST_ORIGINS", 3)
+    await db.execute(
+        "INSERT INTO cacheinval.origins (namespace, origin, seq) SELECT 'shop', 'o' || n, n FROM generate_series(1, 4) n"
+    )
+    async with running(database_url, broker) as relay:
+        await eventually(lambda: "too many channels" in caplog.text)
+        assert relay.counters["ticks"] == 0
+        await db.execute("DELETE FROM cacheinval.origins WHERE origin = 'o1'")
+        await eventually(lambda: relay.counters["ticks"] > 0)
+    assert caplog.text.count("too many channels") == 1
 
 
 async def test_a_channel_that_never_answers_is_given_up(
