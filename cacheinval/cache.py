@@ -19,11 +19,13 @@ __all__ = ["CacheCounters", "CoherentCache", "InProcessCache", "Read", "SharedCa
 MOST_LOADS = 64
 """Loaders that run at a time, unless the setting `MAX_CONCURRENT_LOADS` says otherwise."""
 
+MOST_OWED = 10_000
+"""Names whose eviction failed that are remembered one by one."""
+
 T = TypeVar("T")
 Factory = Callable[[], Awaitable[Any]]
 LoadAndStore = Callable[[Load], Awaitable[tuple[Any, bool]]]
 Remember = Callable[[str, Factory, Any], None]
-_Owed = tuple[Literal["key", "tag", "everything"], str]
 
 
 class Read(NamedTuple):
@@ -61,7 +63,6 @@ class CacheCounters:
 # its own changes, and so reads past the cache).
 _within: ContextVar["Load | _Transaction | None"] = ContextVar("cacheinval_within", default=None)
 _ABANDONED = object()
-_EVERYTHING: _Owed = ("everything", "")
 
 
 class _Transaction:
@@ -397,7 +398,7 @@ class InProcessCache(CoherentCache):
 class SharedBackend(Protocol):
     """Entries in a cache outside the process; its methods raise CacheError where that cache cannot be used."""
 
-    async def find(self, key: str, tags: frozenset[str], model: Any) -> Any: ...
+    async def find(self, key: str, tags: frozenset[str], model: Any, ttl: float) -> Any: ...
     async def store(
         self, key: str, value: bytes, ttl: float, load_started: float, expires_at: float, found: Any
     ) -> None: ...
@@ -407,12 +408,47 @@ class SharedBackend(Protocol):
     def decode(self, value: bytes, model: Any) -> Any: ...
 
 
+class _Owed:
+    """What is being evicted, or could not be: not served from here until an eviction of it, the last one, is done. (An
+    earlier one may have passed before somebody stored again.)"""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, object] = {}
+        self.tags: dict[str, object] = {}
+        self.everything: object | None = None
+
+    def note(self, eviction: Eviction, this: object) -> None:
+        """`this` is about to evict."""
+        self.keys.update(dict.fromkeys(eviction.keys, this))
+        self.tags.update(dict.fromkeys(eviction.tags, this))
+        if eviction.everything:
+            self.everything = this
+
+    def settle(self, eviction: Eviction, this: object) -> None:
+        """`this` has evicted."""
+        for owed, names in ((self.keys, eviction.keys), (self.tags, eviction.tags)):
+            for name in names:
+                if owed.get(name) is this:
+                    del owed[name]
+        if self.everything is this:
+            self.everything = None
+
+    def shorten(self) -> None:
+        """Many names are as good as everything, and cost less to remember while the cache is away."""
+        if len(self.keys) + len(self.tags) > MOST_OWED:
+            self.keys.clear()
+            self.tags.clear()
+            self.everything = object()
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.tags or self.everything is not None)
+
+
 class SharedCache(CoherentCache):
     """Entries in a cache outside the process, which other instances fill and evict as well.
 
-    A value is stored and its token looked at again; where its key was evicted in between, the entry is deleted. (An
-    eviction that another process makes just then is only noticed when its message arrives here.) A cache that is down
-    costs a read of the source, never an error.
+    An entry bears stamps that were looked up before its load began, and an eviction by anybody takes one of them away: so
+    it does not matter when an entry is stored, nor by whom. A cache that is down costs a read of the source, never an error.
     """
 
     _shared = True
@@ -428,9 +464,7 @@ class SharedCache(CoherentCache):
     ) -> None:
         super().__init__(coherence, clock, ttl, remember, most_loads)
         self._backend = backend
-        # What is being evicted, or could not be: not served from here until an eviction of it, the last one, is done. (An
-        # earlier one may have passed before somebody stored again.)
-        self._owed: dict[_Owed, object] = {}
+        self._owed = _Owed()
 
     async def read(
         self,
@@ -449,7 +483,7 @@ class SharedCache(CoherentCache):
             value = self._backend.encode(await factory())
             return Read(self._backend.decode(value, model), "bypass", False)
         lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
-        found, entry = await self._find_entry(key, named, model, now)
+        found, entry = await self._find_entry(key, named, model, now, lifetime)
         # The clock may have been set back meanwhile, and what began in its future would stay young too long.
         now = min(now, self._now())
         if entry is not None and self._coherence.may_serve(entry, now):
@@ -459,7 +493,7 @@ class SharedCache(CoherentCache):
 
         async def load_and_store(load: Load) -> tuple[Any, bool]:
             value = self._backend.encode(await self._ask(load, factory, version, primary))
-            stored = found is not None and await self._store_then_recheck(load, value, lifetime, found)
+            stored = found is not None and await self._store(load, value, lifetime, found)
             self.counters.not_stored += not stored
             if stored:
                 self._remember(key, primary or factory, model)
@@ -474,68 +508,53 @@ class SharedCache(CoherentCache):
         return entry if entry is not None and self._coherence.may_serve(entry, now) else None
 
     async def _find_entry(
-        self, key: str, tags: frozenset[str], model: Any, now: float
+        self, key: str, tags: frozenset[str], model: Any, now: float, ttl: float = 0.0
     ) -> tuple[Any, Entry | None]:
         # As it was before the look: whatever is evicted during the look refuses what the look saw.
-        moment, withheld = self._coherence.moment, {name for kind, name in self._owed if kind == "tag"}
-        found = await self._find(key, tags, model)
+        moment, withheld = self._coherence.moment, frozenset(self._owed.tags)
+        found = await self._find(key, tags, model, ttl)
         if found is None or not found.present or not withheld.isdisjoint(found.tags):
+            return found, None
+        if not self._coherence.can_be_dated(found.load_started, now):
             return found, None
         started = min(found.load_started, now)
         return found, Entry(found.value, started, *moment, found.expires_at, found.tags)
 
-    async def _find(self, key: str, tags: frozenset[str], model: Any) -> Any:
+    async def _find(self, key: str, tags: frozenset[str], model: Any, ttl: float) -> Any:
         try:
             if self._owed:
                 await self._evict_owed(key, tags)
-            return await self._backend.find(key, tags, model)
+            return await self._backend.find(key, tags, model, ttl)
         except CacheError:
             return None
 
     async def _evict_owed(self, key: str, tags: frozenset[str]) -> None:
         owed = self._owed
-        eviction = Eviction(
-            [key] if ("key", key) in owed else [],
-            [tag for tag in tags if ("tag", tag) in owed],
-            _EVERYTHING in owed,
-        )
+        keys = [key] if key in owed.keys else []
+        eviction = Eviction(keys, [tag for tag in tags if tag in owed.tags], owed.everything is not None)
         if eviction:
             await self.evict(eviction)
 
-    async def _store_then_recheck(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
-        if not self._may_share(load) or load.tags - found.stamps.keys():
+    async def _store(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
+        if not self._coherence.may_store(load) or load.tags - found.stamps.keys():
             return False  # the second: tags learned while loading, whose stamps were not looked up before
         try:
             await self._backend.store(load.key, value, ttl, load.started, self._now() + ttl, found)
-        except BaseException as error:
-            # A time-out is not a refusal: it may land later, so the next read deletes it.
-            self._owed["key", load.key] = object()
-            if isinstance(error, CacheError):
-                return False
-            raise
-        if self._may_share(load):
-            return True
-        with suppress(CacheError):  # then it is owed, and the next read tries again
-            await self.evict(Eviction([load.key]))
-        return False
-
-    def _may_share(self, load: Load) -> bool:
-        # Nothing voids the loads of an instance that is deaf; in its own memory it could make good when it hears again,
-        # but here others would be served what it stored.
-        return self._coherence.may_share(load)
+        except CacheError:
+            return False  # or it lands later, and is served unless it has been evicted by then
+        return self._coherence.may_store(load)
 
     async def evict(self, eviction: Eviction) -> None:
         """See `CoherentCache.evict`."""
-        names: list[_Owed] = [("key", key) for key in eviction.keys] + [("tag", tag) for tag in eviction.tags]
-        if eviction.everything:
-            names.append(_EVERYTHING)
         this = object()
-        self._owed.update(dict.fromkeys(names, this))
-        await self._backend.evict(eviction.keys, eviction.tags, eviction.everything)
+        self._owed.note(eviction, this)
+        try:
+            await self._backend.evict(eviction.keys, eviction.tags, eviction.everything)
+        except CacheError:
+            self._owed.shorten()
+            raise
         self.counters.evicted_entries += len(eviction.keys)
-        for name in names:
-            if self._owed.get(name) is this:
-                del self._owed[name]
+        self._owed.settle(eviction, this)
 
     async def close(self) -> None:
         """Closes the connections; the entries stay."""

@@ -362,7 +362,7 @@ class Coherence:
         self._registers = self.registration.required
         self.epoch = 1
         self.counters = Counters()
-        self._max_staleness = max_staleness
+        self._max_staleness, self._max_clock_skew = max_staleness, max_clock_skew
         self._doubts: dict[str, str] = {"subscription": "not subscribed yet"}
         if self.registration.required:
             self._doubts["registration"] = NOT_YET
@@ -377,6 +377,7 @@ class Coherence:
         self._tag_floor = 0
 
         self._seqs: OrderedDict[str, int] = OrderedDict()
+        self._origins_told = 0
         self._echoes: set[tuple[str, int]] = set()
         self._subscribed = False
         self._marker: str | None = None
@@ -504,9 +505,9 @@ class Coherence:
         """Whether nothing has evicted what `load` read; store at once, with no await in between."""
         return self._stands(load, load.tags)
 
-    def may_share(self, load: Load) -> bool:
-        """Whether `load` may be stored where other instances read: only while this one hears what would void it."""
-        return not self._doubts and self._stands(load, load.tags)
+    def can_be_dated(self, load_started: float, now: float) -> bool:
+        """Whether the age of what another host has loaded can be told, for its clock is no more ahead than clocks may be."""
+        return load_started <= now + self._max_clock_skew
 
     def bypassing(self, entry: Entry | None, now: float) -> bool:
         """Whether a load is made because freshness cannot be proven, rather than because nothing is cached."""
@@ -644,7 +645,7 @@ class Coherence:
 
     def proof_state(self) -> ProofState:
         """What to keep with a cache outside the process, before that is acknowledged which led to it."""
-        latest = list(self._seqs.items())[-MAX_ORIGINS_KEPT:]
+        latest = list(self._seqs.items())[-max(MAX_ORIGINS_KEPT, self._origins_told) :]
         return ProofState(dict(latest), self.proof.checked_until, self.proof.extends, self.proof.source)
 
     @property
@@ -713,13 +714,14 @@ class Coherence:
             return None
         # All of them, so that what is missing is counted once; and before the watermark may move.
         numbers = {**tick.seqs, tick.origin: tick.seq}
-        behind = [self._is_behind(*number, unknown_counts=True) for number in numbers.items()]
+        self._origins_told = len(numbers)
+        behind = [self._is_behind(*number, unknown_counts=self.proof.baselined) for number in numbers.items()]
         break_ = self.proof.breaks_off(tick)
         if break_ is not None:
             self.proof.start_over()
             self._tick_passed = tick  # the first one of what begins with this gap
             return self.gap(break_, now)
-        if self.proof.baselined and any(behind):
+        if any(behind):
             return self.gap("messages missing before a tick", now)
         self._tick_passed = tick
         return None
@@ -727,10 +729,8 @@ class Coherence:
     def _is_behind(self, origin: str, seq: int, unknown_counts: bool) -> bool:
         """Whether a confirmed message of `origin` has not arrived; from here on it counts as known to be missing."""
         last = self._seqs.get(origin)
-        if seq <= (last or 0):
-            return False
-        self._note_seq(origin, seq)
-        return last is not None or unknown_counts
+        self._note_seq(origin, max(seq, last or 0))
+        return seq > (last or 0) and (last is not None or unknown_counts)
 
     def _in_sequence(self, origin: str, seq: int) -> bool:
         last = self._seqs.get(origin)
@@ -746,7 +746,8 @@ class Coherence:
     def _note_seq(self, origin: str, seq: int) -> None:
         self._seqs[origin] = seq
         self._seqs.move_to_end(origin)
-        if len(self._seqs) > MAX_ORIGINS:
+        # Those of the present tick are not forgotten: the next one would tell them as if they had been missed.
+        if len(self._seqs) > max(MAX_ORIGINS, 2 * self._origins_told):
             self._seqs.popitem(last=False)
 
     def expect_echo(self, origin: str, seq: int) -> None:

@@ -1,8 +1,8 @@
 """Entries in a cache outside the process (Redis, Memcached), through aiocache's backends.
 
-Nothing here is deleted by pattern. Each entry bears the epoch and a stamp for each of its tags as they were when its
-load began; evicting a tag or everything replaces one stamp, and whatever bears the old one is served no more, on any
-instance, also when it is stored late. Keys are deleted one by one.
+Nothing here is deleted by pattern. Each entry bears the stamps of the epoch, of its key and of each of its tags, as they
+were looked up before its load began. Evicting removes or replaces a stamp, and whatever bears the old one is served no
+more, by any instance, also when it is stored late.
 """
 
 import asyncio
@@ -34,10 +34,14 @@ _LONGEST_TTL = (
 )  # what is more is a date to Memcached; `expires_at` in the entry says when it really ends
 _EPOCH = "epoch"
 _DELETES_AT_ONCE = 50
+_STAMP_OUTLIVES = 3600
+"""Seconds for which the stamp of a key outlives the first entry that bears it: with a later one it may go too soon, which
+costs a load."""
 
 
 class _Envelope(msgspec.Struct):
     epoch: str
+    stamp: str
     load_started: float
     expires_at: float
     stamps: dict[str, str]
@@ -45,7 +49,7 @@ class _Envelope(msgspec.Struct):
 
 
 class Found(NamedTuple):
-    """What one look into the cache gave: the entry, if it is of the present epoch and stamps, and the stamps."""
+    """What one look into the cache gave: the entry, if its stamps are the present ones, and these."""
 
     value: Any
     present: bool
@@ -53,6 +57,7 @@ class Found(NamedTuple):
     expires_at: float
     tags: frozenset[str]
     epoch: str
+    stamp: str
     stamps: Mapping[str, str]
 
 
@@ -103,34 +108,52 @@ class SharedEntries:
         self._backend = backend
         self._prefix = f"cacheinval:{namespace}:"
 
-    async def find(self, key: str, tags: frozenset[str], model: Any) -> Found:
-        """The entry of `key`, and the stamps that an entry with `tags` would have to bear if its load began now."""
+    async def find(self, key: str, tags: frozenset[str], model: Any, ttl: float = 0.0) -> Found:
+        """The entry of `key`, and the stamps that an entry with `tags`, kept for `ttl` seconds, would have to bear if its
+        load began now."""
         named = sorted(tags)
-        raw, epoch, *stamps = await self._get([self._entry(key), self._name(_EPOCH), *map(self._tag, named)])
+        names = [self._entry(key), self._name(_EPOCH), self._key(key), *map(self._tag, named)]
+        raw, epoch, stamp, *stamps = await self._get(names)
         known = dict(zip(named, stamps, strict=True))
         envelope = _open(raw)
         others = sorted(set(envelope.stamps) - tags) if envelope else []
         if others:
             known |= zip(others, await self._get(list(map(self._tag, others))), strict=True)
-        known_epoch = epoch or await self._create(self._name(_EPOCH))
-        wanted = {tag: known[tag] or await self._create(self._tag(tag)) for tag in named}
-        nothing = Found(None, False, 0.0, 0.0, tags, known_epoch, wanted)
-        if envelope is None or envelope.epoch != epoch:
-            return nothing
-        if any(known[tag] != stamp for tag, stamp in envelope.stamps.items()):
-            return nothing
+        present = (
+            envelope is not None
+            and (envelope.epoch, envelope.stamp) == (epoch, stamp)
+            and all(known[tag] == borne for tag, borne in envelope.stamps.items())
+        )
+        wanted = Found(
+            None,
+            False,
+            0.0,
+            0.0,
+            tags,
+            epoch or await self._create(self._name(_EPOCH)),
+            stamp or await self._create(self._key(key), math.ceil(ttl) + _STAMP_OUTLIVES),
+            {tag: known[tag] or await self._create(self._tag(tag)) for tag in named},
+        )
+        if envelope is None or not present:
+            return wanted
         try:
             value = self.decode(envelope.value, model)
         except CacheError:
-            return nothing  # written by another version of the model: load it again
-        entry_tags = frozenset(envelope.stamps)
-        return Found(value, True, envelope.load_started, envelope.expires_at, entry_tags, known_epoch, wanted)
+            return wanted  # written by another version of the model: load it again
+        return wanted._replace(
+            value=value,
+            present=True,
+            load_started=envelope.load_started,
+            expires_at=envelope.expires_at,
+            tags=frozenset(envelope.stamps),
+        )
 
     async def store(
         self, key: str, value: bytes, ttl: float, load_started: float, expires_at: float, found: Found
     ) -> None:
         """Keeps `value`, as read by a load that began after `found` was looked up."""
-        envelope = _Envelope(found.epoch, load_started, expires_at, dict(found.stamps), msgspec.Raw(value))
+        stamps = dict(found.stamps)
+        envelope = _Envelope(found.epoch, found.stamp, load_started, expires_at, stamps, msgspec.Raw(value))
         text = msgspec.json.encode(envelope).decode()
         await self._bounded(
             self._backend.set(self._entry(key), text, ttl=min(max(1, math.ceil(ttl)), _LONGEST_TTL))
@@ -143,9 +166,9 @@ class SharedEntries:
             return
         for tag in tags:
             await self._bounded(self._backend.set(self._tag(tag), _stamp()))
-        entries = [self._entry(key) for key in keys]
-        for start in range(0, len(entries), _DELETES_AT_ONCE):
-            await self._delete(entries[start : start + _DELETES_AT_ONCE])
+        for start in range(0, len(keys), _DELETES_AT_ONCE):
+            few = keys[start : start + _DELETES_AT_ONCE]
+            await self._delete([*map(self._key, few), *map(self._entry, few)])
 
     async def look_up(self, name: str) -> str | None:
         """What `write` has put under `name`, if it is still there."""
@@ -193,11 +216,11 @@ class SharedEntries:
         with suppress(CacheError):  # there is nobody left who would use them
             await self._bounded(self._backend.close())
 
-    async def _delete(self, entries: list[str]) -> None:
+    async def _delete(self, names: list[str]) -> None:
         if self._backend.NAME == "redis":
-            await self._bounded(self._backend.raw("unlink", *entries))
+            await self._bounded(self._backend.raw("unlink", *names))
         else:
-            deleting = [self._bounded(self._backend.delete(entry)) for entry in entries]
+            deleting = [self._bounded(self._backend.delete(name)) for name in names]
             for result in await asyncio.gather(*deleting, return_exceptions=True):
                 if isinstance(result, BaseException):
                     raise result
@@ -206,11 +229,11 @@ class SharedEntries:
         values: list[str | None] = await self._bounded(self._backend.multi_get(names))
         return values
 
-    async def _create(self, name: str) -> str:
+    async def _create(self, name: str, ttl: int | None = None) -> str:
         """Entries never bear an absent stamp: one that a full cache dropped must not look as if it had never changed."""
         stamp = _stamp()
         try:
-            await self._bounded(self._backend.add(name, stamp))
+            await self._bounded(self._backend.add(name, stamp, ttl=ttl and min(ttl, _LONGEST_TTL)))
         except CacheError as error:
             if not isinstance(error.__cause__, ValueError):
                 raise
@@ -229,6 +252,9 @@ class SharedEntries:
 
     def _entry(self, key: str) -> str:
         return self._name("entry:" + key)
+
+    def _key(self, key: str) -> str:
+        return self._name("key:" + key)
 
     def _tag(self, tag: str) -> str:
         return self._name("tag:" + tag)

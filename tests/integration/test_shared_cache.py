@@ -303,19 +303,35 @@ async def test_a_suspect_instance_serves_what_is_at_most_a_second_old(one: Insta
     two.coherence.lost("cut")
     assert (await two.cache.read("k", refuse)).outcome == "hit"
     two.clock.ahead = 1.5
-    assert await two.cache.read("k", value_of(2)) == Read(2, "bypass", False)
+    assert await two.cache.read("k", value_of(2)) == Read(2, "bypass", True)
+    assert (await two.cache.read("k", refuse)).outcome == "hit"  # its own load is young again
 
 
-async def test_who_does_not_hear_stores_nothing_for_others(one: Instance, two: Instance) -> None:
-    """Nothing voids the load of a deaf instance: what it stored would be served by those who hear."""
+@each_eviction
+@pytest.mark.parametrize("knows", [True, False], ids=["suspect", "deaf without knowing"])
+async def test_what_is_stored_by_who_does_not_hear_is_served_by_nobody(
+    one: Instance, two: Instance, what: Eviction, knows: bool
+) -> None:
+    """Nothing voids the load of a deaf instance, but its stamps were looked up before another one evicted."""
 
-    async def meanwhile() -> int:
-        two.coherence.lost("cut")
-        await one.evict("k")
-        return 1
+    async def meanwhile() -> str:
+        if knows:
+            two.coherence.lost("cut")
+        await one.apply(what)
+        return "old"
 
-    assert await two.cache.read("k", meanwhile) == Read(1, "miss", False)
-    assert await one.cache.get_or_set("k", value_of(2)) == 2
+    assert (await two.cache.read("k", meanwhile, tags=["t"])).value == "old"
+    assert await one.cache.read("k", value_of("new"), tags=["t"]) == Read("new", "miss", True)
+    assert (await two.cache.read("k", refuse, tags=["t"])).value == "new"
+
+
+async def test_what_is_dated_by_a_clock_that_is_ahead_is_not_taken_for_young(
+    one: Instance, two: Instance
+) -> None:
+    two.clock.ahead = 3600
+    assert (await two.cache.read("k", value_of("old"))).stored
+    assert (await two.cache.read("k", refuse)).outcome == "hit"
+    assert await one.cache.read("k", value_of("new")) == Read("new", "miss", True)
 
 
 async def test_a_value_inherits_the_age_of_its_parts(one: Instance, two: Instance) -> None:
@@ -515,19 +531,44 @@ async def test_an_eviction_is_owed_until_the_last_one_is_done(
     assert await one.cache.get_or_set("k", value_of("new")) == "new"
 
 
-async def test_a_store_that_timed_out_is_removed_before_the_next_read(
-    one: Instance, two: Instance, monkeypatch: pytest.MonkeyPatch
+@each_eviction
+async def test_a_store_that_timed_out_and_lands_after_an_eviction_is_served_by_nobody(
+    one: Instance, two: Instance, monkeypatch: pytest.MonkeyPatch, what: Eviction
 ) -> None:
-    store = one.entries.store
+    store, late = one.entries.store, []
 
-    async def store_and_time_out(*args: Any) -> None:
-        await store(*args)
-        raise CacheError("timed out, and arrived")
+    async def time_out(*args: Any) -> None:
+        late.append(args)
+        raise CacheError("timed out")
 
-    monkeypatch.setattr(one.entries, "store", store_and_time_out)
-    assert await one.cache.read("k", value_of("uncertain")) == Read("uncertain", "miss", False)
+    monkeypatch.setattr(one.entries, "store", time_out)
+    assert await one.cache.read("k", value_of("old"), tags=["t"]) == Read("old", "miss", False)
     monkeypatch.setattr(one.entries, "store", store)
-    assert await one.cache.get_or_set("k", value_of("certain")) == "certain"
+    await two.apply(what)
+    await store(*late[0])
+    for instance in (one, two):
+        assert await instance.cache.get_or_set("k", value_of("new"), tags=["t"]) == "new"
+
+
+async def test_much_that_could_not_be_evicted_is_as_good_as_everything(
+    one: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the cache is away every write adds to it, and every read looks at it."""
+    monkeypatch.setattr("cacheinval.cache.MOST_OWED", 10)
+    await one.cache.get_or_set("k", value_of("old"))
+    evict = one.entries.evict
+
+    async def fail(*args: Any) -> None:
+        raise CacheError("away")
+
+    monkeypatch.setattr(one.entries, "evict", fail)
+    with pytest.raises(CacheError):
+        await one.cache.evict(Eviction([f"another{n}" for n in range(11)]))
+    assert len(one.cache._owed.keys) == 0
+    assert await one.cache.read("k", value_of("bypass")) == Read("bypass", "miss", False)
+    monkeypatch.setattr(one.entries, "evict", evict)
+    assert await one.cache.get_or_set("k", value_of("new")) == "new"
+    assert not one.cache._owed
 
 
 @pytest.mark.parametrize("eviction", [Eviction(["k"]), Eviction(everything=True)], ids=["key", "everything"])

@@ -737,7 +737,7 @@ class Timed:
     def load_returns(self, number: int) -> None:
         leader = self.readers[number]
         assert leader is not None
-        asked = self.coherence.may_share if self.span.durable else self.coherence.may_store
+        asked = self.coherence.may_store
         if asked(leader.load):
             self.entries[leader.key] = self.coherence.entry(leader.load, leader.value, FOREVER)
         self.coherence.end_load(leader.load)

@@ -291,7 +291,7 @@ TIMED_MUTANTS = [
                 '        self._first = True\n        self.doubt("subscription", "new',
             ),
             (
-                "if self.proof.baselined and any(behind):",
+                "if any(behind):",
                 'if not self.__dict__.pop("_first", False) and any(behind):',
             ),
         ),

@@ -262,7 +262,7 @@ class Replicated:
                 load.at_replica, load.value = False, None
                 return
             self.coherence.refuse(load.token)
-        may_store = self.coherence.may_share if self.span.restarts else self.coherence.may_store
+        may_store = self.coherence.may_store
         if may_store(load.token):
             self.entry = self.coherence.entry(load.token, load.value, FOREVER)
         self.coherence.end_load(load.token)

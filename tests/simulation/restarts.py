@@ -260,7 +260,7 @@ class Restarting:
                 self._returned(value)
                 return
         load = self.coherence.begin_load(KEY, self.now)
-        if self.coherence.may_share(load):
+        if self.coherence.may_store(load):
             self.entry = (self.version, load.started)
         self.coherence.end_load(load)
 

@@ -551,9 +551,9 @@ class SharedStub:
         self.to = to
         self.starts: list[float] = []
 
-    async def find(self, key: str, tags: frozenset[str], model: Any) -> Found:
+    async def find(self, key: str, tags: frozenset[str], model: Any, ttl: float) -> Found:
         self.clock.time = self.to
-        return Found(None, False, 0.0, 0.0, frozenset(), "", {})
+        return Found(None, False, 0.0, 0.0, frozenset(), "", "", {})
 
     async def store(
         self, key: str, value: bytes, ttl: float, load_started: float, expires_at: float, found: Found

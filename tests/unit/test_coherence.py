@@ -1094,3 +1094,31 @@ def test_another_database_than_before_the_restart_is_a_gap() -> None:
     assert gap is not None
     assert gap.everything
     assert told(after, tick(11.0, source="another"), 11.1) is None
+
+
+def test_of_more_channels_than_are_remembered_none_is_a_gap_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The relay tells all that were open within an hour."""
+    monkeypatch.setattr(rules, "MAX_ORIGINS", 10)
+    monkeypatch.setattr(rules, "MAX_ORIGINS_KEPT", 5)
+    coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
+    coherence.trust()
+    many = {f"w{number}": 1 for number in range(15)}
+    for now in (1.0, 2.0, 3.0):
+        assert told(coherence, tick(now, **many), now) is None
+        assert coherence.proof.watermark == now
+    after = resumed(coherence, 4.0)
+    assert told(after, tick(5.0, **many), 5.0) is None
+
+
+def test_what_is_missing_of_a_channel_that_was_heard_is_a_gap_at_a_first_tick_too() -> None:
+    coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
+    coherence.trust()
+    told(coherence, numbered(4, "w"), 1.0)
+    gap = told(coherence, tick(2.0, w=5, stranger=7), 2.0)
+    assert gap is not None
+    assert gap.everything
+    assert told(coherence, tick(3.0, w=5, stranger=7), 3.0) is None
