@@ -264,12 +264,12 @@ TIMED_MUTANTS = [
     TimedMutant(
         "gap tolerance 1 at ticks",
         DROPPED_IN_TIME,
-        (("if seq <= (last or 0):", "if seq <= (last or 0) + 1:"),),
+        (("return seq > (last or 0) and (", "return seq > (last or 0) + 1 and ("),),
     ),
     TimedMutant(
         "an origin not heard of before is no gap at a tick",
         DROPPED_IN_TIME,
-        (("return last is not None or unknown_counts", "return last is not None"),),
+        (("(last is not None or unknown_counts)", "(last is not None)"),),
     ),
     TimedMutant(
         "the relay's own number not checked",
