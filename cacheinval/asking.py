@@ -83,8 +83,6 @@ class Asking:
     async def receipt(self, question: Question) -> Receipt:
         """Waits until all have evicted, at most `question.wait` seconds from now, and says how it stands then."""
         loop = asyncio.get_running_loop()
-        if question.committed_at is None:
-            return Receipt(0, 0)  # nothing was stale
         deadline = loop.time() + question.wait
         counting = asyncio.create_task(self._keep_counting(question, deadline))
         try:
@@ -128,9 +126,14 @@ class Asking:
             for message in messages:
                 self._asked.setdefault(message, []).append(question)
 
-    def committed(self, question: Question, *, evicted_here: bool) -> None:
-        """The write is known to be committed; `evicted_here`: every cache of this client has evicted since."""
-        question.committed(asyncio.get_running_loop().time())
+    def committed(self, question: Question, *, evicted_here: bool, names_something: bool = True) -> None:
+        """The write is known to be committed.
+
+        Args:
+            evicted_here: every cache of this client has evicted since.
+            names_something: False where it does not say itself what is stale.
+        """
+        question.committed(asyncio.get_running_loop().time(), names_something=names_something)
         if evicted_here and self._me is not None:
             question.evicted(self._me)
 

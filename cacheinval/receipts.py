@@ -59,6 +59,7 @@ class Question:
     def __init__(self, wait: float, max_clock_skew: float) -> None:
         self.wait = wait
         self.committed_at: float | None = None
+        self._names_something = True
         self._max_clock_skew = max_clock_skew
         self.messages: frozenset[str] = frozenset()
         """What it was sent in; empty as long as it was not."""
@@ -70,9 +71,14 @@ class Question:
 
     # What happens
 
-    def committed(self, now: float) -> None:
-        """The write is known to be committed."""
+    def committed(self, now: float, *, names_something: bool = True) -> None:
+        """The write is known to be committed.
+
+        One that names nothing itself may still have made something stale, which a trigger has recorded, or the caller
+        past `Transaction.invalidate`: the relay sends that, and asks nobody. It is safe by time only.
+        """
         self.committed_at = now
+        self._names_something = names_something
 
     def sent(self, messages: Collection[str]) -> None:
         """These messages together say what is stale: whoever has answered each of them has evicted all of it."""
@@ -154,7 +160,9 @@ class Question:
 
     def _why(self, who: tuple[str, str], one: Registered, now: float) -> str:
         answers, asked = len(self._answers.get(who, ())), len(self.messages)
-        if self._left is not None:
+        if not self._names_something:
+            said = "this write names nothing itself, so nobody is asked"
+        elif self._left is not None:
             said = f"not published: {self._left}; the relay will send it"
         elif not asked:
             said = f"not published within {self.wait:g} s"
@@ -163,6 +171,7 @@ class Question:
         else:
             said = f"no answer within {self.wait:g} s"
         if one.max_staleness is None:
-            return f"{said}; it has no max_staleness: not safe until it answers"
+            until = "not safe until it answers" if self._names_something else "nothing says when it is safe"
+            return f"{said}; it has no max_staleness: {until}"
         left = self._safe_at(one) - now
         return f"{said}; safe in {left:.1f} s (its max_staleness is {one.max_staleness:g} s)"

@@ -213,6 +213,9 @@ class Writes:
             await asyncio.wait(
                 {evicting}
             )  # it goes on where nobody waits for it any more, and ends for reasons of its own
+        if question is not None and not invalidations:
+            # What triggers or `record` have made of it is not known here: it may be stale anywhere, here too.
+            self._asking.committed(question, evicted_here=False, names_something=False)
         return result
 
     def _tell(

@@ -83,9 +83,61 @@ async def test_a_writer_that_is_no_instance_itself(servers: dict[str, Any], db: 
     await three(clients, servers)
     writer = await clients(**servers, subscribe=False)
     assert (await set_price(writer, 2, LONG)).answered == ("a", "b", "c")
-    async with writer.transaction(wait=LONG) as tx:
-        await tx.execute(SET_PRICE, "a", 3)
-    assert tx.receipt == Receipt(0, 0), "nothing was stale"
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("recorded_by", ["trigger", "record", "function", "nobody"])
+async def test_a_write_that_names_nothing_itself_is_safe_by_time_only(
+    recorded_by: str, servers: dict[str, Any], db: DB, clients: Clients
+) -> None:
+    if recorded_by == "trigger":
+        namespace = (await clients(**servers, subscribe=False)).settings.namespace
+        await db.execute("SELECT cacheinval.track('prices', '{id}', namespace => $1)", namespace)
+    readers = await three(clients, servers, **FRESH)  # without a relay: nothing is evicted by a message
+    writer, reader = readers[:2]
+    before = await db.fetchval(OUTBOX)
+
+    async def write(value: int, wait: float) -> Receipt:
+        async with writer.transaction(wait=wait) as tx:
+            await tx.execute(SET_PRICE, "a", value)
+            if recorded_by == "record":
+                await writer.record(tx.connection, "a")
+            elif recorded_by == "function":
+                await tx.execute(
+                    "SELECT cacheinval.invalidate(ARRAY['a'], namespace => $1)", writer.settings.namespace
+                )
+        assert tx.receipt is not None
+        return tx.receipt
+
+    receipt = await write(2, 1.0)
+    assert (receipt.confirmed, receipt.total) == (0, 3)
+    for _, why in receipt.missing:
+        assert why.startswith("this write names nothing itself, so nobody is asked; safe in ")
+    await price(reader, "a")
+    assert (await price(reader, "a")).outcome == "hit"
+    assert await write(3, LONG) == Receipt(3, 3, by_time=("a", "b", "c"))
+    assert [(await price(one, "a")).value for one in readers] == [3] * 3
+    recorded = await db.fetchval(OUTBOX) - before
+    assert recorded == (0 if recorded_by == "nobody" else 2)
+
+
+@pytest.mark.timeout(90)
+async def test_a_write_that_names_nothing_and_is_rolled_back_has_no_receipt(
+    servers: dict[str, Any], db: DB, clients: Clients
+) -> None:
+    (writer, *_) = await three(clients, servers)
+    given: list[Any] = []
+
+    async def fail() -> None:
+        async with writer.transaction(wait=LONG) as tx:
+            given.append(tx)
+            await tx.execute(SET_PRICE, "a", 2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert given[0].receipt is None
+    assert not writer._asking._open
 
 
 @pytest.mark.timeout(90)

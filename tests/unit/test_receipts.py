@@ -135,6 +135,16 @@ class TestReasons:
         ((_, why),) = one.receipt(102.0).missing
         assert why.startswith("not published within 2 s; safe in")
 
+    def test_a_write_that_names_nothing_itself(self) -> None:
+        one = Question(2.0, 0.1)
+        one.committed(100.0, names_something=False)
+        one.counted([instance("a"), instance("b", None)])
+        assert dict(one.receipt(102.0).missing) == {
+            "a": "this write names nothing itself, so nobody is asked; safe in 3.1 s (its max_staleness is 5 s)",
+            "b": "this write names nothing itself, so nobody is asked; it has no max_staleness: "
+            "nothing says when it is safe",
+        }
+
 
 class TestLeaving:
     def test_whoever_has_left_meanwhile_need_not_answer(self) -> None:
@@ -202,14 +212,13 @@ class TestAsking:
             receipt = await asks.receipt(one)
         assert (receipt.confirmed, receipt.total) == (0, 1)
 
-    async def test_nothing_stale_asks_nobody(self) -> None:
-        async def fail() -> Sequence[Registered]:
-            pytest.fail("counted")
-
-        asks = Asking(fail, 0.1, ME)
+    async def test_a_write_that_names_nothing_waits_for_everybody_s_time(self) -> None:
+        asks = Asking(counting(Registered(*ME, 0.1), instance("a", 0.1)), 0.01, ME)
         with asks.about(30.0) as one:
             assert one is not None
-            assert (await asks.receipt(one)) == Receipt(0, 0)
+            asks.committed(one, evicted_here=False, names_something=False)
+            async with asyncio.timeout(10):
+                assert await asks.receipt(one) == Receipt(2, 2, by_time=("a", "me"))
 
     async def test_a_database_that_is_away_is_asked_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(asking, "COUNT_RETRY", 0.001)
