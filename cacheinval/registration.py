@@ -37,7 +37,8 @@ class Registration:
 
     Args:
         max_staleness: seconds, or None; the lease follows from it alone, so that all processes of one id agree on it.
-        max_clock_skew: seconds by which clocks of hosts and database may differ.
+        max_clock_skew: seconds by which clocks of hosts and database may differ. For a cache that ends with the process
+            it is enough that they differ by the same within a lease.
         required: nothing is served but under the registration. Not required: it only makes writers count this instance.
         outlives: the cache outlives the process, and holds what earlier processes, and other hosts, have loaded.
     """
@@ -90,7 +91,8 @@ class Registration:
         sent, self._sent = self._sent, None
         if sent is None:
             return  # the clock was set in between: `sent` and `now` cannot be compared
-        if not sent - self._max_clock_skew <= told <= now + self._max_clock_skew:
+        # Where the cache ends with the process, its own clock alone says when a load began, and how much time has passed.
+        if self._outlives and not sent - self._max_clock_skew <= told <= now + self._max_clock_skew:
             self.forget()
             apart = max(sent - told, told - now)
             self.failed(f"this clock and the database's differ by {apart:.3f} s", now, self.lease / 3)

@@ -33,6 +33,8 @@ class Waiting:
     leaves: int = 0
     hung_loads: bool = False
     starts_registered: bool = False
+    apart: float = 0
+    """Seconds by which the database's clock is ahead."""
     # Faults: of the writer, and of the statement in `outbox/instances.py`
     counts_before_commit: bool = False
     keeps_since_to_the_end: bool = False
@@ -131,15 +133,15 @@ class Registering:
 
     def execute(self) -> None:
         self.asked = False
-        old, lease = self.row, self.span.lease
-        least = self.now if self.span.keeps_since_to_the_end else self.now + lease / 2
+        old, lease, now = self.row, self.span.lease, self.now + self.span.apart
+        least = now if self.span.keeps_since_to_the_end else now + lease / 2
         if old is None or old.expires_at <= least:
-            since = self.now if self.span.since_when_executed else math.inf
+            since = now if self.span.since_when_executed else math.inf
         elif old.since == math.inf:
-            since = self.now
+            since = now
         else:
             since = old.since
-        self.executed = Row(since, self.now + lease), self.now
+        self.executed = Row(since, now + lease), now
 
     def commit_row(self) -> None:
         assert self.executed is not None
@@ -175,7 +177,7 @@ class Registering:
 
     def count(self) -> None:
         self.counted = True
-        found = self.row is not None and self.row.expires_at > self.now
+        found = self.row is not None and self.row.expires_at > self.now + self.span.apart
         self.question.counted([Registered(*WHO, self.span.staleness)] if found else [])
 
     def _settle(self) -> None:

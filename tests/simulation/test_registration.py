@@ -1,6 +1,6 @@
 """After a complete receipt nobody serves the old value, in every order of events; and what is wrong is noticed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -18,6 +18,9 @@ LAPSES = Waiting(starts_registered=True, registrations=1, loads=1, lease=3, unti
 HUNG = Waiting(hung_loads=True, registrations=1, lease=3, until=3, staleness=1)
 LEAVES = Waiting(starts_registered=True, leaves=1, registrations=1, loads=1, lease=3, until=4)
 TAKEN_OVER = Waiting(starts_registered=True, restarts=1, registrations=2, loads=1, until=5)
+BEHIND = replace(LATE, apart=-100)
+AHEAD = replace(LAPSES, apart=100)
+TAKEN_OVER_BEHIND = replace(TAKEN_OVER, apart=-100)
 
 SPANS = {
     "an instance that registers late": LATE,
@@ -25,6 +28,9 @@ SPANS = {
     "loads that hang": HUNG,
     "an instance that leaves": LEAVES,
     "a cache that outlives its process": TAKEN_OVER,
+    "a database whose clock is behind": BEHIND,
+    "a database whose clock is ahead": AHEAD,
+    "a cache that outlives its process, and a database whose clock is behind": TAKEN_OVER_BEHIND,
 }
 
 
@@ -99,6 +105,27 @@ MUTANTS = [
         "registration",
         "            self.until, self.since = -math.inf, math.inf\n\n    def covers",
         "            pass\n\n    def covers",
+    ),
+    Mutant(
+        "the lease counted by the database's clock",
+        AHEAD,
+        "registration",
+        "self._counted_until = sent + self.lease",
+        "self._counted_until = told + self.lease",
+    ),
+    Mutant(
+        "a cache in the process that counts since when the database says",
+        BEHIND,
+        "registration",
+        "counted_since = self._hole",
+        "counted_since = min(self._hole, told)",
+    ),
+    Mutant(
+        "a row taken over by a clock that cannot be compared with the database's",
+        TAKEN_OVER_BEHIND,
+        "registration",
+        "if self._outlives and not sent",
+        "if False and not sent",
     ),
     Mutant(
         "a row taken over although its last renewal may have left a hole",

@@ -94,14 +94,27 @@ class TestServing:
 
 class TestClocks:
     @pytest.mark.parametrize("told", [98.8, 102.2, 3700.0])
-    def test_a_database_of_another_time_registers_nobody(self, told: float) -> None:
-        one = registration()
-        register(one, 90)
+    def test_a_database_of_another_time_registers_no_cache_that_outlives_its_process(
+        self, told: float
+    ) -> None:
+        one = registration(outlives=True)
+        register(one, 90, since=50)
         one.sending(99)
         one.answered(told, math.inf, 102)
         assert not one.covers(95, 102)
         assert "this clock and the database's differ by" in (one.problem(102) or "")
         assert not one.due(102.2)
+
+    @pytest.mark.parametrize("apart", [-3600.0, 3600.0])
+    def test_a_cache_in_the_process_goes_by_its_own_clock_alone(self, apart: float) -> None:
+        one = registration()
+        for sent in (100.0, 104.0):
+            one.sending(sent)
+            one.answered(sent + apart, math.inf, sent + 1)
+        assert one.problem(105) is None
+        assert not one.covers(101, 105)
+        assert one.covers(101.1, 113.7)
+        assert not one.covers(101.1, 113.81)
 
     def test_an_answer_that_comes_after_the_clock_was_set_counts_for_nothing(self) -> None:
         one = registration()
