@@ -38,8 +38,15 @@ from cacheinval.errors import (
 )
 from cacheinval.fleet import Respondent, ask_instances
 from cacheinval.outbox import Outbox, apply_schema
-from cacheinval.outbox.instances import Instances, Registrar
-from cacheinval.outbox.pool import CONNECT_TIMEOUT, STATEMENT_TIMEOUT, Borrowed, close_pool, make_pool
+from cacheinval.outbox.instances import Database, Instances, Registrar
+from cacheinval.outbox.pool import (
+    CONNECT_TIMEOUT,
+    STATEMENT_TIMEOUT,
+    Borrowed,
+    OwnConnection,
+    close_pool,
+    make_pool,
+)
 from cacheinval.outbox.relay import Relay
 from cacheinval.outbox.session import LOST
 from cacheinval.publisher import Publisher, Unpublished
@@ -81,6 +88,9 @@ class Client:
     Args:
         settings: from the environment if None.
         pool: your own asyncpg pool of at least two connections (the relay keeps one), used and never closed; without one the client makes a pool from `DATABASE_URL`.
+            The registration is renewed through it, too (without it by a connection of its own): with `max_staleness`,
+            a pool that has no connection free for two thirds of the lease (PROTOCOL.md) costs the cache, and so makes
+            each read a load, until one is. Leave one or two more than your loads and writes can occupy.
         bus: who carries messages; chosen by `BROKER_URL` if None.
         subscribe: False for a client that only writes, or only relays.
 
@@ -114,6 +124,9 @@ class Client:
         self._clock, self._tasks = Clock(), Tasks()
         self._subscribe = subscribe
         self._pool, self._own_pool = pool, pool is None
+        self._own_connection = OwnConnection(
+            self.settings.database_url
+        )  # for the registration, where the pool is our own
         self._has_database = pool is not None or bool(self.settings.database_url)
         self._registration = Registration(
             self.settings.max_staleness,
@@ -140,9 +153,8 @@ class Client:
         # A cache outside the process is the same one when the next process takes over.
         session = "" if self.settings.cache_is_external else secrets.token_hex(8)
         me = Registered(self.settings.instance_id, session, self.settings.max_staleness)
-        instances = Instances(lambda: self.pool, self.settings.namespace, self.settings.max_clock_skew)
         self._asking = Asking(
-            instances.count if self._has_database else None,
+            self._instances(lambda: self.pool).count if self._has_database else None,
             self.settings.max_clock_skew,
             (me.id, me.session) if subscribe else None,
         )
@@ -169,7 +181,7 @@ class Client:
             confirm=self._answering.evicted,
         )
         self._registrar = Registrar(
-            instances,
+            self._instances(lambda: self._own_connection if self._own_pool else self.pool),
             me,
             self._registration,
             self._clock.now,
@@ -193,6 +205,7 @@ class Client:
             if self._has_database and self._own_pool:
                 self._pool = await make_pool(self.settings.database_url)
                 stack.push_async_callback(close_pool, self._pool)
+                stack.push_async_callback(self._own_connection.close)
             stack.push_async_callback(self.cache.close)
             stack.push_async_callback(
                 self.bus.close
@@ -292,7 +305,8 @@ class Client:
 
         Args:
             wait: seconds; leaving the block then takes until every instance has evicted, at most that long, and
-                `tx.receipt` says who has. The write is committed either way.
+                `tx.receipt` says who has. The write is committed either way. That is of what `tx.invalidate` names:
+                where it names nothing nobody is asked, and all are safe by their `max_staleness` only.
             options: as in asyncpg's `Connection.transaction`.
 
         Raises:
@@ -491,6 +505,9 @@ class Client:
         else:
             least_delay = settings.max_staleness + settings.max_clock_skew
         return Auditor(self.cache, self._loaders, least_delay=least_delay, interval=settings.audit_interval)
+
+    def _instances(self, database: Callable[[], Database]) -> Instances:
+        return Instances(database, self.settings.namespace, self.settings.max_clock_skew)
 
     def _make_relay(self) -> Relay | None:
         if not self._has_database or self.settings.relay == "off":

@@ -14,7 +14,7 @@ from cacheinval.outbox.session import LOST
 from cacheinval.outbox.writing import explain
 from cacheinval.registration import NOT_YET, Registered, Registration
 
-__all__ = ["Instances", "Registrar"]
+__all__ = ["Database", "Instances", "Registrar"]
 
 log = logging.getLogger("cacheinval.registration")
 
@@ -58,7 +58,7 @@ _COUNT = """
 
 
 class Database(Protocol):
-    """What is asked of a pool of asyncpg."""
+    """What is asked of a pool of asyncpg, or of an `OwnConnection`."""
 
     async def execute(self, query: str, *args: object, timeout: float | None = None) -> str: ...
     async def fetchrow(self, query: str, *args: object, timeout: float | None = None) -> Any: ...

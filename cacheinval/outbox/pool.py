@@ -1,7 +1,8 @@
-"""The pool of connections: made and closed where it is ours, borrowed from where it is somebody else's."""
+"""Connections: a pool that is made and closed where it is ours, or borrowed from, and one that nobody else can occupy."""
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -11,7 +12,7 @@ from cacheinval.outbox.session import LOST
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
-__all__ = ["CONNECT_TIMEOUT", "STATEMENT_TIMEOUT", "Borrowed", "close_pool", "make_pool"]
+__all__ = ["CONNECT_TIMEOUT", "STATEMENT_TIMEOUT", "Borrowed", "OwnConnection", "close_pool", "make_pool"]
 
 CONNECT_TIMEOUT = 5.0
 STATEMENT_TIMEOUT = 60.0
@@ -33,6 +34,51 @@ async def close_pool(pool: "Pool") -> None:
             await pool.close()
     except Exception:  # it waits for connections that are in use, or that no longer answer
         pool.terminate()
+
+
+class OwnConnection:
+    """One connection of our own, for statements one after the other: made when it is needed, anew when it is lost."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+
+    async def execute(self, query: str, *args: object, timeout: float | None = None) -> str:
+        """As asyncpg's."""
+        async with self._connected() as connection:
+            return await connection.execute(query, *args, timeout=timeout)
+
+    async def fetchrow(self, query: str, *args: object, timeout: float | None = None) -> Any:
+        """As asyncpg's."""
+        async with self._connected() as connection:
+            return await connection.fetchrow(query, *args, timeout=timeout)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+        connection = self._connection
+        if connection is None or connection.is_closed():
+            connection = self._connection = await asyncpg.connect(
+                self._url, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
+            )
+        try:
+            yield connection
+        except asyncpg.PostgresError:
+            raise  # an answer: the connection is as good as before
+        except BaseException:
+            # It is lost, or was not answered in time; whoever comes next is not to wait for that.
+            connection.terminate()
+            self._connection = None
+            raise
+
+    async def close(self) -> None:
+        """Never raises, and ends within a second or so."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await connection.close()
+            except Exception:  # it no longer answers
+                connection.terminate()
 
 
 class Borrowed:

@@ -4,17 +4,21 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import asyncpg
 import pytest
+from proxy import Proxy
 from waiting import Eventually
 
 from cacheinval import Client, DatabaseError, SchemaMissingError, Settings, registration
 from cacheinval.clock import Clock
 from cacheinval.outbox import apply_schema
 from cacheinval.outbox.instances import Instances, Registrar
+from cacheinval.outbox.pool import OwnConnection
 from cacheinval.registration import Registered, Registration
+from cacheinval.sandbox import Postgres
 
 NAMESPACE = "shop"
 LEASE = 10.0
@@ -239,6 +243,57 @@ async def test_it_is_told_once_that_it_lapses_and_once_that_it_stands_again(
     assert registrar.state["reason"] == "not registered any more"
 
 
+@pytest.fixture
+async def own(database_url: str) -> AsyncIterator[OwnConnection]:
+    own = OwnConnection(database_url)
+    yield own
+    await own.close()
+
+
+class TestOwnConnection:
+    PID = "SELECT pg_backend_pid() AS pid"
+
+    async def pid(self, own: OwnConnection) -> int:
+        row = await own.fetchrow(self.PID)
+        assert row is not None
+        return int(row["pid"])
+
+    async def test_it_is_one_connection_also_after_an_error(self, own: OwnConnection) -> None:
+        first = await self.pid(own)
+        with pytest.raises(asyncpg.PostgresError):
+            await own.execute("SELECT 1 / 0")
+        assert await own.execute("SELECT 1") == "SELECT 1"
+        assert await self.pid(own) == first
+
+    async def test_it_is_made_anew_when_the_server_has_ended_it(
+        self, own: OwnConnection, db: asyncpg.Connection, eventually: Eventually
+    ) -> None:
+        first = await self.pid(own)
+        connection = own._connection
+        assert connection is not None
+        await db.execute("SELECT pg_terminate_backend($1)", first)
+        await eventually(connection.is_closed)
+        assert await self.pid(own) != first
+
+    async def test_one_that_did_not_answer_is_given_up(self, postgres: Postgres, database_url: str) -> None:
+        port = int(postgres.url.partition("127.0.0.1:")[2].partition("/")[0])
+        async with Proxy("127.0.0.1", port) as proxy:
+            own = OwnConnection(database_url.replace(f":{port}/", f":{proxy.port}/"))
+            first = await self.pid(own)
+            proxy.swallow()
+            instances = Instances(lambda: own, NAMESPACE, 0.5)
+            with pytest.raises(DatabaseError, match="no answer in time"):
+                await instances.register(ONE, LEASE, 0.1)
+            proxy.pass_()
+            assert await self.pid(own) != first
+            proxy.swallow()
+            async with asyncio.timeout(10):
+                await own.close()
+
+    async def test_it_is_not_made_before_it_is_needed(self) -> None:
+        await OwnConnection("postgresql://nowhere.invalid/").close()
+
+
 ClientOf = Callable[..., Client]
 
 
@@ -292,3 +347,58 @@ async def test_one_that_promises_freshness_is_not_ready_before_it_is_registered(
         await client.wait_ready(10)
         assert (await client.cache.read("k", load)).outcome == "bypass", "it was loaded before"
         assert (await client.cache.read("k", load)).outcome == "hit"
+
+
+async def test_a_pool_that_is_exhausted_costs_no_registration(
+    db: asyncpg.Connection, client_of: ClientOf, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "SHORTEST_LEASE", 5.0)
+    monkeypatch.setattr(registration, "LEASE_IN_STALENESS", 0.0)
+
+    async def load() -> int:
+        return 1
+
+    async def has_ended(at: float) -> bool:
+        return bool(await db.fetchval("SELECT clock_timestamp() > to_timestamp($1)", at))
+
+    async with client_of(max_staleness=60) as client, AsyncExitStack() as occupied:
+        await client.wait_ready(10)
+        for _ in range(client.pool.get_max_size()):
+            await occupied.enter_async_context(client.pool.acquire())
+        with pytest.raises(TimeoutError):
+            await client.pool.acquire(timeout=0.1)
+        await client.cache.read("k", load)
+        # As long as the row would have stood without having been renewed since, and longer.
+        ends = await db.fetchval(
+            "SELECT extract(epoch FROM max(expires_at))::float8 FROM cacheinval.instances"
+        )
+        await eventually(lambda: has_ended(ends + 1.0), 30)
+        assert client.status()["registration"]["state"] == "registered"
+        assert (await client.cache.read("k", load)).outcome == "hit", "nor was there a hole"
+    assert await db.fetch(ROWS) == []
+
+
+async def test_the_connection_of_the_registration_is_made_by_instances_only_and_ends_with_them(
+    db: asyncpg.Connection, database_url: str, namespace: str, eventually: Eventually
+) -> None:
+    others = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%cacheinval.instances%'"
+        " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    )
+    settings = Settings(broker_url="memory://", relay="off", database_url=database_url, namespace=namespace)
+
+    async def are(count: int) -> bool:
+        return bool(await db.fetchval(others) == count)
+
+    async with Client(settings, subscribe=False) as writer:
+        assert writer._own_connection._connection is None
+    async with (
+        asyncpg.create_pool(database_url, min_size=1) as pool,
+        Client(settings, pool=pool) as borrowing,
+    ):
+        await eventually(lambda: borrowing.status()["registration"]["state"] == "registered")
+        assert borrowing._own_connection._connection is None
+    async with Client(settings) as client:
+        await eventually(lambda: client.status()["registration"]["state"] == "registered")
+        await eventually(lambda: are(1))
+    await eventually(lambda: are(0))
