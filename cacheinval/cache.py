@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from cacheinval.clock import Clock
-from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load
+from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load, Moment
 from cacheinval.errors import CacheError
 from cacheinval.messages import check_names
 from cacheinval.places import Places
@@ -483,10 +483,10 @@ class SharedCache(CoherentCache):
             value = self._backend.encode(await factory())
             return Read(self._backend.decode(value, model), "bypass", False)
         lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
-        found, entry = await self._find_entry(key, named, model, now, lifetime)
+        found, entry, moment = await self._find_entry(key, named, model, lifetime)
         # The clock may have been set back meanwhile, and what began in its future would stay young too long.
         now = min(now, self._now())
-        if entry is not None and self._coherence.may_serve(entry, now):
+        if entry is not None and self._coherence.may_serve_found(entry, now, moment):
             self._inherit(entry)
             self.counters.hits += 1
             return Read(entry.value, "hit", False)
@@ -504,21 +504,21 @@ class SharedCache(CoherentCache):
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:
         """See `CoherentCache.would_serve`."""
         now = self._now()
-        _, entry = await self._find_entry(key, NO_TAGS, model, now)
-        return entry if entry is not None and self._coherence.may_serve(entry, now) else None
+        _, entry, moment = await self._find_entry(key, NO_TAGS, model)
+        if entry is None or not self._coherence.may_serve_found(entry, now, moment):
+            return None
+        return entry
 
     async def _find_entry(
-        self, key: str, tags: frozenset[str], model: Any, now: float, ttl: float = 0.0
-    ) -> tuple[Any, Entry | None]:
-        # As it was before the look: whatever is evicted during the look refuses what the look saw.
+        self, key: str, tags: frozenset[str], model: Any, ttl: float = 0.0
+    ) -> tuple[Any, Entry | None, Moment]:
+        # As it was before the look: whatever is evicted or proven during the look does not concern what the look saw.
         moment, withheld = self._coherence.moment, frozenset(self._owed.tags)
         found = await self._find(key, tags, model, ttl)
         if found is None or not found.present or not withheld.isdisjoint(found.tags):
-            return found, None
-        if not self._coherence.can_be_dated(found.load_started, now):
-            return found, None
-        started = min(found.load_started, now)
-        return found, Entry(found.value, started, *moment, found.expires_at, found.tags)
+            return found, None, moment
+        entry = self._coherence.found(found.value, found.load_started, found.expires_at, found.tags, moment)
+        return found, entry, moment
 
     async def _find(self, key: str, tags: frozenset[str], model: Any, ttl: float) -> Any:
         try:

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cacheinval.floors import MAX_AT_ONCE, NO_FLOOR, Floors
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
@@ -69,6 +69,15 @@ class Entry:
         self.generation = generation
         self.expires_at = expires_at
         self.tags = tags
+
+
+class Moment(NamedTuple):
+    """What is looked up elsewhere is judged as of before the look; see `Coherence.moment`."""
+
+    epoch: int
+    generation: int
+    until: float
+    extends: float
 
 
 class Load:
@@ -390,9 +399,27 @@ class Coherence:
     # Serving and joining
 
     @property
-    def moment(self) -> tuple[int, int]:
-        """Epoch and generation as they are now: what an entry bears that is looked up elsewhere from now on."""
-        return self.epoch, self._generation
+    def moment(self) -> Moment:
+        """How things are now: what an entry is judged by that is looked up elsewhere from now on."""
+        return Moment(self.epoch, self._generation, self.proof.until, self.proof.extends)
+
+    def found(
+        self, value: Any, load_started: float, expires_at: float, tags: frozenset[str], moment: Moment
+    ) -> Entry:
+        """An entry that was looked up elsewhere after `moment`, and was loaded by a host whose clock may differ."""
+        started = load_started - self._max_clock_skew
+        return Entry(value, started, moment.epoch, moment.generation, expires_at, tags)
+
+    def may_serve_found(self, entry: Entry, now: float, moment: Moment) -> bool:
+        """The same as `may_serve` for such an entry.
+
+        What has been proven since the look began does not count: it rests on evictions that the look may not have seen. One
+        that is dated later than clocks may differ is not young, but of an age that cannot be told.
+        """
+        if entry.load_started > now:
+            return False
+        proven = now <= moment.until and entry.load_started > moment.extends
+        return (proven or now - entry.load_started <= self._age_limit) and self.may_serve(entry, now)
 
     def may_serve(self, entry: Entry, now: float) -> bool:
         """Whether a read that begins at `now` may be answered with `entry`."""
@@ -504,10 +531,6 @@ class Coherence:
     def may_store(self, load: Load) -> bool:
         """Whether nothing has evicted what `load` read; store at once, with no await in between."""
         return self._stands(load, load.tags)
-
-    def can_be_dated(self, load_started: float, now: float) -> bool:
-        """Whether the age of what another host has loaded can be told, for its clock is no more ahead than clocks may be."""
-        return load_started <= now + self._max_clock_skew
 
     def bypassing(self, entry: Entry | None, now: float) -> bool:
         """Whether a load is made because freshness cannot be proven, rather than because nothing is cached."""

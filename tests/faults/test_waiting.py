@@ -200,6 +200,7 @@ async def test_an_instance_that_the_database_has_lost_is_not_waited_for_and_serv
         assert (await set_price(readers[0], 3, LONG)).answered == ("a", "b", "c")
 
         proxy.pass_()
+        await eventually(lambda: lost.status()["registration"]["state"] == "registered", EVENTUAL)
         await lost.wait_ready(EVENTUAL)
         assert (await price(lost, "a")).value == 3
         assert (await set_price(readers[0], 4, LONG)).answered == ("a", "b", "c", "lost")

@@ -726,7 +726,7 @@ class Timed:
             return entry
         # As `SharedCache` finds it: with the epoch of this moment, and a load that began in no future.
         return self._rules().Entry(
-            entry.value, min(entry.load_started, self.now), *self.coherence.moment, FOREVER, entry.tags
+            entry.value, min(entry.load_started, self.now), *self.coherence.moment[:2], FOREVER, entry.tags
         )
 
     def load_reads(self, number: int) -> None:

@@ -230,7 +230,7 @@ class Replicated:
     def read(self) -> None:
         entry = self.entry
         if entry is not None and self.span.restarts:  # as a cache outside the process does
-            entry.epoch, entry.generation = self.coherence.moment
+            entry.epoch, entry.generation = self.coherence.moment[:2]
         if entry is not None and self.coherence.may_serve(entry, self.now):
             self._returned(entry.value, self.evicted, "hit")
             return
@@ -293,7 +293,7 @@ class Replicated:
             return
         entry = self.entry
         if self.span.restarts:
-            entry.epoch, entry.generation = self.coherence.moment
+            entry.epoch, entry.generation = self.coherence.moment[:2]
         if self.coherence.may_serve(entry, self.now) and entry.value != len(self.committed_at):
             raise BrokenError(f"all is settled, and state {entry.value} is served")
 

@@ -252,13 +252,9 @@ class Restarting:
         self.queue.pop(0)
 
     def read(self) -> None:
-        rules = sys.modules[self.rules]
-        moment = self.coherence.moment
-        if self.entry is not None:
-            value, load_started = self.entry
-            if self.coherence.may_serve(rules.Entry(value, load_started, *moment, 1e9), self.now):
-                self._returned(value)
-                return
+        if self.entry is not None and _is_served(self):
+            self._returned(self.entry[0])
+            return
         load = self.coherence.begin_load(KEY, self.now)
         if self.coherence.may_store(load):
             self.entry = (self.version, load.started)
@@ -286,13 +282,8 @@ class Restarting:
             if self.life.database:
                 world._tick()
             world._come_to_rest()
-        if world.entry is None:
-            return
-        value, load_started = world.entry
-        rules = sys.modules[self.rules]
-        entry = rules.Entry(value, load_started, *world.coherence.moment, 1e9)
-        if world.coherence.may_serve(entry, world.now) and value != world.version:
-            raise BrokenError(f"all is settled, and {value} is served, not {world.version}")
+        if world.entry is not None and world.entry[0] != world.version and _is_served(world):
+            raise BrokenError(f"all is settled, and {world.entry[0]} is served, not {world.version}")
 
     def _come_to_rest(self) -> None:
         while self.todo or self.queue:
@@ -312,6 +303,13 @@ class Restarting:
             tuple(self.todo), tuple(self.left.items()), self.marker,
             c and (tuple(c._seqs.items()), tuple(c._doubts), c._marker, c._marker_passed, vars(c.proof).values().__str__()),
         )  # fmt: skip
+
+
+def _is_served(world: Restarting) -> bool:
+    value, load_started = world.entry
+    moment = world.coherence.moment
+    found = world.coherence.found(value, load_started, 1e9, frozenset(), moment)
+    return bool(world.coherence.may_serve_found(found, world.now, moment))
 
 
 def _mark(kept: Any) -> int | None:

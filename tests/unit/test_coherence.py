@@ -1122,3 +1122,34 @@ def test_what_is_missing_of_a_channel_that_was_heard_is_a_gap_at_a_first_tick_to
     assert gap is not None
     assert gap.everything
     assert told(coherence, tick(3.0, w=5, stranger=7), 3.0) is None
+
+
+# What is looked up elsewhere
+
+
+def found(coherence: Coherence, load_started: float, now: float) -> bool:
+    """Whether a read that begins at `now` and looks at once is answered by what another host says to have loaded then."""
+    moment = coherence.moment
+    entry = coherence.found("value", load_started, 1e9, NO_TAGS, moment)
+    return coherence.may_serve_found(entry, now, moment)
+
+
+def test_what_another_host_has_loaded_counts_as_older_by_the_skew() -> None:
+    coherence = proving()  # max_staleness 5, skew 0.1
+    told(coherence, tick(2.0), 2.0)
+    assert found(coherence, 20.0, 24.8)
+    assert not found(coherence, 20.0, 25.0), "its clock may be ahead"
+    assert found(coherence, 20.0, 19.95)
+    assert not found(coherence, 20.0, 19.8), "dated later than clocks may differ"
+
+
+def test_what_is_proven_during_a_look_does_not_concern_what_it_saw() -> None:
+    """The proof rests on an eviction that came after the look."""
+    coherence = proving()
+    moment = coherence.moment
+    entry = coherence.found("value", 2.0, 1e9, NO_TAGS, moment)
+    told(coherence, Invalidate(v=1, keys=["k"]), 20.0)
+    told(coherence, tick(19.9), 20.0)
+    assert coherence.proof.covers(entry.load_started, 20.0)
+    assert not coherence.may_serve_found(entry, 20.0, moment)
+    assert found(coherence, 2.0, 20.0)
