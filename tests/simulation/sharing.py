@@ -1,0 +1,568 @@
+"""A small world with one cache outside the process, two instances that fill and evict it, and the time.
+
+The rules are the real ones, one `Coherence` for each instance; what lies around them does what `cache.py` and
+`backends/shared.py` do, one step at a time: an instance can be frozen before any of them, since time may pass and everybody
+else may act before its next one.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import cacheinval.coherence
+from cacheinval.messages import Invalidate, Probe, Tick
+
+from .copying import copied
+from .explore import BrokenError
+from .mutants import changed
+
+KEY = "k"
+TAG = "t"
+SOURCE = "the database"
+FOREVER = 1e9
+NAMES = ("one", "two")
+BUDGETS = ("writes", "loads", "deaf", "drops", "losses", "late_stores", "forgotten_stamps")
+
+Act = Callable[["Sharing"], None]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large the world is, and how much of what can happen in it."""
+
+    staleness: int | None = 0
+    """With 0 a value may be served in the second in which it was replaced, and no longer."""
+    skew: int = 0
+    ahead: tuple[int, int] = (0, 0)
+    """Seconds by which the clock of each instance's host is ahead of real time, which is the database's."""
+    until: int = 3
+    by_tag: bool = False
+    """The writer names the tag of the entry instead of its key."""
+    writes: int = 1
+    deaf: int = 0
+    """Queues that get nothing any more, which the instance is not told."""
+    drops: int = 0
+    losses: int = 0
+    late_stores: int = 0
+    """Stores that are on their way for a while; whether anybody waits for them makes no difference."""
+    slow_looks: bool = False
+    """Between a look of the first one into the cache and what follows from it anything may happen; otherwise they are one
+    step."""
+    slow_evictions: bool = False
+    """The same between telling the rules of an eviction and evicting in the cache."""
+    loads: int = 1
+    forgotten_stamps: int = 0
+    """Stamps that a full cache drops."""
+    baselined: bool = True
+    """Each has processed a tick before anything else happens."""
+
+
+@dataclass(frozen=True)
+class Handling:
+    """Where the code around the rules could go wrong; each name is a mutation of it."""
+
+    ignores_key_stamp: bool = False
+    ignores_tag_stamp: bool = False
+    ignores_epoch_stamp: bool = False
+    looks_up_key_stamp_after_loading: bool = False
+    keeps_key_stamp: bool = False
+    takes_missing_for_match: bool = False
+    acknowledges_before_evicting: bool = False
+
+
+@dataclass
+class Stored:
+    """An entry in the cache: its value, and the stamps of its epoch, key and tag as they were before its load."""
+
+    value: int
+    load_started: float
+    stamps: dict[str, int]
+
+
+@dataclass
+class Reading:
+    """One read under way."""
+
+    began: float
+    least: int
+    moment: Any
+    seen: Stored | None
+    stamps: dict[str, int]
+    at: str = "looked"
+    load: Any = None
+    value: int = 0
+
+
+@dataclass
+class Sharer:
+    """One instance, and the queue of it at the broker."""
+
+    coherence: Any
+    ahead: int
+    queue: list[Any] = field(default_factory=list)
+    bound: bool = True
+    joined: bool = True
+    marker: int = 0
+    evicting: Any = None
+    kept: Any = None
+    reading: Reading | None = None
+
+
+@dataclass
+class Sharing:
+    """The state."""
+
+    rules: str  # the name of a module
+    extent: Extent
+    handling: Handling
+    left: dict[str, int]
+    sharers: list[Sharer]
+    real: int = 1
+    version: int = 1
+    replaced_at: dict[int, int] = field(default_factory=dict)
+    floor: int = 0
+    """What was in the database when anybody evicted last: no read that begins later may fall short of it."""
+    seq: int = 0
+    # The cache
+    entry: Stored | None = None
+    stamps: dict[str, int] = field(default_factory=dict)
+    stamps_made: int = 0
+    landing: list[Stored] = field(default_factory=list)
+    """Stores on their way."""
+
+    # What can happen
+
+    def actions(self) -> Iterator[tuple[str, Act]]:
+        left = self.left
+        if self.real < self.extent.until:
+            yield "a second passes", Sharing.wait
+        if left["writes"]:
+            yield "commit and publish", Sharing.write
+        if self.landing:
+            yield "a late store lands", Sharing.land
+        if left["forgotten_stamps"]:
+            for name in self.stamps:
+                yield f"the cache drops the stamp of the {name}", partial(Sharing.forget_stamp, name=name)
+        for number in range(2):
+            for label, act in self._actions_of(self.sharers[number]):
+                yield f"{NAMES[number]} {label}", partial(act, number=number)
+
+    def _actions_of(self, sharer: Sharer) -> Iterator[tuple[str, Callable[..., None]]]:
+        reading, left = sharer.reading, self.left
+        if reading is None:
+            yield "reads", Sharing.look
+        elif reading.at == "looked":
+            yield "is served, or begins to load", Sharing.serve_or_begin
+        elif reading.at == "loading":
+            yield "asks the database", Sharing.ask_database
+        else:
+            yield "stores", Sharing.store
+            if left["late_stores"]:
+                yield "stores, which takes a while", Sharing.store_late
+        if sharer.evicting is not None:
+            yield "evicts", Sharing.finish_evicting
+        elif sharer.joined and sharer.queue:
+            yield f"receives {_label(sharer.queue[0])}", Sharing.receive
+        if not sharer.joined:
+            yield "is subscribed again", Sharing.resume
+        if left["drops"] and sharer.queue and isinstance(sharer.queue[0], Invalidate):
+            yield "misses an invalidation", Sharing.drop
+        if sharer is self.sharers[0]:
+            return  # both can do the same, so it does not matter which of them suffers
+        if sharer.joined and left["losses"] and sharer.evicting is None:
+            yield "loses its subscription", Sharing.lose
+        if sharer.bound and left["deaf"]:
+            yield "goes deaf", Sharing.deafen
+
+    # The world outside
+
+    def wait(self) -> None:
+        self.real += 1
+        self.tick()
+
+    def write(self) -> None:
+        self.left["writes"] -= 1
+        self.replaced_at[self.version] = self.real
+        self.version += 1
+        self.seq += 1
+        names: dict[str, Any] = {"tags": [TAG]} if self.extent.by_tag else {"keys": [KEY]}
+        self._publish(Invalidate(v=1, origin="w", seq=self.seq, **names))
+
+    def tick(self) -> None:
+        """All that was committed has been confirmed by the broker, since writers publish at once here."""
+        seqs = {"w": self.seq} if self.seq else {}
+        self._publish(Tick(v=1, origin="r", seq=0, as_of=self.real, source=SOURCE, seqs=seqs))
+
+    def _publish(self, message: Any) -> None:
+        for sharer in self.sharers:
+            if sharer.bound:
+                sharer.queue.append(message)
+
+    def drop(self, number: int) -> None:
+        self.left["drops"] -= 1
+        self.sharers[number].queue.pop(0)
+
+    def deafen(self, number: int) -> None:
+        self.left["deaf"] -= 1
+        self.sharers[number].bound = False
+
+    # The cache outside the process
+
+    def _stamp(self, name: str) -> int:
+        """What is made for an absent one is random: it is like none before it."""
+        if name not in self.stamps:
+            self._new_stamp(name)
+        return self.stamps[name]
+
+    def _new_stamp(self, name: str) -> None:
+        self.stamps_made += 1
+        self.stamps[name] = self.stamps_made
+
+    def forget_stamp(self, name: str) -> None:
+        self.left["forgotten_stamps"] -= 1
+        del self.stamps[name]
+
+    def _present(self) -> Stored | None:
+        """The entry, if all that it bears is as it was."""
+        entry = self.entry
+        if entry is None:
+            return None
+        how = self.handling
+        ignored = {
+            "key": how.ignores_key_stamp, "tag": how.ignores_tag_stamp, "epoch": how.ignores_epoch_stamp
+        }  # fmt: skip
+        for name, stamp in entry.stamps.items():
+            present = self.stamps.get(name)
+            if present is None and how.takes_missing_for_match:
+                continue
+            if present != stamp and not ignored[name]:
+                return None
+        return entry
+
+    def _evict_key(self) -> None:
+        self.entry = None
+        if not self.handling.keeps_key_stamp:
+            self.stamps.pop("key", None)
+
+    def land(self) -> None:
+        self.entry = self.landing.pop(0)
+
+    # Reading
+
+    def _now(self, sharer: Sharer) -> int:
+        return self.real + sharer.ahead
+
+    def look(self, number: int) -> None:
+        sharer = self.sharers[number]
+        moment, seen = sharer.coherence.moment, self._present()
+        stamps = {name: self._stamp(name) for name in ("epoch", "key", "tag")}
+        sharer.reading = Reading(self._now(sharer), self.floor, moment, seen, stamps)
+        if not self.extent.slow_looks or number:
+            self.serve_or_begin(number)
+
+    def serve_or_begin(self, number: int) -> None:
+        sharer = self.sharers[number]
+        reading = sharer.reading
+        assert reading is not None
+        if reading.seen is not None and _serves(sharer, reading.seen, reading.began, reading.moment):
+            sharer.reading = None
+            self._returned(NAMES[number], reading.seen.value, reading, sharer)
+            return
+        if not self.left["loads"]:
+            sharer.reading = None
+            return
+        self.left["loads"] -= 1
+        reading.load = sharer.coherence.begin_load(KEY, reading.began, frozenset([TAG]))
+        reading.at, reading.seen, reading.moment = "loading", None, None
+
+    def ask_database(self, number: int) -> None:
+        reading = self.sharers[number].reading
+        assert reading is not None
+        reading.value, reading.at = self.version, "loaded"
+
+    def store(self, number: int) -> None:
+        stored = self._to_store(self.sharers[number])
+        if stored is not None:
+            self.entry = stored
+
+    def store_late(self, number: int) -> None:
+        """A store that is not answered in time is not refused."""
+        stored = self._to_store(self.sharers[number])
+        if stored is not None:
+            self.left["late_stores"] -= 1
+            self.landing.append(stored)
+
+    def _to_store(self, sharer: Sharer) -> Stored | None:
+        """What is stored at the end of a load, if anything; there is no await between that question and the store."""
+        reading, sharer.reading = sharer.reading, None
+        assert reading is not None
+        if self.handling.looks_up_key_stamp_after_loading:
+            reading.stamps["key"] = self._stamp("key")
+        stands = sharer.coherence.may_store(reading.load)
+        sharer.coherence.end_load(reading.load)
+        return Stored(reading.value, reading.load.started, reading.stamps) if stands else None
+
+    def _returned(self, name: str, value: int, reading: Reading, sharer: Sharer) -> None:
+        began = reading.began - sharer.ahead
+        if value < reading.least:
+            raise BrokenError(f"a read of {name} gave {value}, after {reading.least} was known to be evicted")
+        since, most = self.replaced_at.get(value), self.extent.staleness
+        if most is not None and since is not None and began - since > most:
+            raise BrokenError(f"a hit of {name} at {began} gave what was replaced at {since}")
+
+    # Receiving
+
+    def receive(self, number: int) -> None:
+        """Decides on the first message and tells the rules; evicting in the cache takes a while."""
+        sharer = self.sharers[number]
+        now = self._now(sharer)
+        eviction = sharer.coherence.received(sharer.queue.pop(0), now)
+        if eviction is None:
+            self._acknowledge(sharer)
+            return
+        sharer.coherence.evict(eviction, now)
+        sharer.evicting = eviction
+        if self.handling.acknowledges_before_evicting:
+            self._acknowledge(sharer)
+            self.floor = self.version
+        if not self.extent.slow_evictions:
+            self.finish_evicting(number)
+
+    def finish_evicting(self, number: int) -> None:
+        sharer = self.sharers[number]
+        eviction, sharer.evicting = sharer.evicting, None
+        if eviction.everything:
+            self._new_stamp("epoch")
+        if eviction.tags:
+            self._new_stamp("tag")
+        if eviction.keys:
+            self._evict_key()
+        if not self.handling.acknowledges_before_evicting:
+            self._acknowledge(sharer)
+            self.floor = self.version
+
+    def _acknowledge(self, sharer: Sharer) -> None:
+        sharer.coherence.evicted(self._now(sharer))
+        sharer.kept = sharer.coherence.proof_state()
+
+    def lose(self, number: int) -> None:
+        self.left["losses"] -= 1
+        sharer = self.sharers[number]
+        sharer.joined = False
+        sharer.coherence.lost("connection lost")
+
+    def resume(self, number: int) -> None:
+        """Its queue was there; if it was bound to nothing, it is bound now."""
+        sharer = self.sharers[number]
+        sharer.joined = sharer.bound = True
+        sharer.marker += 1
+        marker = f"m{number}{sharer.marker}"
+        eviction = sharer.coherence.resumed(marker, self._now(sharer), sharer.kept)
+        assert eviction is None
+        self._publish(Probe(v=1, id=marker))
+
+    # What must hold
+
+    def check(self) -> None:
+        """When all is evicted and a value has had the time to grow too old, nobody would be served anything else than what
+        the database has: neither now, nor when those have stored who were about to."""
+        world = copied(self)
+        for sharer in world.sharers:
+            if sharer.reading is not None and sharer.reading.at == "loaded":
+                world.store_late(world.sharers.index(sharer))  # it has asked whether it may, and been frozen
+        world._come_to_rest()
+        world._expect_truth("all is settled")
+        while world.landing:
+            world.land()
+            world._expect_truth("all is settled, and a late store has landed")
+
+    def _come_to_rest(self) -> None:
+        for number in range(2):
+            if not self.sharers[number].joined:
+                self.resume(number)
+        self._receive_all()
+        for _ in range(2):
+            self.real += (self.extent.staleness or 1) + 2 * self.extent.skew
+            self.wait()
+            self._receive_all()
+
+    def _receive_all(self) -> None:
+        for number, sharer in enumerate(self.sharers):
+            while sharer.queue or sharer.evicting is not None:
+                if sharer.evicting is not None:
+                    self.finish_evicting(number)
+                else:
+                    self.receive(number)
+
+    def _expect_truth(self, when: str) -> None:
+        for name, sharer in zip(NAMES, self.sharers, strict=True):
+            now = self._now(sharer)
+            seen = self._present()
+            if seen is None or seen.value == self.version:
+                continue
+            is_served = _serves(sharer, seen, now, sharer.coherence.moment)
+            if is_served and (self.extent.staleness is not None or sharer.bound):
+                raise BrokenError(f"{when}, and {name} would serve {seen.value}, not {self.version}")
+
+    def key(self) -> Hashable:
+        names: dict[int, int] = {}  # which number a stamp has does not matter, only which ones are the same
+
+        def named(stamps: dict[str, int]) -> tuple[tuple[str, int], ...]:
+            return tuple(
+                (name, names.setdefault(stamp, len(names))) for name, stamp in sorted(stamps.items())
+            )
+
+        def stored(entry: Stored | None) -> Hashable:
+            return entry and (entry.value, entry.load_started, named(entry.stamps))
+
+        return (
+            self.real, self.version, tuple(self.replaced_at.items()), self.floor, self.seq,
+            tuple(self.left.values()), named(self.stamps), stored(self.entry), tuple(map(stored, self.landing)),
+            tuple((_key_of(sharer), sharer.reading and (
+                sharer.reading.began, sharer.reading.least, sharer.reading.at, sharer.reading.value,
+                stored(sharer.reading.seen), named(sharer.reading.stamps), _key_of_load(sharer)))
+                for sharer in self.sharers),
+        )  # fmt: skip
+
+
+def _serves(sharer: Sharer, seen: Stored, now: float, moment: Any) -> bool:
+    """As `SharedCache` asks the rules about what it has seen."""
+    c = sharer.coherence
+    entry = c.found(seen.value, seen.load_started, FOREVER, frozenset([TAG]), moment)
+    return bool(c.may_serve_found(entry, now, moment))
+
+
+def _label(message: Any) -> str:
+    if isinstance(message, Tick):
+        return f"a tick as of {message.as_of:g}"
+    return "a marker" if isinstance(message, Probe) else "an invalidation"
+
+
+def _key_of(sharer: Sharer) -> Hashable:
+    c, kept, evicting = sharer.coherence, sharer.kept, sharer.evicting
+    return (
+        sharer.bound, sharer.joined, sharer.marker,
+        tuple((type(m).__name__, getattr(m, "seq", 0), getattr(m, "as_of", 0), getattr(m, "id", "")) for m in sharer.queue),
+        evicting and (evicting.everything, bool(evicting.keys), bool(evicting.tags)),
+        kept and (tuple(kept.seqs.items()), kept.checked_until, kept.extends),
+        tuple(c._doubts), tuple(c._seqs.items()), c._marker, c._marker_passed, c._tick_passed and c._tick_passed.as_of,
+        tuple((tag, c._generation - at) for tag, at in c._tag_evicted.items()),
+        c.proof.watermark, c.proof.until, c.proof.extends, c.proof.checked_until,
+    )  # fmt: skip
+
+
+def _key_of_load(sharer: Sharer) -> Hashable:
+    c, reading = sharer.coherence, sharer.reading
+    assert reading is not None
+    load, moment = reading.load, reading.moment
+    since = None
+    if load is None:
+        since = (c.epoch - moment.epoch, c._generation - moment.generation, moment.until, moment.extends)
+    return since, load and (load.started, load.voided, c.epoch - load.epoch, c._generation - load.generation)
+
+
+def sharing(rules: Any, extent: Extent, handling: Handling | None = None) -> Sharing:
+    """The world at its start: both are subscribed, the cache is empty."""
+    sharers = []
+    for ahead in extent.ahead:
+        coherence = rules.Coherence(extent.staleness, extent.skew, gap_interval=0)
+        coherence.proof.trust_only(SOURCE)
+        sharers.append(Sharer(coherence, ahead))
+    left = {name: getattr(extent, name) for name in BUDGETS}
+    world = Sharing(rules.__name__, extent, handling or Handling(), left, sharers)
+    for sharer in sharers:
+        sharer.coherence.evict(sharer.coherence.joined_anew(world._now(sharer)), world._now(sharer))
+        sharer.coherence.trust()
+        sharer.kept = sharer.coherence.proof_state()
+    if extent.baselined:
+        world.tick()
+        world._receive_all()
+        world.wait()
+    return world
+
+
+EXTENTS = {
+    "looking takes a while": Extent(slow_looks=True),
+    "evicting takes a while": Extent(slow_evictions=True),
+    "two loads, two writes": Extent(loads=2, writes=2, until=2),
+    "one goes deaf": Extent(deaf=1),
+    "both miss a message": Extent(drops=2),
+    "both miss a message before their first tick": Extent(drops=2, baselined=False, until=2),
+    "stores land late": Extent(loads=2, late_stores=1, until=2),
+    "a subscription is lost": Extent(losses=1),
+    "by tag": Extent(by_tag=True, deaf=1),
+    "the cache drops a stamp": Extent(forgotten_stamps=1, until=2),
+    "one clock is ahead": Extent(staleness=1, skew=1, ahead=(0, 1), until=4),
+    "without max_staleness": Extent(staleness=None, loads=2, deaf=1, until=2),
+}
+
+
+@dataclass(frozen=True)
+class SharingMutant:
+    """A fault, and where it shows."""
+
+    name: str
+    extent: Extent
+    changes: tuple[tuple[str, str], ...] = ()
+    handling: Handling | None = None
+
+    def world(self) -> Sharing:
+        return sharing(changed(cacheinval.coherence, self.changes, self.name), self.extent, self.handling)
+
+
+SHARING_MUTANTS = [
+    SharingMutant(
+        "the key's stamp is not compared",
+        EXTENTS["one goes deaf"],
+        handling=Handling(ignores_key_stamp=True),
+    ),
+    SharingMutant(
+        "the tag's stamp is not compared",
+        EXTENTS["by tag"],
+        handling=Handling(ignores_tag_stamp=True),
+    ),
+    SharingMutant(
+        "the epoch's stamp is not compared",
+        EXTENTS["both miss a message"],
+        handling=Handling(ignores_epoch_stamp=True),
+    ),
+    SharingMutant(
+        "the key's stamp is looked up after the load",
+        EXTENTS["one goes deaf"],
+        handling=Handling(looks_up_key_stamp_after_loading=True),
+    ),
+    SharingMutant(
+        "evicting a key keeps its stamp",
+        EXTENTS["one goes deaf"],
+        handling=Handling(keeps_key_stamp=True),
+    ),
+    SharingMutant(
+        "a missing stamp is taken for a match",
+        EXTENTS["one goes deaf"],
+        handling=Handling(takes_missing_for_match=True),
+    ),
+    SharingMutant(
+        "acknowledged before the cache has evicted",
+        EXTENTS["evicting takes a while"],
+        handling=Handling(acknowledges_before_evicting=True),
+    ),
+    SharingMutant(
+        "extended, though loaded before the first tick",
+        EXTENTS["both miss a message before their first tick"],
+        changes=(
+            (" and load_started > self.extends", ""),
+            (" and entry.load_started > moment.extends", ""),
+        ),
+    ),
+    SharingMutant(
+        "what the look saw is judged by what was proven after it",
+        EXTENTS["looking takes a while"],
+        changes=(("proven = now <= moment.until and", "proven = True or"),),
+    ),
+    SharingMutant(
+        "the clocks of others are believed",
+        EXTENTS["one clock is ahead"],
+        changes=(("started = load_started - self._max_clock_skew", "started = load_started"),),
+    ),
+]
