@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from history import now
 from proxy import Proxy
 from scene import (
     EVENTUAL,
@@ -22,11 +23,12 @@ from scene import (
     price,
     through,
 )
+from workload import Working
 
 from cacheinval import Client
 from cacheinval.sandbox import Postgres, RabbitMQ
 
-pytest_plugins = ("scene",)
+pytest_plugins = ("scene", "workload")
 
 DB = asyncpg.Connection
 LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)
@@ -34,6 +36,8 @@ LOST = (asyncpg.PostgresConnectionError, asyncpg.InterfaceError, OSError)
 # The first thing that a publisher does is to open a channel; by then the write has been committed.
 KILLED_BEFORE_PUBLISHING = """
 import asyncio, os, signal
+from workload import Working
+
 from cacheinval import Client
 from cacheinval.bus.rabbitmq import RabbitBus
 
@@ -161,6 +165,8 @@ async def test_the_reply_to_a_commit_is_lost(
 # would tell how busy the machine is.)
 WATCHING = """
 import asyncio, gc, json, time
+from workload import Working
+
 from cacheinval import Client
 
 held = 0.0
@@ -262,6 +268,28 @@ async def test_a_hundred_thousand_keys_and_a_mebibyte_of_keys_in_one_transaction
     assert evicted["hit"] == "hit"
     assert evicted["held"] < HELD, "receiving held everything else up"
     assert written["held"] < HELD, "writing held everything else up"
+
+
+@pytest.mark.timeout(90)
+async def test_nothing_is_stale_while_a_hundred_thousand_keys_go_by(
+    rabbitmq: RabbitMQ, database_url: str, stock: DB, working: Working, eventually: Eventually
+) -> None:
+    work = working(stock, broker_url=rabbitmq.url, database_url=database_url)
+    await work.relay()
+    reader, writer = await work.reader("reader"), await work.writer()
+    async with work.writing(writer):
+        await work.sees("reader", "hit", now())
+        work.history.fault("a hundred thousand keys")
+        for _ in range(2):
+            received = reader.client.stats()["receiver"]["messages"]
+            async with writer.client.transaction() as tx:
+                tx.invalidate(*(f"key:{number}" for number in range(100_000)))
+            await eventually(
+                lambda received=received: reader.client.stats()["receiver"]["messages"] > received + 100,
+                EVENTUAL,
+            )
+        await work.sees("reader", "hit", now())
+    await work.check()
 
 
 @pytest.mark.timeout(90)
