@@ -366,27 +366,39 @@ async def test_what_the_broker_refuses_stays(
     assert trouble in said[1] or "cannot be reached" in said[1]
 
 
-async def test_what_was_confirmed_before_the_failure_is_deleted(
-    db: asyncpg.Connection,
-    database_url: str,
-    broker: Broker,
-    eventually: Eventually,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real = Channel.send
+class Refusal:
+    """Messages whose keys begin with `bad` are not confirmed, while `stands`."""
+
+    stands = True
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch) -> Refusal:
+    real, refusal = Channel.send, Refusal()
 
     async def send(self: Channel, body: bytes) -> None:
         await real(self, body)
-        if '"bad' in body.decode():
+        if refusal.stands and '"bad' in body.decode():
             raise PublishError("not this one")
 
     monkeypatch.setattr(Channel, "send", send)
-    for first in ("good", "bad"):
-        await db.execute(
-            "INSERT INTO cacheinval.outbox (namespace, keys)"
-            " SELECT 'shop', ARRAY[$1 || n] FROM generate_series(1, 1000) n",
-            first,
-        )
+    return refusal
+
+
+async def add_a_message_of(db: asyncpg.Connection, name: str) -> None:
+    """As many rows as one message holds, each with a key of its own."""
+    await db.execute(
+        "INSERT INTO cacheinval.outbox (namespace, keys) SELECT 'shop', ARRAY[$1 || n] FROM generate_series(1, 1000) n",
+        name,
+    )
+
+
+@pytest.mark.usefixtures("refusal")
+async def test_what_was_confirmed_before_the_failure_is_deleted(
+    db: asyncpg.Connection, database_url: str, broker: Broker, eventually: Eventually
+) -> None:
+    for name in ("good", "bad"):
+        await add_a_message_of(db, name)
     async with running(database_url, broker) as relay:
         await eventually(lambda: relay.counters["errors"] >= 2)
         assert await left(db)() == 1_000
@@ -396,32 +408,29 @@ async def test_what_was_confirmed_before_the_failure_is_deleted(
 
 
 async def test_what_comes_after_a_failure_is_not_deleted(
-    db: asyncpg.Connection,
-    database_url: str,
-    broker: Broker,
-    eventually: Eventually,
-    monkeypatch: pytest.MonkeyPatch,
+    db: asyncpg.Connection, database_url: str, broker: Broker, eventually: Eventually, refusal: Refusal
 ) -> None:
     """Its number would claim the one before it, which was not confirmed."""
-    real, fails = Channel.send, True
-
-    async def send(self: Channel, body: bytes) -> None:
-        await real(self, body)
-        if '"bad' in body.decode() and fails:
-            raise PublishError("not this one")
-
-    monkeypatch.setattr(Channel, "send", send)
-    for first in ("bad", "good"):
-        await db.execute(
-            "INSERT INTO cacheinval.outbox (namespace, keys)"
-            " SELECT 'shop', ARRAY[$1 || n] FROM generate_series(1, 1000) n",
-            first,
-        )
+    for name in ("bad", "good"):
+        await add_a_message_of(db, name)
     async with running(database_url, broker) as relay:
         await eventually(lambda: relay.counters["errors"] >= 2)
         assert await left(db)() == 2_000
-        fails = False
+        refusal.stands = False
         await eventually(empty(db))
+
+
+async def test_a_relay_that_only_makes_ready_forgets_no_numbers(
+    db: asyncpg.Connection, database_url: str, broker: Broker, eventually: Eventually
+) -> None:
+    """By a clock of the database that is wrong all of them might look old."""
+    await db.execute(
+        "INSERT INTO cacheinval.origins VALUES ('shop', 'o', 7, clock_timestamp() - interval '2 hours')"
+    )
+    async with running(database_url, broker) as relay:
+        await eventually(lambda: relay.counters["ticks"] > 0)
+        assert await db.fetchval("SELECT seq FROM cacheinval.origins WHERE origin = 'o'") == 7
+        assert broker.ticks[0].seqs == {"o": 7}
 
 
 async def test_more_channels_than_a_tick_can_tell_are_said_and_not_ticked(
