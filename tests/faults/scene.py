@@ -30,6 +30,7 @@ from cacheinval.outbox import apply_schema
 from cacheinval.processes import Guard
 
 EVENTUAL = 30.0  # seconds for what takes a second on a machine that has nothing else to do
+SHARED = (str(Path(__file__).parent), str(Path(__file__).parent.parent))  # where tests have what they share
 FOREVER = 3600.0  # for the ttl of entries, so that no test is right because something expired
 
 Eventually = Callable[..., Awaitable[Any]]
@@ -54,6 +55,7 @@ class Program:
         }
         settings = {"http_port": 0, "log_format": "json", **settings}
         environment |= {f"CACHEINVAL_{name.upper()}": str(value) for name, value in settings.items()}
+        environment["PYTHONPATH"] = os.pathsep.join((*SHARED, *filter(None, [environment.get("PYTHONPATH")])))
         self._log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
