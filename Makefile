@@ -4,7 +4,7 @@ BIN := .venv/bin
 MINUTES := 10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulation soak lint build constraints clean
+.PHONY: help setup demo test simulation soak bench lint build constraints clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */\1	/p' Makefile | expand -t 14
@@ -26,6 +26,9 @@ soak: setup  ## MINUTES=10 of walks through the rules, then as many of random fa
 	@cd tests && ../$(BIN)/python -m simulation.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 	@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+bench: setup .venv/bench  ## how fast, beside its peers; ONLY=hit for one, ROUNDS=5; exits 1 where a target is missed
+	@cd tests && ../$(BIN)/python -m benchmarks $(ONLY) $(if $(ROUNDS),--rounds $(ROUNDS)) --json ../bench.json
+
 lint: .venv/installed  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check .; exit 1; }
@@ -40,8 +43,11 @@ constraints:  ## config/constraints.txt again, with the newest versions
 	@config/setup.sh constraints
 
 clean:  ## remove all that was made
-	@rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv dist bench.json .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml config/constraints.txt config/setup.sh
 	@config/setup.sh python
+
+.venv/bench: .venv/installed
+	@config/setup.sh peers

@@ -2,6 +2,7 @@
 # What the Makefile needs to be there. Says nothing where there is nothing to do.
 #
 #   config/setup.sh python              .venv with the package, its extras and the tools, at the pinned versions
+#   config/setup.sh peers               what `make bench` compares with, into .venv
 #   config/setup.sh servers NAME...     programs for private servers: rabbitmq postgres redis memcached openssl
 #   config/setup.sh constraints         config/constraints.txt again, with the newest versions of everything
 set -eu
@@ -86,13 +87,19 @@ setup_python() {
     touch .venv/installed
 }
 
+setup_peers() {
+    quietly 'installing what the benchmarks compare with into .venv' \
+        .venv/bin/python -m pip install --disable-pip-version-check -c config/constraints.txt -e ".[$extras,bench]"
+    touch .venv/bench
+}
+
 # pip would write URLs for what came from elsewhere: `pip list` has names and versions only.
 make_constraints() {
     folder=$(mktemp -d)
     make_venv "$(find_python)" "$folder"
     trap 'rm -rf "$folder"' EXIT
     pip="$folder/bin/python -m pip --disable-pip-version-check"
-    quietly 'finding the newest versions' $pip install -e ".[$extras]"
+    quietly 'finding the newest versions' $pip install -e ".[$extras,bench]"
     {
         echo '# Versions that are known to work together. Made by `make constraints`.'
         $pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools | LC_ALL=C sort -f
@@ -141,7 +148,8 @@ task=${1:-}
 [ $# = 0 ] || shift
 case $task in
     python) setup_python ;;
+    peers) setup_peers ;;
     servers) setup_servers "$@" ;;
     constraints) make_constraints ;;
-    *) fail 'usage: config/setup.sh python | servers NAME... | constraints' ;;
+    *) fail 'usage: config/setup.sh python | peers | servers NAME... | constraints' ;;
 esac
