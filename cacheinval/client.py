@@ -266,9 +266,7 @@ class Client:
 
         if version is not None or primary is not None:
             self._coherence.compare_versions()
-        return cached(
-            lambda: self.cache, key, ttl=ttl, tags=tags, model=model, version=version, primary=primary
-        )
+        return cached(self.cache, key, ttl=ttl, tags=tags, model=model, version=version, primary=primary)
 
     def attach(self, cache: "BaseCache", *, may_flush_all: bool = False) -> None:
         """Keeps an aiocache cache of yours honest, too: keys are evicted from it, and no more than that.

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
+
 from cacheinval.floors import MAX_AT_ONCE, NO_FLOOR, Floors
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
 from cacheinval.registration import NOT_YET, Registration
+from cacheinval.standing import Standing
 
 __all__ = [
     "Coherence",
@@ -49,26 +52,22 @@ MAX_EVICTED_TAGS = 100_000
 NO_TAGS: frozenset[str] = frozenset()
 
 
-class Entry:
-    """A cached value and what must hold for it to be served."""
+class Entry(msgspec.Struct, eq=False, gc=False):
+    """A cached value and what must hold for it to be served.
 
-    __slots__ = ("epoch", "expires_at", "generation", "load_started", "tags", "value")
+    A million of them are no concern of the garbage collector: what an entry holds never leads back to it but through the
+    cache, which drops it by itself.
+    """
 
-    def __init__(
-        self,
-        value: Any,
-        load_started: float,
-        epoch: int,
-        generation: int,
-        expires_at: float,
-        tags: frozenset[str] = NO_TAGS,
-    ) -> None:
-        self.value = value
-        self.load_started = load_started
-        self.epoch = epoch
-        self.generation = generation
-        self.expires_at = expires_at
-        self.tags = tags
+    value: Any
+    load_started: float
+    epoch: int
+    generation: int
+    expires_at: float
+    tags: frozenset[str] = NO_TAGS
+    serve_until: float = -math.inf
+    standing: int = -1
+    """Judged at this number of `Coherence.standing` to be good until `serve_until`, which is of a clock of the cache."""
 
 
 class Moment(NamedTuple):
@@ -234,9 +233,11 @@ class Proof:
     Args:
         max_staleness: seconds; None: nothing needs proof.
         max_clock_skew: seconds by which clocks of hosts and database may differ.
+        standing: shaken when less is proven than before.
     """
 
-    def __init__(self, max_staleness: float | None, max_clock_skew: float) -> None:
+    def __init__(self, max_staleness: float | None, max_clock_skew: float, standing: Standing) -> None:
+        self._standing = standing
         self.watermark = -math.inf
         self.source: str | None = None
         self.refused: str | None = None
@@ -266,6 +267,7 @@ class Proof:
         self.watermark = self.until = self.checked_until = -math.inf
         self.extends = math.inf
         self._source_before = None
+        self._standing.shake()
 
     def restore(self, state: ProofState) -> None:
         """Another process, or this one before, had come so far with the same queue and cache.
@@ -303,6 +305,7 @@ class Proof:
         if tick.source != self.source:
             self.refused = f"a tick of another database: {tick.source}, not {self.source}"
             self.watermark = self.until = -math.inf  # who speaks for which is for a person to find out
+            self._standing.shake()
             return False
         if tick.as_of > now + self._max_clock_skew:
             self.refused = f"a tick from the future, by {tick.as_of - now:.3f} s: the clocks differ"
@@ -366,8 +369,9 @@ class Coherence:
         self._gap_interval = gap_interval
         self._max_replica_lag = max_replica_lag
         self._floors = Floors(max_replica_lag, wanted=False)
-        self.proof = Proof(max_staleness, max_clock_skew)
         self.registration = registration or Registration()
+        self.standing = self.registration.standing
+        self.proof = Proof(max_staleness, max_clock_skew, self.standing)
         self._registers = self.registration.required
         self.epoch = 1
         self.counters = Counters()
@@ -433,6 +437,16 @@ class Coherence:
             return False
         entry.generation = self._generation  # looked at once for each tag eviction, not at each hit
         return True
+
+    def good_until(self, entry: Entry) -> float:
+        """Until when `entry`, which may be served now, may be as long as nothing shakes `standing`; never too long.
+
+        Ticks may prove more meanwhile.
+        """
+        fresh = entry.load_started + self._age_limit
+        if entry.load_started > self.proof.extends:
+            fresh = max(fresh, self.proof.until)
+        return min(entry.expires_at, self.registration.until, fresh)
 
     def _too_old(self, load_started: float, now: float) -> bool:
         return now - load_started > self._age_limit and not self.proof.covers(load_started, now)
@@ -584,6 +598,7 @@ class Coherence:
 
     def _evict_tags(self, tags: Sequence[str]) -> None:
         self._generation += 1
+        self.standing.shake()
         if len(self._tag_evicted) + len(tags) > MAX_EVICTED_TAGS:
             # Bounded memory: from here on every older entry with any tag counts as evicted.
             self._tag_evicted.clear()
@@ -593,6 +608,7 @@ class Coherence:
 
     def _begin_epoch(self) -> None:
         self.epoch += 1
+        self.standing.shake()
         self.counters.epochs += 1
         self.counters.voided_loads += len(self._loads)
         self._loads.clear()  # each carries the old epoch, which voids it
@@ -621,15 +637,18 @@ class Coherence:
 
     def settle(self, about: str) -> None:
         """The doubt about this matter is over."""
-        self._doubts.pop(about, None)
-        self._set_age_limit()
+        if self._doubts.pop(about, None) is not None:
+            self._set_age_limit()
 
     def _set_age_limit(self) -> None:
+        before = self._age_limit
         # With max_staleness an entry's own age is its proof; without, age counts only while something may be missing.
         if self._max_staleness is not None:
             self._age_limit = self._max_staleness
         else:
             self._age_limit = SUSPECT_AGE if self._doubts else math.inf
+        if self._age_limit < before:
+            self.standing.shake()
 
     def lost(self, reason: str) -> None:
         """The subscription is lost: connection, channel, consumer or queue."""

@@ -7,6 +7,8 @@ promises freshness serves from its cache only while it surely is there, and only
 import math
 from dataclasses import dataclass
 
+from cacheinval.standing import Standing
+
 __all__ = ["NOT_YET", "SHORTEST_LEASE", "Registered", "Registration"]
 
 SHORTEST_LEASE = 10.0
@@ -51,6 +53,7 @@ class Registration:
         required: bool = False,
         outlives: bool = False,
     ) -> None:
+        self.standing = Standing()
         self.lease = max(SHORTEST_LEASE, LEASE_IN_STALENESS * (max_staleness or 0.0))
         self.required = required
         self.until = -math.inf if required else math.inf
@@ -110,6 +113,7 @@ class Registration:
             counted_since = max(self._hole, since) + self._max_clock_skew
             self._next = now if since == math.inf else self._next
         if self.required:
+            # `since` is later than before only where `until` has passed, and with it whatever was judged by both.
             self.until, self.since = self._counted_until, counted_since
 
     def _good_until(self, sent: float) -> float:
@@ -126,6 +130,7 @@ class Registration:
         self._problem = "not registered any more"
         if self.required:
             self.until, self.since = -math.inf, math.inf
+            self.standing.shake()
 
     def covers(self, load_started: float, now: float) -> bool:
         """Whether a read that begins at `now` may be given what was read by a load that began then."""

@@ -47,7 +47,7 @@ class WrongClock(Clock):
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self._seconds = seconds
-        self._start += seconds
+        self.start += seconds
 
     def drift(self) -> float:
         return super().drift() + self._seconds

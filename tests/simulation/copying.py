@@ -44,15 +44,21 @@ class _Ways(dict[type, Way | None]):
 
 
 def _way(kind: type) -> Way | None:
-    frozen = getattr(getattr(kind, "__dataclass_params__", None), "frozen", False)
-    if frozen or issubclass(kind, enum.Enum | msgspec.Struct | tuple):
+    if _frozen(kind) or issubclass(kind, enum.Enum | tuple):
         return None
+    if issubclass(kind, msgspec.Struct):
+        return _struct
     slots = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ())]
     if slots:
         return _slotted(kind, slots)
     if kind.__module__ == "builtins" or not hasattr(kind, "__dict__") or issubclass(kind, dict | list | set):
         return copy.deepcopy
     return _plain
+
+
+def _frozen(kind: type) -> bool:
+    how = getattr(kind, "__dataclass_params__", None) or getattr(kind, "__struct_config__", None)
+    return how is not None and how.frozen
 
 
 def _set(value: set[Any], memo: Memo) -> set[Any]:
@@ -111,6 +117,19 @@ def _slotted(kind: type, slots: list[str]) -> Way:
         return new
 
     return way
+
+
+def _struct(value: Any, memo: Memo) -> Any:
+    at = id(value)
+    if at in memo:
+        return memo[at]
+    new = memo[at] = copy.copy(value)
+    for name in value.__struct_fields__:
+        held = getattr(value, name)
+        way = _WAYS[type(held)]
+        if way is not None:
+            setattr(new, name, way(held, memo))
+    return new
 
 
 _WAYS = _Ways(dict.fromkeys(ATOMS))

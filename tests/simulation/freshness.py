@@ -16,6 +16,7 @@ from cacheinval.outbox.session import Look
 
 from .copying import copied
 from .explore import BrokenError
+from .standing import rely_on
 
 SOURCE = "the database"
 TAG = "t"
@@ -761,6 +762,9 @@ class Timed:
 
     def check(self) -> None:
         c, now, span = self.coherence, self.now, self.span
+        if not span.durable:
+            for entry in self.entries.values():
+                rely_on(c, entry, now)
         if c.proof.watermark > now + span.skew:
             raise BrokenError(f"at {now} the watermark is {c.proof.watermark}")
         if c.gap_due_at is not None:

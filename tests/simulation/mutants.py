@@ -93,6 +93,16 @@ MUTANTS = [
             ),
         ),
     ),
+    Mutant(
+        "a judgement outlives its epoch",
+        Shape(keys=("a", "b"), writes=3, readers=1, drops=1, keeps_entries=True),
+        (("self.epoch += 1\n        self.standing.shake()", "self.epoch += 1"),),
+    ),
+    Mutant(
+        "a judgement outlives an evicted tag",
+        TAGS,
+        (("self._generation += 1\n        self.standing.shake()", "self._generation += 1"),),
+    ),
     Mutant("an evicted tag does not void loads", TAGS, (("evicted.get(tag, 0) <= generation", "True"),)),
     Mutant(
         "gap tolerance 1",
@@ -408,6 +418,21 @@ TIMED_MUTANTS = [
                 "return now - load_started > self._age_limit + 1 and",
             ),
         ),
+    ),
+    TimedMutant(
+        "a judgement outlives the trust that it rests on",
+        Span(staleness=None, losses=1, looks=0, until=4),
+        (("        if self._age_limit < before:\n            self.standing.shake()\n", ""),),
+    ),
+    TimedMutant(
+        "a judgement outlives the source that it rests on",
+        Span(foreign_ticks=1, until=4),
+        (("            self._standing.shake()\n            return False", "            return False"),),
+    ),
+    TimedMutant(
+        "a judgement lasts as long as the entry",
+        Span(looks=0, staleness=0, until=3),
+        (("return min(entry.expires_at, self.registration.until, fresh)", "return entry.expires_at"),),
     ),
     TimedMutant(
         "hits of any age",

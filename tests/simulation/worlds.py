@@ -13,6 +13,7 @@ from typing import Any
 from cacheinval.messages import Beat, Invalidate, Probe
 
 from .explore import BrokenError
+from .standing import rely_on
 
 TAG = "t"
 FOREVER = 1e9
@@ -400,6 +401,8 @@ class World:
             )
 
     def check(self) -> None:
+        for entry in self.entries.values():
+            rely_on(self.coherence, entry, self.now)
         settled = (
             self.joined
             and not (

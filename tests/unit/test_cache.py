@@ -15,6 +15,8 @@ from cacheinval.cache import InProcessCache, Read, SharedCache, without_cache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError, InvalidKeyError
+from cacheinval.messages import Tick
+from cacheinval.registration import Registration
 
 KEY, TAG = Eviction(["k"]), Eviction(tags=["t"])
 EVERYTHING = Eviction(everything=True)
@@ -25,9 +27,7 @@ class SetClock(Clock):
 
     def __init__(self) -> None:
         self.time = 1000.0
-
-    def now(self) -> float:
-        return self.time
+        self.start, self.elapsed = 0.0, lambda: self.time
 
 
 class Loader:
@@ -577,3 +577,81 @@ async def test_a_clock_set_during_a_look_makes_no_entry_younger_than_it_is(
     stub = SharedStub(clock, to)
     await SharedCache(stub, coherence, clock, ttl=300).read("k", value_of(1))
     assert stub.starts == [started]
+
+
+class TestAHitRestsOnAnEarlierJudgement:
+    """Each of these takes something away on which it rests, and nothing else."""
+
+    @pytest.fixture
+    def proven(self, clock: SetClock) -> tuple[InProcessCache, Coherence]:
+        registration = Registration(5.0, 0.0, required=True)
+        coherence = Coherence(5.0, 0.0, registration=registration)
+        coherence.evict(coherence.joined_anew(clock.time), clock.time)
+        coherence.trust()
+        for told in (clock.time, clock.time + 1):
+            registration.sending(told)
+            registration.answered(told, told, told)
+        coherence.settle("registration")
+        coherence.proof.trust_only("ours")
+        return InProcessCache(BoundedMemoryCache(1000), coherence, clock, ttl=300), coherence
+
+    async def judged(self, cache: InProcessCache, coherence: Coherence, clock: SetClock) -> None:
+        """Leaves an entry that is older than Δ, and has been judged to be good for a while."""
+        for seq in range(3):
+            tick = Tick(v=1, origin="relay", seq=0, as_of=clock.time, source="ours")
+            coherence.received(tick, clock.time)
+            coherence.evicted(clock.time)
+            clock.time += 1
+            if seq == 0:
+                await cache.get_or_set("k", value_of(1))
+        clock.time += 3
+        assert await cache.get_or_set("k", refuse) == 1
+        clock.time += 0.5
+        hit = cache.hit("k")
+        assert hit is not None
+        assert hit.value == 1
+
+    async def test_time(self, proven: tuple[InProcessCache, Coherence], clock: SetClock) -> None:
+        cache, coherence = proven
+        await self.judged(cache, coherence, clock)
+        clock.time += 1
+        assert cache.hit("k") is None
+        assert await cache.get_or_set("k", value_of(2)) == 2
+
+    async def test_the_database(self, proven: tuple[InProcessCache, Coherence], clock: SetClock) -> None:
+        cache, coherence = proven
+        await self.judged(cache, coherence, clock)
+        coherence.proof.trust_only("another")
+        assert cache.hit("k") is None
+        assert await cache.get_or_set("k", value_of(2)) == 2
+
+    async def test_the_registration(self, proven: tuple[InProcessCache, Coherence], clock: SetClock) -> None:
+        cache, coherence = proven
+        await self.judged(cache, coherence, clock)
+        coherence.registration.forget()
+        assert cache.hit("k") is None
+        assert await cache.get_or_set("k", value_of(2)) == 2
+
+    async def test_a_transaction(self, proven: tuple[InProcessCache, Coherence], clock: SetClock) -> None:
+        cache, coherence = proven
+        await self.judged(cache, coherence, clock)
+        with without_cache():
+            assert cache.hit("k") is None
+            assert await cache.get_or_set("k", value_of(2)) == 2
+
+    async def test_a_load_that_inherits(
+        self, proven: tuple[InProcessCache, Coherence], clock: SetClock
+    ) -> None:
+        cache, coherence = proven
+        await self.judged(cache, coherence, clock)
+
+        async def built() -> Any:
+            assert cache.hit("k") is None
+            return await cache.get_or_set("k", refuse)
+
+        assert await cache.get_or_set("whole", built) == 1
+        whole = await cache.would_serve("whole")
+        part = await cache.would_serve("k")
+        assert whole is not None
+        assert part is not None
+        assert whole.load_started == part.load_started

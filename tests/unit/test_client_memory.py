@@ -268,6 +268,61 @@ async def test_cached_on_attributes_and_none(client: Client) -> None:
     assert source.loads == 2
 
 
+async def refuse() -> Any:
+    pytest.fail("loaded although it was cached")
+
+
+async def test_cached_calls_with_the_arguments_that_it_was_called_with(client: Client) -> None:
+    absent = object()
+    seen: list[Any] = []
+
+    @client.cached("k:{first}:{second}:{key}:{args}:{name}:{kwargs}")
+    async def read(
+        first: int, /, second: Any = absent, *args: int, key: int = 1, name: str, **kwargs: int
+    ) -> int:
+        seen.append((first, second, args, key, name, kwargs))
+        return len(seen)
+
+    assert await read(1, name="x") == 1
+    assert await read(1, absent, name="x", key=1) == 1
+    assert await read(1, 2, 3, 4, name="y", key=5, more=6) == 2
+    assert seen == [(1, absent, (), 1, "x", {}), (1, 2, (3, 4), 5, "y", {"more": 6})]
+    with pytest.raises(TypeError, match="name"):
+        await read(1)
+
+
+async def test_cached_on_a_method_leaves_self_out_of_the_key(client: Client) -> None:
+    class Prices:
+        def __init__(self, price: int) -> None:
+            self.price = price
+
+        @client.cached("price:{product_id}")
+        async def read(self, product_id: str) -> int:
+            return self.price
+
+    one, two = Prices(1), Prices(2)
+    assert [await one.read("a"), await two.read("a"), await two.read(product_id="b")] == [1, 1, 2]
+
+
+TEMPLATES = [
+    "k:{number}",
+    'it\'s "{number}" {{braces}} \\n \n ü {number!r:>5}',
+    "{number}'''\"\"\"{number}\\",
+    "{number:03d}",
+    "k",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+async def test_the_key_is_what_the_template_gives(client: Client, template: str) -> None:
+    @client.cached(template)
+    async def read(number: int) -> int:
+        return number
+
+    assert await read(7) == 7
+    assert await client.cache.get_or_set(template.format(number=7), refuse) == 7
+
+
 @pytest.mark.parametrize("template", ["k:{missing}", "k:{}", "k:{0}", "k:{missing.x}", "k:{", "k:{number"])
 def test_a_template_that_cannot_work_is_refused_at_once(template: str, namespace: str) -> None:
     client = Client(settings(namespace))

@@ -20,9 +20,7 @@ class SetClock(Clock):
 
     def __init__(self) -> None:
         self.time = START
-
-    def now(self) -> float:
-        return self.time
+        self.start, self.elapsed = 0.0, lambda: self.time
 
 
 def subscribed(max_staleness: float | None = None) -> Coherence:
