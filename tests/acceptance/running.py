@@ -23,15 +23,23 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 class Process:
-    """One `cacheinval` command that runs; its log is JSON."""
+    """One `cacheinval` command that runs, or another module; the log of `cacheinval` is JSON."""
 
-    def __init__(self, folder: Path, *command: str, **settings: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *command: str,
+        module: str = "cacheinval",
+        cwd: Path | None = None,
+        **settings: object,
+    ) -> None:
         self._out, self._log = folder / "out", folder / "log"
         self._url = ""
         with self._out.open("wb") as out, self._log.open("wb") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "cacheinval", *command],
+                [sys.executable, "-m", module, *command],
                 env=environment(log_format="json", **settings),
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
