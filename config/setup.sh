@@ -8,7 +8,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-extras='http,redis,memcached,dev'
+extras='http,redis,memcached,sqlalchemy,dev'
 
 fail() {
     echo "setup: $*" >&2

@@ -21,6 +21,7 @@ from cacheinval.sandbox import RabbitMQ
 pytestmark = pytest.mark.timeout(120)
 
 EXAMPLES = Path(__file__).parent / "examples"
+README = (Path(__file__).parents[2] / "README.md").read_text()
 SERVICES = {
     "fastapi_app": ("uvicorn", "fastapi_app:app", "--port", "0"),
     "litestar_app": ("uvicorn", "litestar_app:app", "--port", "0"),
@@ -146,6 +147,15 @@ async def _is(service: Service, price: int) -> bool:
 def test_a_service_takes_less_than_forty_lines(name: str) -> None:
     lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
     assert len([line for line in lines if line.strip()]) < 40
+
+
+def test_the_readme_shows_the_first_of_them() -> None:
+    def lines(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.strip()]
+
+    (shown,) = re.findall(r"^```python\n((?:(?!^```).)*FastAPI.*?)^```", README, re.MULTILINE | re.DOTALL)
+    _, *example = lines((EXAMPLES / "fastapi_app.py").read_text())
+    assert lines(shown) == example
 
 
 # Writers

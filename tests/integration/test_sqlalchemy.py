@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import ForeignKey, Integer, String, delete, event, func, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
@@ -14,7 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 import cacheinval.sqlalchemy
 from cacheinval.errors import ConfigurationError, InvalidKeyError, SchemaMissingError
 from cacheinval.outbox import schema_sql
-from cacheinval.sqlalchemy import record_changes
+from cacheinval.sqlalchemy import record_changes, rules
 
 Recorded = tuple[dict[str, int | None], set[str], bool]
 
@@ -134,6 +135,7 @@ async def test_what_is_inserted_updated_and_deleted_is_recorded_in_the_transacti
         session.add(Product(id="a"))
         await session.flush()
         assert await shop.recorded() == [], "not before it is committed"
+        assert not session.info, "nothing is kept after the flush"
         await session.commit()
         assert await shop.recorded() == [keys("product:a", tags=("products",))]
         product = await session.get_one(Product, "a")
@@ -233,6 +235,28 @@ async def test_a_template_tells_the_row_and_not_what_the_session_had_loaded(shop
         assert await shop.recorded() == [keys("product:a", tags=("category:last",))]
 
 
+async def test_what_was_read_of_a_row_before_its_change_nobody_changes_meanwhile(
+    shop: Shop, database_url: str
+) -> None:
+    sessions = shop.sessions({Product: "product:{id}"}, tags={Product: ["category:{category}"]})
+    await shop.run("INSERT INTO products VALUES ('a', 'Kettle', 'kitchen')")
+    refused = []
+
+    def interfere(*about: Any) -> None:
+        if about[2].startswith("UPDATE products"):
+            with psycopg.connect(database_url) as other:
+                other.execute("SET lock_timeout = '50ms'")
+                with pytest.raises(psycopg.errors.LockNotAvailable) as raised:
+                    other.execute("UPDATE products SET category = 'garden'")
+                refused.append(raised)
+
+    event.listen(shop.engine.sync_engine, "before_cursor_execute", interfere)
+    async with sessions.begin() as session:
+        (await session.get_one(Product, "a")).name = "Lamp"
+    assert len(refused) == 1
+    assert await shop.recorded() == [keys("product:a", tags=("category:kitchen",))]
+
+
 async def test_the_version_is_the_one_that_the_row_has_then(shop: Shop) -> None:
     sessions = shop.sessions(
         {Counted: ["counted:{id}"], Product: "product:{id}"}, version={Counted: "version"}
@@ -255,6 +279,41 @@ async def test_the_version_is_the_one_that_the_row_has_then(shop: Shop) -> None:
         await session.delete(counted)
         await session.commit()
         assert await shop.recorded() == [keys("counted:1")]
+
+
+async def test_of_two_versions_of_a_key_the_higher_is_told_and_none_if_one_is_unknown(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "ROWS_PER_SELECT", 2)
+    sessions = shop.sessions({Counted: "name:{name}"}, version={Counted: "version"})
+    async with sessions() as session:
+        for name, version in (("a", 2), ("a", 9), ("a", 3), ("b", 1), ("c", 4)):
+            session.add(Counted(name=name, version=version))
+        await session.commit()
+        assert await shop.recorded() == [({"name:a": 9, "name:b": 1, "name:c": 4}, set(), False)]
+        of_b = (await session.scalars(select(Counted).where(Counted.name == "b"))).one()
+        of_c = (await session.scalars(select(Counted).where(Counted.name == "c"))).one()
+        of_b.name = of_c.name
+        of_c.label = "changed too"
+        await session.commit()
+        assert await shop.recorded() == [({"name:c": 4, "name:b": None}, set(), False)]
+        of_c.name, of_b.label = "b", "changed too"
+        session.add(Counted(name="c", version=7))
+        await session.commit()
+        assert await shop.recorded() == [({"name:c": None, "name:b": 4}, set(), False)]
+
+
+async def test_a_change_is_recorded_where_it_is_made(shop: Shop) -> None:
+    other = create_async_engine(shop.engine.url)
+    sessions = async_sessionmaker(binds={Product: shop.engine, Counted: other})
+    record_changes(sessions, {Product: "product:{id}", Counted: "counted:{id}"})
+    try:
+        async with sessions() as session:
+            session.add_all([Product(id="a"), Counted(name="a")])
+            await session.commit()
+    finally:
+        await other.dispose()
+    assert sorted(map(str, await shop.recorded())) == [str(keys("counted:1")), str(keys("product:a"))]
 
 
 async def test_objects_of_subclasses_are_recorded_as_both(shop: Shop) -> None:
