@@ -134,8 +134,11 @@ async def test_a_service_forgets_what_another_process_changes(
     assert await service.price() == 111, "its own change is evicted before the answer"
     assert await service.price("nobody") is None
 
+    registered = "SELECT id FROM cacheinval.instances"
+    assert await database.fetchval(registered) == "service"
     service.process.signal(signal.SIGTERM)
-    assert await service.process.ended(30) in (0, -signal.SIGTERM), service.process.said
+    await service.process.ended(30)
+    assert await database.fetchval(registered) is None, "it has closed its client"
     assert "Traceback" not in service.process.said
 
 
