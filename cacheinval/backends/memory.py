@@ -1,5 +1,6 @@
 """A bounded cache in the process, as an aiocache backend that can also be driven without an await."""
 
+import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +10,9 @@ from aiocache.base import BaseCache
 from aiocache.serializers import NullSerializer
 
 __all__ = ["BoundedMemoryCache"]
+
+SLICE = 0.0005
+"""Seconds for which giving memory back holds the loop at a time."""
 
 
 class BoundedMemoryCache(BaseCache):  # type: ignore[misc]  # aiocache has no types
@@ -28,6 +32,7 @@ class BoundedMemoryCache(BaseCache):  # type: ignore[misc]  # aiocache has no ty
         super().__init__(**{"serializer": NullSerializer(), "timeout": None, **kwargs})
         self.max_entries = max_entries
         self._values: cachebox.LRUCache[str, Any] = cachebox.LRUCache(max_entries)
+        self._spare: cachebox.LRUCache[str, Any] | None = None
         self._expiry: dict[
             str, float
         ] = {}  # only of values stored through aiocache's own methods, with a ttl
@@ -50,10 +55,29 @@ class BoundedMemoryCache(BaseCache):  # type: ignore[misc]  # aiocache has no ty
         return sum(pop(key, missing) is not missing for key in keys)
 
     def reset(self) -> None:
-        """Removes everything now."""
-        self._values = cachebox.LRUCache(self.max_entries)
+        """Removes everything now. Within an event loop the values are freed little by little, between other work.
+
+        Until they are, there can be as many again beside those that are stored meanwhile. Their map serves again after the
+        next reset: to give a large one back, or to let another grow as large, would hold the loop longer than all the rest.
+        """
+        removed = self._values
+        self._values = cachebox.LRUCache(self.max_entries) if self._spare is None else self._spare
+        self._spare = None
         self._expiry = {}
         self.peek = self._values.get
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # nobody else waits for this thread
+            return
+        loop.call_soon(self._free, removed, loop)
+
+    def _free(self, removed: "cachebox.LRUCache[str, Any]", loop: asyncio.AbstractEventLoop) -> None:
+        until = time.monotonic() + SLICE
+        while removed.drain(100):
+            if time.monotonic() >= until:
+                loop.call_soon(self._free, removed, loop)
+                return
+        self._spare = removed
 
     def __len__(self) -> int:
         return len(self._values)

@@ -67,6 +67,64 @@ def test_reset(cache: BoundedMemoryCache) -> None:
     assert cache.peek("a") == 2
 
 
+class Counted:
+    """Knows how many of its kind have been freed."""
+
+    freed = 0
+
+    def __del__(self) -> None:
+        Counted.freed += 1
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> BoundedMemoryCache:
+    monkeypatch.setattr(Counted, "freed", 0)
+    cache = BoundedMemoryCache(20_000)
+    for n in range(20_000):
+        cache.put(f"k{n}", Counted())
+    return cache
+
+
+async def test_a_reset_frees_values_in_slices(large: BoundedMemoryCache) -> None:
+    large.reset()
+    assert (len(large), large.peek("k1"), Counted.freed) == (0, None, 0)
+    turns = []
+    while Counted.freed < 20_000:
+        await asyncio.sleep(0)
+        turns.append(Counted.freed)
+    assert len(turns) > 2
+    assert turns == sorted(set(turns))  # something in each turn
+
+
+async def test_what_is_stored_meanwhile_stays(large: BoundedMemoryCache) -> None:
+    for _ in range(3):  # the second and the third time with a map that was emptied before
+        large.reset()
+        large.put("k1", "new")
+        freed = -1
+        while freed < Counted.freed:
+            freed = Counted.freed
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (len(large), large.peek("k1")) == (1, "new")
+    assert Counted.freed == 20_000
+
+
+async def test_a_reset_before_the_one_before_has_freed_all(large: BoundedMemoryCache) -> None:
+    large.reset()
+    for n in range(20_000):
+        large.put(f"k{n}", Counted())
+    large.reset()
+    large.put("k1", "new")
+    while Counted.freed < 40_000:
+        await asyncio.sleep(0)
+    assert (len(large), large.peek("k1")) == (1, "new")
+
+
+def test_a_reset_outside_of_a_loop_frees_at_once(large: BoundedMemoryCache) -> None:
+    large.reset()
+    assert (len(large), Counted.freed) == (0, 20_000)
+
+
 async def test_as_an_aiocache_backend(cache: BoundedMemoryCache) -> None:
     assert await cache.set("a", 1)
     assert await cache.get("a") == 1
