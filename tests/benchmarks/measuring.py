@@ -40,6 +40,9 @@ class Figure:
         """The ratio, round by round: what the machine did in one round, it did to both."""
         return Figure(tuple(one / two for one, two in zip(self.values, other.values, strict=True)))
 
+    def __sub__(self, other: "Figure") -> "Figure":
+        return Figure(tuple(one - two for one, two in zip(self.values, other.values, strict=True)))
+
     def __add__(self, other: "Figure") -> "Figure":
         return Figure(tuple(one + two for one, two in zip(self.values, other.values, strict=True)))
 
