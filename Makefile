@@ -26,8 +26,9 @@ soak: setup  ## MINUTES=10 of walks through the rules, then as many of random fa
 	@cd tests && ../$(BIN)/python -m simulation.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 	@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-bench: setup .venv/bench  ## how fast, beside its peers; ONLY=hit for one, ROUNDS=5; exits 1 where a target is missed
-	@cd tests && ../$(BIN)/python -m benchmarks $(ONLY) $(if $(ROUNDS),--rounds $(ROUNDS)) --json ../bench.json
+bench: setup .venv/bench  ## how fast, beside its peers; ONLY=hit for one, ROUNDS=5, PICTURES=FOLDER; exits 1 where a target is missed
+	@cd tests && ../$(BIN)/python -m benchmarks $(ONLY) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+		--json ../bench.json $(if $(PICTURES),--pictures $(abspath $(PICTURES)))
 
 lint: .venv/installed  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check --quiet .

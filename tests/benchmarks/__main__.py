@@ -1,4 +1,4 @@
-"""python -m benchmarks [NAME…] [--rounds 5] [--json FILE]       (from tests/)
+"""python -m benchmarks [NAME…] [--rounds 5] [--json FILE] [--pictures FOLDER]       (from tests/)
 
 Exits with 1, and says which, when a target does not hold.
 """
@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
@@ -25,13 +26,14 @@ BENCHMARKS = {
 }
 
 
-def main() -> int:
-    """Runs the benchmarks that are named, or all."""
+def main(given: Sequence[str] | None = None) -> int:
+    """Runs the benchmarks that are named, or all; returns the exit code."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=", ".join(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    arguments = parser.parse_args()
+    parser.add_argument("--pictures", type=Path, help="the folder where to draw them")
+    arguments = parser.parse_args(given)
     unknown = [name for name in arguments.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"{unknown[0]}: accepted: {', '.join(BENCHMARKS)}")
@@ -44,6 +46,10 @@ def main() -> int:
         uvloop.run(module.run(report, arguments.rounds))
     if arguments.json is not None:
         report.write(arguments.json, machine())
+    if arguments.pictures is not None:
+        from .pictures import draw  # which imports matplotlib
+
+        draw(report.pictures, arguments.pictures)
     missed = report.missed
     print(
         f"\n{len(report.targets) - len(missed)} of {len(report.targets)} targets hold; {time.monotonic() - began:.0f} s"
@@ -53,4 +59,5 @@ def main() -> int:
     return 1 if missed else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,16 +1,19 @@
 """Figures of several rounds, and variants that take turns."""
 
+import asyncio
 import gc
 import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
-__all__ = ["Figure", "Figures", "Variant", "cpu_seconds", "machine", "percentile", "take_turns"]
+__all__ = ["Figure", "Figures", "Holds", "Variant", "cpu_seconds", "machine", "percentile", "take_turns"]
 
 Variant = Callable[[], Awaitable[Mapping[str, float]]]
 """Runs one round and returns what it measured, by name. It raises if the work was not done."""
@@ -66,6 +69,32 @@ async def take_turns(
         name: {what: Figure(tuple(one[what] for one in each)) for what in each[0]}
         for name, each in measured.items()
     }
+
+
+class Holds:
+    """The longest time for which the event loop ran nothing else, seen by a callback in each of its turns."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._last = time.perf_counter()
+        self._handle = self._loop.call_soon(self._tick)
+        return self
+
+    def _tick(self) -> None:
+        self._look()
+        self._handle = self._loop.call_soon(self._tick)
+
+    def _look(self) -> None:
+        now = time.perf_counter()
+        self.longest = max(self.longest, now - self._last)
+        self._last = now
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._handle.cancel()
+        self._look()  # also where the work has never suspended
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -23,7 +23,7 @@ import theine
 from cacheinval import Client, Settings
 from cacheinval.messages import Invalidate, encode
 
-from .measuring import Figure, Figures, take_turns
+from .measuring import Figure, Figures, Holds, take_turns
 from .reporting import Report
 
 TAGGED = (100, 1_000, 10_000, 100_000)
@@ -108,32 +108,6 @@ def _row(found: Figures, kind: Any, sizes: Sequence[int], what: str) -> list[Fig
 
 
 # What is measured
-
-
-class Holds:
-    """The longest time for which the event loop ran nothing else, seen by a callback in each of its turns."""
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-
-    def __enter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        self._last = time.perf_counter()
-        self._handle = self._loop.call_soon(self._tick)
-        return self
-
-    def _tick(self) -> None:
-        self._look()
-        self._handle = self._loop.call_soon(self._tick)
-
-    def _look(self) -> None:
-        now = time.perf_counter()
-        self.longest = max(self.longest, now - self._last)
-        self._last = now
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._handle.cancel()
-        self._look()  # also where the work has never suspended
 
 
 async def _evict_tag(kind: "type[Cache]", size: int) -> dict[str, float]:
