@@ -163,26 +163,31 @@ class Scene:
 
     async def _arrived(self) -> set[str]:
         """All keys that the subscriber's queue holds; it is empty then."""
-        return await arrived(self._channel, self._queue)
+        return named(await received(self._channel, self._queue))
 
 
-async def arrived(channel: Any, queue: Any) -> set[str]:
-    """The keys in all messages of the queue, which is read up to a message that is sent now."""
-    keys: set[str] = set()
+async def received(channel: Any, queue: Any) -> list[dict[str, Any]]:
+    """All messages that the queue holds, which is read up to one that is sent now."""
+    messages: list[dict[str, Any]] = []
     end = asyncio.Event()
 
     async def receive(message: Any) -> None:
         if message.body == b"end":
             end.set()
         else:
-            keys.update(json.loads(message.body).get("keys", ()))
+            messages.append(json.loads(message.body))
 
     tag = await queue.consume(receive, no_ack=True)
     await channel.default_exchange.publish(aio_pika.Message(b"end"), queue.name)
     async with asyncio.timeout(60):
         await end.wait()
     await queue.cancel(tag)
-    return keys
+    return messages
+
+
+def named(messages: list[dict[str, Any]]) -> set[str]:
+    """The keys that these messages name."""
+    return {key for message in messages for key in message.get("keys", ())}
 
 
 @asynccontextmanager
