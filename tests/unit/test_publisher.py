@@ -151,6 +151,61 @@ async def test_what_comes_while_a_confirm_is_awaited_goes_out_together(
     assert len(broker.deleted) == 101
 
 
+async def test_what_comes_soon_after_a_publish_gathers_for_a_moment(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "NEAR", 60.0)
+    monkeypatch.setattr(publishing, "GATHER_FIRST", 0.05)
+    publisher = await make()
+    for keys in (["a"], ["b", "c"]):
+        for key in keys:
+            publisher.submit(write(key))
+            await asyncio.sleep(0.005)
+        assert await publisher.flush(5)
+    assert [message.keys for message in broker.sent] == [["a"], ["b", "c"]]
+
+
+async def test_a_publish_that_has_rested_waits_for_nobody(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "NEAR", 0.0)
+    monkeypatch.setattr(publishing, "GATHER_FIRST", 60.0)
+    publisher = await make()
+    for key in ("a", "b"):
+        publisher.submit(write(key))
+        assert await publisher.flush(5)
+    assert [message.keys for message in broker.sent] == [["a"], ["b"]]
+
+
+async def test_nothing_gathers_while_a_writer_waits_for_it(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NEAR", "GATHER_FIRST", "GATHER_MOST"):
+        monkeypatch.setattr(publishing, name, 60.0)
+    publisher = await make()
+    publisher.submit(write("a"))
+    assert await publisher.flush(5)
+    for waiting in ({"confirmed": asyncio.get_running_loop().create_future()}, {"question": object()}):
+        publisher.submit(write("b", **waiting))
+        assert await publisher.flush(5)
+    assert len(broker.sent) == 3
+
+
+async def test_rows_gather_between_two_deletions(
+    make: Make, broker: Broker, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "NEAR", 0.0)
+    monkeypatch.setattr(publishing, "DELETE_PAUSE", 0.1)
+    publisher = await make()
+    for number in range(1, 4):
+        publisher.submit(write("k", rows=1))
+        await eventually(lambda number=number: publisher.counters.confirmed_writes == number)
+        await asyncio.sleep(0)
+    assert await publisher.flush(5)
+    assert len(broker.deleted) == 3
+    assert broker.noted == [{"origin0": 1}, {"origin0": 3}]
+
+
 async def test_everything_makes_the_names_needless(make: Make, broker: Broker) -> None:
     publisher = await make()
     for one in (write("a", rows=1), write(everything=True, rows=1), write("b", tags=["t"], rows=1)):
