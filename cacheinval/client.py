@@ -188,7 +188,9 @@ class Client:
             self._may_register,
             self.instance.registered,
         )
-        self._writes = Writes(lambda: self.pool, self._outbox, self.publisher, self._evict_here, self._asking)
+        self._writes = Writes(
+            lambda: self.pool, self._outbox, self.publisher, self._evict_here, self._asking, self._tasks.aside
+        )
         self.relay = self._make_relay()
         self._bus_run: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,7 @@ class Writes:
         evict: evicts in every cache of this client; returns None when it has, or a future that ends (never with an
             error) when it has been tried.
         asking: told who is known to have evicted.
+        aside: runs what a write is not to wait for.
     """
 
     def __init__(
@@ -117,12 +118,15 @@ class Writes:
         publisher: Publisher,
         evict: Callable[[Eviction], "asyncio.Future[None] | None"],
         asking: Asking,
+        aside: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._pool = pool
         self._outbox = outbox
         self._publisher = publisher
         self._evict = evict
         self._asking = asking
+        self._aside = aside
+        self._writing = 0  # who has a connection, or waits for one
 
     @asynccontextmanager
     async def transaction(
@@ -138,14 +142,13 @@ class Writes:
                 with without_cache():
                     yield tx
                 rows = self._rows(tx.invalidations)
-                async with asyncio.timeout(COMMIT_TIMEOUT):
-                    await self._outbox.record(connection, rows)
+                await self._outbox.record(connection, rows, timeout=COMMIT_TIMEOUT)
             except BaseException:
                 with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
                     async with asyncio.timeout(RELEASE_TIMEOUT):
                         await transaction.rollback()
                 raise
-            await self._settle(transaction.commit, tx.invalidations, rows, COMMIT_TIMEOUT, question)
+            await self._settle(lambda: _commit(transaction), tx.invalidations, rows, question)
 
     async def statement(
         self,
@@ -167,7 +170,7 @@ class Writes:
         async with self._connection() as connection:
             call = getattr(connection, method)
             return await self._settle(
-                lambda: call(combined, *arguments, timeout=timeout), invalidations, rows, None
+                lambda: call(combined, *arguments, timeout=timeout), invalidations, rows
             )
 
     async def invalidate(self, invalidations: Invalidations, question: Question | None = None) -> None:
@@ -178,8 +181,9 @@ class Writes:
                 tx.invalidations = invalidations
             return
         async with self._connection() as connection:
+            record = self._outbox.record
             await self._settle(
-                lambda: self._outbox.record(connection, rows), invalidations, rows, COMMIT_TIMEOUT, question
+                lambda: record(connection, rows, timeout=COMMIT_TIMEOUT), invalidations, rows, question
             )
 
     async def _settle(
@@ -187,14 +191,12 @@ class Writes:
         commit: Callable[[], Any],
         invalidations: Invalidations,
         rows: Sequence[Row],
-        deadline: float | None,
         question: Question | None = None,
     ) -> Any:
         """Runs what commits, and does what is then owed, whether its outcome is known or not."""
         outcome = WriteOutcome.UNKNOWN
         try:
-            async with asyncio.timeout(deadline):
-                result = await commit()
+            result = await commit()
             outcome = WriteOutcome.COMMITTED
         except asyncpg.PostgresError as error:
             outcome = outcome_of_error(error.sqlstate)
@@ -268,10 +270,37 @@ class Writes:
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator["Connection"]:
         pool = self._pool()
-        connection = await pool.acquire(timeout=ACQUIRE_TIMEOUT)
+        self._writing += 1
+        try:
+            # A deadline around it, and not `acquire(timeout=)`, which on Python 3.11 runs a task for it.
+            async with asyncio.timeout(ACQUIRE_TIMEOUT):
+                connection = await pool.acquire()
+        except BaseException:
+            self._writing -= 1
+            raise
+        alone = False
         try:
             yield connection
+            alone = self._writing == 1
         finally:
-            # Unbounded, giving back a half-open connection would hang; after the deadline asyncpg terminates it.
+            # To give it back takes one more round trip, in which asyncpg resets the session: who writes alone need not
+            # wait for that. Of many at once each would take a further connection meanwhile, which costs more than it
+            # saves; and after a failure what is still under way has to be cancelled first.
+            giving_back = self._give_back(pool, connection)
+            if alone:
+                self._aside(giving_back)
+            else:
+                await giving_back
+
+    async def _give_back(self, pool: "Pool", connection: "Connection") -> None:
+        # Unbounded, giving back a half-open connection would hang; after the deadline asyncpg terminates it.
+        try:
             with suppress(TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError, OSError):
                 await pool.release(connection, timeout=RELEASE_TIMEOUT)
+        finally:
+            self._writing -= 1
+
+
+async def _commit(transaction: asyncpg.transaction.Transaction) -> None:
+    async with asyncio.timeout(COMMIT_TIMEOUT):
+        await transaction.commit()

@@ -704,3 +704,40 @@ async def test_what_is_under_way_is_published_before_the_client_ends(
             await client.execute(UPDATE, "a", invalidate=[f"k{n}"])
     await eventually(lambda: len(heard.keys) == 20)
     assert await rows(db) == 0, "rows are deleted before it ends"
+
+
+async def test_who_writes_alone_does_not_wait_until_its_connection_is_reset(
+    settings: Settings, db: asyncpg.Connection, eventually: Eventually
+) -> None:
+    may_reset = asyncio.Event()
+
+    async def reset(connection: object) -> None:
+        await may_reset.wait()
+
+    pool = await asyncpg.create_pool(settings.database_url, min_size=0, max_size=2, reset=reset)
+    async with pool, Client(settings, pool=pool) as client:
+        try:
+            async with asyncio.timeout(3), client.transaction() as tx:
+                await tx.execute(UPDATE, "a")
+                tx.invalidate("k")
+            assert pool.get_idle_size() == 0, "it is still being reset"
+            assert await number(db) == 1
+        finally:
+            may_reset.set()
+        await eventually(lambda: pool.get_idle_size() == pool.get_size())
+
+
+async def test_many_who_write_at_once_take_a_connection_each_and_no_more(
+    settings: Settings, db: asyncpg.Connection
+) -> None:
+    pool = await asyncpg.create_pool(settings.database_url, min_size=0, max_size=20)
+    async with pool, Client(settings, pool=pool, subscribe=False) as client:
+
+        async def writer() -> None:
+            for _ in range(30):
+                await client.execute(UPDATE, "a", invalidate=["k"])
+
+        await asyncio.gather(*(writer() for _ in range(4)))
+        # One more for the publisher, which deletes rows.
+        assert pool.get_size() <= 5
+        assert await number(db) == 120
