@@ -10,7 +10,7 @@ from typing import Any
 
 from .measuring import Figure
 
-__all__ = ["Report"]
+__all__ = ["Cell", "Report"]
 
 Cell = Figure | str | None
 
