@@ -35,8 +35,8 @@ GATHER_FIRST, GATHER_MOST = 0.0005, 0.004
 """Seconds. What comes within the first after a publish lets names gather for the second, then for longer, up to the last:
 a message costs its publisher, the broker and every reader much, and one more name in it next to nothing."""
 
-DELETE_PAUSE = 0.025
-"""Seconds for which confirmed rows gather between two deletions; a fraction of the grace that the relay gives them."""
+DELETE_AFTER = 0.1
+"""Seconds for which confirmed rows gather before they are deleted, by one commit; well within the relay's grace."""
 
 MESSAGES_IN_FLIGHT = 8
 
@@ -140,6 +140,7 @@ class Publisher:
         self._confirmed_rows: list[UUID] = []
         self._work = asyncio.Event()
         self._rows_to_delete = asyncio.Event()
+        self._flushing = asyncio.Event()
         self._rows_deleted = asyncio.Event()
         self._rows_deleted.set()
         self._idle = asyncio.Event()
@@ -196,7 +197,7 @@ class Publisher:
             await self._drop_channel()
 
     async def delete_confirmed(self) -> None:
-        """Deletes confirmed rows from the outbox, many at a time, until cancelled."""
+        """Deletes confirmed rows from the outbox, some time later and many at a time, until cancelled."""
         while True:
             try:
                 async with asyncio.timeout(NOTE_AGAIN):
@@ -205,13 +206,15 @@ class Publisher:
                 await self._note_again()
                 continue
             self._rows_to_delete.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DELETE_AFTER):
+                    await self._flushing.wait()
             while self._confirmed_rows:
                 rows = self._confirmed_rows[:ROWS_AT_ONCE]
                 del self._confirmed_rows[: len(rows)]
                 confirmed, self._confirmed_seqs = self._confirmed_seqs, {}
                 await self._delete(rows, confirmed)
             self._rows_deleted.set()
-            await asyncio.sleep(DELETE_PAUSE)
 
     async def _note_again(self) -> None:
         if self._channel is not None and self._seq and not self._sending:
@@ -234,12 +237,15 @@ class Publisher:
     async def flush(self, timeout: float) -> bool:
         """Waits, for at most `timeout` seconds, until nothing waits to be published, and the rows of what is confirmed are
         deleted; returns whether that was reached."""
+        self._flushing.set()
         try:
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
                 await self._rows_deleted.wait()
         except TimeoutError:
             return False
+        finally:
+            self._flushing.clear()
         return True
 
     async def _publish(self, batch: list[Unpublished]) -> None:
@@ -278,7 +284,7 @@ class Publisher:
             await channel.listen(self._asking.answered)
             self._listening = channel
         numbers = range(self._seq + 1, self._seq + 1 + len(messages))
-        ids = self._ask(questions, [f"{channel.origin}.{seq}" for seq in numbers])
+        ids = self._ask(questions, [f"{channel.origin}.{seq}" for seq in numbers]) if questions else ()
         todo = ((message, asked) for message, *asked in zip(messages, *ids, strict=True))
 
         async def send_rest() -> None:
@@ -291,6 +297,9 @@ class Publisher:
             finally:
                 todo.close()  # after a failure the other senders end with what they have in hand
 
+        if len(messages) == 1:
+            await send_rest()
+            return
         # Of a hundred messages some go out at a time, as confirms come: others have their turn in between.
         senders = min(MESSAGES_IN_FLIGHT, len(messages))
         results = await asyncio.gather(*(send_rest() for _ in range(senders)), return_exceptions=True)

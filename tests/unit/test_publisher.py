@@ -120,6 +120,21 @@ async def test_a_write_is_published_confirmed_and_deleted(make: Make, broker: Br
     assert (publisher.counters.confirmed_writes, publisher.counters.deleted_rows) == (1, 2)
 
 
+async def test_rows_gather_before_they_are_deleted_and_whoever_flushes_does_not_wait_for_more(
+    make: Make, broker: Broker, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "DELETE_AFTER", 600.0)
+    publisher = await make()
+    writes = [write(f"k{n}", rows=1) for n in range(3)]
+    for number, one in enumerate(writes, 1):
+        publisher.submit(one)
+        await eventually(lambda number=number: publisher.counters.confirmed_writes == number)
+    assert not broker.deleted
+    assert await publisher.flush(5)
+    assert broker.deleted == [row for one in writes for row in one.rows]
+    assert broker.noted == [{"origin0": 3}]
+
+
 async def test_numbers_go_up_by_one_on_one_channel(make: Make, broker: Broker) -> None:
     publisher = await make()
     for n in range(5):
