@@ -5,6 +5,7 @@ import logging
 import random
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -77,9 +78,20 @@ class ReceiverCounters:
 
     def observe(self, latency: float) -> None:
         """Counts one message that was evicted `latency` seconds after its commit."""
-        at = next((n for n, bound in enumerate(LATENCY_BUCKETS) if latency <= bound), len(LATENCY_BUCKETS))
-        self.latencies[at] += 1
+        self.latencies[bisect_left(LATENCY_BUCKETS, latency)] += 1
         self.latency_sum += latency
+
+
+class _Batch:
+    """What several deliveries come to."""
+
+    __slots__ = ("asking", "evicted", "eviction", "problems")
+
+    def __init__(self) -> None:
+        self.problems: list[str | None] = []
+        self.eviction: Eviction | None = None
+        self.evicted: list[Invalidate] = []
+        self.asking: list[Delivery] = []
 
 
 class Instance:
@@ -176,45 +188,62 @@ class Instance:
 
     async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
         """See `bus.Receiver.receive`."""
-        self._heard.set()
-        self._coherence.settle("silence")
         answers: list[str | None] = []
         for few in _portions(deliveries):
             if answers:
                 await asyncio.sleep(0)  # between portions: nothing is understood by now and not yet evicted
-            answers += await self._receive_portion(few)
+            batch = self._judge(few)
+            if batch.eviction:
+                await self._evict(batch.eviction)
+            self._coherence.evicted(self._clock.now())
+            await self._keep()
+            self._tell(batch)
+            answers += batch.problems
         return answers
 
-    async def _receive_portion(self, deliveries: Sequence[Delivery]) -> list[str | None]:
+    def receive_now(self, deliveries: Sequence[Delivery]) -> list[str | None] | None:
+        """See `bus.Receiver.receive_now`."""
+        evict_now = getattr(self._caches[0], "evict_now", None)
+        if (
+            evict_now is None
+            or len(self._caches) > 1
+            or self._keeper is not None
+            or not _is_portion(deliveries)
+        ):
+            return None
+        batch = self._judge(deliveries)
+        if batch.eviction:
+            self._coherence.evict(batch.eviction, self._clock.now())
+            self.counters.evictions += 1
+            evict_now(batch.eviction)
+            self._tell_epoch(batch.eviction)
+        self._coherence.evicted(self._clock.now())
+        self._tell(batch)
+        return batch.problems
+
+    def _judge(self, deliveries: Sequence[Delivery]) -> "_Batch":
+        """What the rules make of these; from here to the eviction nothing is awaited."""
+        self._heard.set()
+        self._coherence.settle("silence")
         now = self._clock.now()
-        answers: list[str | None] = []
+        batch = _Batch()
         evictions: list[Eviction] = []
-        evicted: list[Invalidate] = []
-        asking: list[Delivery] = []
         for delivery in deliveries:
             message, problem = self._understand(delivery)
-            answers.append(problem)
+            batch.problems.append(problem)
             if message is None:
                 eviction = self._coherence.gap("malformed message", now)
             else:
                 eviction = self._coherence.received(message, now)
                 if delivery.reply_to and isinstance(message, Invalidate):
-                    asking.append(delivery)  # also where it had been evicted before
+                    batch.asking.append(delivery)  # also where it had been evicted before
             if eviction is not None:
                 evictions.append(eviction)
                 if isinstance(message, Invalidate):
-                    evicted.append(message)
+                    batch.evicted.append(message)
         if evictions:
-            await self._evict(Eviction.merged(evictions))
-            self._tell(evicted)
-        self._coherence.evicted(self._clock.now())
-        await self._keep()
-        if asking:
-            self._confirm(asking)
-        self._note_trust()
-        if self._coherence.gap_due_at is not None:
-            self._gap_put_off.set()
-        return answers
+            batch.eviction = evictions[0] if len(evictions) == 1 else Eviction.merged(evictions)
+        return batch
 
     def _understand(self, delivery: Delivery) -> tuple[Message | Unknown | None, str | None]:
         self.counters.messages += 1
@@ -247,6 +276,9 @@ class Instance:
                 self._coherence.put_off_gap(eviction.reason)
                 self._gap_put_off.set()
             raise
+        self._tell_epoch(eviction)
+
+    def _tell_epoch(self, eviction: Eviction) -> None:
         if eviction.everything:
             logs.event(log, logging.INFO, "new epoch", epoch=self._coherence.epoch, reason=eviction.reason)
 
@@ -307,12 +339,14 @@ class Instance:
             level = logging.DEBUG if reason == "stopped" else logging.WARNING
             logs.event(log, level, "suspect", reason=reason)
 
-    def _tell(self, evicted: Sequence[Invalidate]) -> None:
+    def _tell(self, batch: "_Batch") -> None:
+        """Counts, answers and logs what has been done."""
         now = self._clock.now()
-        for message in evicted:
+        for message in batch.evicted:
             since = message.committed_at or message.at
-            if since is not None:
-                self.counters.observe(max(0.0, now - since))
+            latency = None if since is None else max(0.0, now - since)
+            if latency is not None:
+                self.counters.observe(latency)
             if log.isEnabledFor(logging.INFO):
                 logs.event(
                     log,
@@ -322,8 +356,13 @@ class Instance:
                     **_named("tag", message.tags),
                     origin=message.origin,
                     seq=message.seq,
-                    latency_ms=None if since is None else max(0.0, now - since) * 1e3,
+                    latency_ms=None if latency is None else latency * 1e3,
                 )
+        if batch.asking:
+            self._confirm(batch.asking)
+        self._note_trust()
+        if self._coherence.gap_due_at is not None:
+            self._gap_put_off.set()
 
     async def watch(self) -> None:
         """Runs until cancelled: notices silence, a clock that was set, and ticks that cannot be believed."""
@@ -399,6 +438,10 @@ class Instance:
                     await self._evict(eviction)
                     self._coherence.gap_done()
                     self._note_trust()
+
+
+def _is_portion(deliveries: Sequence[Delivery]) -> bool:
+    return len(deliveries) == 1 or sum(len(delivery.body) for delivery in deliveries) <= PORTION
 
 
 def _portions(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:

@@ -41,6 +41,10 @@ class Receiver(Protocol):
         raises, nothing is acknowledged and the subscription starts over.
         """
 
+    def receive_now(self, deliveries: Sequence[Delivery]) -> list[str | None] | None:
+        """The same as `receive`, at once; None where that cannot be done, and then nothing has been done. It is not called
+        while `joined` or `receive` is under way."""
+
 
 class Channel(Protocol):
     """One publishing channel: what is sent arrives in order, or not at all."""

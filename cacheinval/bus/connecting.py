@@ -9,12 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aio_pika
 from aio_pika.abc import AbstractConnection
 from aio_pika.connection import make_url
 from aio_pika.exceptions import AMQPError
-from pamqp.common import FieldTable
 
+from cacheinval.bus.wire import Arrive, Connection
 from cacheinval.errors import ConfigurationError
 from cacheinval.settings import Settings, mask_url
 
@@ -112,14 +111,14 @@ class Broker:
         self._url = url
         self._leaving: set[asyncio.Task[None]] = set()
 
-    async def connect(self, purpose: str) -> AbstractConnection:
-        """A new connection; `purpose` tells it from others in the broker's list.
+    async def connect(self, purpose: str, arrive: Arrive | None = None) -> Connection:
+        """A new connection; `purpose` tells it from others in the broker's list, `arrive` is as in `Wire`.
 
         Raises:
             TimeoutError, OSError, AMQPError: there is none to be had.
         """
-        name: FieldTable = {"connection_name": f"{self._name} {purpose}"}
-        attempt = asyncio.create_task(aio_pika.connect(self._url, client_properties=name))
+        connection = Connection(self._url, f"{self._name} {purpose}", arrive)
+        attempt = asyncio.create_task(_open(connection))
         try:
             return await within(CONNECT_WITHIN, attempt)
         except BaseException:
@@ -148,6 +147,11 @@ class Broker:
         """Waits, for a little, for connections that are being closed."""
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=LEAVE_WITHIN)
+
+
+async def _open(connection: Connection) -> Connection:
+    await connection.connect()
+    return connection
 
 
 async def _close(connection: AbstractConnection) -> None:

@@ -5,21 +5,24 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from aio_pika import ExchangeType
-from aio_pika.abc import AbstractChannel, AbstractConnection
-from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity
+from aio_pika.abc import AbstractChannel
+from aio_pika.exceptions import ChannelNotFoundEntity
 from aiormq.abc import AbstractChannel as UnderlayChannel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelAccessRefused
+from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from cacheinval.bus import Delivery, Receiver
 from cacheinval.bus.connecting import ANSWER_WITHIN, LEAVE_WITHIN, Broker, Counts, explain, within
 from cacheinval.bus.receiving import Reception
+from cacheinval.bus.wire import Connection
 from cacheinval.errors import SubscriptionError
 
 __all__ = ["Subscription"]
 
 FORGET_WITHIN = 10.0  # seconds for the receiver to forget what it knew of an older queue
+ACKNOWLEDGE_WITHIN = 0.01  # seconds
 STAND_BY = 1.0  # seconds between attempts to consume a queue that another process consumes
 
 DURABLE_QUEUE: FieldTable = {"x-expires": 86_400_000, "x-max-length": 1_000_000, "x-overflow": "drop-head"}
@@ -52,11 +55,16 @@ class Subscription:
         self._prefetch = prefetch
         self._receiver = receiver
         self._reception = Reception(receiver, self._settle, lost)
-        self._connection: AbstractConnection | None = None
+        self._connection: Connection | None = None
         self._channel: AbstractChannel | None = None  # held, for aio-pika's callbacks live no longer than it
         self._consumer = ""
+        self._underlay: UnderlayChannel | None = None
         self._last_arrived = 0  # delivery tags
         self._last_settled = 0
+        self._last_good = 0
+        self._last_acknowledged = 0
+        self._ack_at = max(1, prefetch // 4)  # so many make the broker wait no longer
+        self._soon: asyncio.TimerHandle | None = None
 
     async def open(self, standing_by: Callable[[], None]) -> None:
         """Connects, declares and consumes.
@@ -66,7 +74,7 @@ class Subscription:
         Raises:
             SubscriptionError, CacheError, TimeoutError, OSError, AMQPError: it could not be made.
         """
-        self._connection = await self._broker.connect("subscription")
+        self._connection = await self._broker.connect("subscription", self._arrive)
         if self._durable:
             self.resumed = await self._exists()
             if not self.resumed:
@@ -91,7 +99,7 @@ class Subscription:
     async def _consume(self) -> bool:
         """Whether the queue is consumed now; if not, another process consumes it."""
         channel = self._channel = await self._new_channel()
-        underlay = await channel.get_underlay_channel()
+        underlay = self._underlay = await channel.get_underlay_channel()
         await within(ANSWER_WITHIN, channel.set_qos(self._prefetch))
         if not self.resumed:
             await self._declare(channel)
@@ -100,7 +108,7 @@ class Subscription:
             lambda _: self._reception.end("the broker cancelled the consumer: queue deleted")
         )
         try:
-            consuming = underlay.basic_consume(self.queue, self._arrive, exclusive=self._durable)
+            consuming = underlay.basic_consume(self.queue, self._arrive_elsewhere, exclusive=self._durable)
             self._consumer = (await within(ANSWER_WITHIN, consuming)).consumer_tag or ""
         except ChannelAccessRefused as error:
             if "exclusive use" in str(error):
@@ -148,45 +156,57 @@ class Subscription:
 
     async def _stop_consuming(self) -> None:
         with suppress(Exception):  # then the connection, which is closed next, takes the consumer with it
-            await within(LEAVE_WITHIN, (await self._underlay()).basic_cancel(self._consumer))
+            assert self._underlay is not None
+            await within(LEAVE_WITHIN, self._underlay.basic_cancel(self._consumer))
 
-    async def _arrive(self, message: DeliveredMessage) -> None:
-        """Puts away, no more: aiormq runs this in a task for each message, so the order would be lost here."""
-        if message.delivery_tag != self._last_arrived + 1:
-            # Acknowledging several at once would acknowledge one that was never seen.
-            self._reception.end(f"delivery {message.delivery_tag} came after {self._last_arrived}")
-            return
-        self._last_arrived += 1
-        self._counts.deliveries += 1
-        properties = message.header.properties
-        self._reception.put(
-            Delivery(message.body, properties.reply_to, properties.correlation_id, bool(message.redelivered))
-        )
+    def _arrive(self, deliveries: list[tuple[int, Delivery]]) -> None:
+        arrived = []
+        for tag, delivery in deliveries:
+            if tag != self._last_arrived + 1:
+                # Acknowledging several at once would acknowledge one that was never seen.
+                self._reception.end(f"delivery {tag} came after {self._last_arrived}")
+                return
+            self._last_arrived = tag
+            arrived.append(delivery)
+        self._counts.deliveries += len(arrived)
+        self._reception.take(arrived)
 
-    async def _settle(self, problems: Sequence[str | None]) -> None:
-        """Rejects what could not be understood; then one frame acknowledges all the rest."""
+    async def _arrive_elsewhere(self, message: DeliveredMessage) -> None:
+        self._reception.end("a delivery was not recognised as one")
+
+    def _settle(self, problems: Sequence[str | None]) -> None:
+        """Rejects what could not be understood; the rest is acknowledged by one frame, soon, with whatever follows."""
         first, self._last_settled = self._last_settled + 1, self._last_settled + len(problems)
-        good = [tag for tag, problem in enumerate(problems, first) if problem is None]
-        bad = [tag for tag, problem in enumerate(problems, first) if problem is not None]
-        self._counts.rejected += len(bad)
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN):
-                underlay = await self._underlay()
-                # First, or the acknowledgement of all up to the last good one would include them.
-                for tag in bad:
-                    await underlay.basic_reject(tag, requeue=False)
-                if good:
-                    await underlay.basic_ack(good[-1], multiple=True)
-        except TimeoutError as error:
-            raise SubscriptionError("the broker takes no acknowledgements") from error
-        except (AMQPError, OSError):
-            pass  # the channel is gone: what was not acknowledged comes again, or the queue went with it
+        for tag, problem in enumerate(problems, first):
+            if problem is None:
+                self._last_good = tag
+            else:
+                self._counts.rejected += 1
+                # At once, or the acknowledgement of all up to the last good one would include it.
+                self._write(Basic.Reject(tag, requeue=False))
+        if self._last_good - self._last_acknowledged >= self._ack_at:
+            self._acknowledge()
+        elif self._soon is None:
+            # Not now: a write costs more than an eviction, and keeps others in this process from theirs.
+            self._soon = asyncio.get_running_loop().call_later(ACKNOWLEDGE_WITHIN, self._acknowledge)
 
-    async def _underlay(self) -> UnderlayChannel:
-        assert self._channel is not None
-        return await self._channel.get_underlay_channel()
+    def _acknowledge(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        if self._last_good > self._last_acknowledged:
+            self._last_acknowledged = self._last_good
+            self._write(Basic.Ack(self._last_good, multiple=True))
+
+    def _write(self, frame: Basic.Reject | Basic.Ack) -> None:
+        if self._connection is None or self._underlay is None or self._underlay.is_closed:
+            return  # what was not acknowledged comes again, or the queue went with the channel
+        with suppress(OSError):  # the same
+            # There is never more of this than the prefetch, so it needs no bound.
+            self._connection.wire.write(self._underlay.number, frame)
 
     async def close(self) -> None:
         """Closes the connection. Never raises, and ends within seconds."""
+        self._acknowledge()
         if self._connection is not None:
             await self._broker.leave(self._connection)

@@ -69,7 +69,7 @@ class EventBus:
     async def _leave(self, reception: Reception) -> None:
         self._receptions.discard(reception)
 
-    async def _settle(self, problems: Sequence[str | None]) -> None:
+    def _settle(self, problems: Sequence[str | None]) -> None:
         self._rejected += sum(problem is not None for problem in problems)
 
     def publish(self, delivery: Delivery) -> None:

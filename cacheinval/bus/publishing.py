@@ -2,16 +2,21 @@
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 
-from aio_pika import DeliveryMode, ExchangeType, Message
-from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
+from aio_pika import DeliveryMode, ExchangeType
+from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import AMQPChannelError, ChannelNotFoundEntity, ChannelPreconditionFailed
-from aiormq.abc import DeliveredMessage
+from aiormq.abc import ConfirmationFrameType, DeliveredMessage
+from aiormq.channel import Channel
+from pamqp.body import ContentBody
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
 
 from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, Counts, explain, within
+from cacheinval.bus.wire import Connection, Frame, Wire
 from cacheinval.errors import BlockedError, PublishError
 from cacheinval.messages import CONTENT_TYPE, MESSAGE_TYPE
 
@@ -25,11 +30,20 @@ class RabbitChannel:
     """One publishing channel on the broker; `origin` is its name for as long as it lives."""
 
     def __init__(
-        self, channel: AbstractChannel, exchange: AbstractExchange, timeout: float, counts: Counts
+        self,
+        channel: AbstractChannel,
+        underlay: Channel,
+        wire: Wire,
+        exchange: str,
+        timeout: float,
+        counts: Counts,
     ) -> None:
         self.origin = secrets.token_hex(16)
         self.failure: str | None = None
         self._channel = channel
+        self._underlay = underlay
+        self._part = underlay.max_content_size
+        self._wire = wire
         self._exchange = exchange
         self._timeout = timeout
         self._counts = counts
@@ -46,8 +60,7 @@ class RabbitChannel:
             answered(message.header.properties.correlation_id or "", message.body)
 
         try:
-            underlay = await within(self._timeout, self._channel.get_underlay_channel())
-            await within(self._timeout, underlay.basic_consume(ANSWERS, arrive, no_ack=True))
+            await within(self._timeout, self._underlay.basic_consume(ANSWERS, arrive, no_ack=True))
         except Exception as error:
             self.failure = f"the broker gives no answers: {explain(error)}"
             raise PublishError(self.failure) from error
@@ -68,12 +81,11 @@ class RabbitChannel:
         """
         if self.failure is not None:
             raise PublishError(self.failure)
-        message = Message(
-            body,
+        properties = Basic.Properties(
             content_type=CONTENT_TYPE,
-            type=MESSAGE_TYPE,
+            message_type=MESSAGE_TYPE,
             app_id=self.origin,
-            timestamp=int(time.time()),
+            timestamp=datetime.now(UTC),
             delivery_mode=DeliveryMode.PERSISTENT,
             reply_to=reply_to or (self._reply_to if correlation_id else None),
             correlation_id=correlation_id,
@@ -84,7 +96,7 @@ class RabbitChannel:
         try:
             # All of it has a deadline: on a blocked connection even writing hangs.
             async with asyncio.timeout(self._timeout):
-                result = await self._exchange.publish(message, routing_key=to, mandatory=True)
+                result = await self._publish(body, to, properties)
         except asyncio.CancelledError as error:
             if task.cancelling() > cancelling:
                 self.failure = "a message was given up before the broker confirmed it; it may still arrive"
@@ -98,9 +110,29 @@ class RabbitChannel:
         self._counts.confirmed += 1
         self._counts.unrouted += isinstance(result, DeliveredMessage)
 
+    def _publish(
+        self, body: bytes, to: str, properties: Basic.Properties
+    ) -> "asyncio.Future[ConfirmationFrameType | DeliveredMessage]":
+        """What `aiormq.Channel.basic_publish` does, without waiting for anybody: the message goes out in this call."""
+        channel = self._underlay
+        if channel.is_closed:
+            raise ConnectionError("the channel is closed")
+        tag = channel.delivery_tag = channel.delivery_tag + 1
+        properties.message_id = str(tag)  # by which aiormq finds out what was returned
+        frames: list[Frame] = [
+            Basic.Publish(exchange=self._exchange, routing_key=to, mandatory=True),
+            ContentHeader(properties=properties, body_size=len(body)),
+            *(ContentBody(body[at : at + self._part]) for at in range(0, len(body), self._part)),
+        ]
+        self._wire.write(channel.number, *frames)
+        confirmed = channel.confirmations[tag] = channel.create_future()
+        channel.message_id_delivery_tag[properties.message_id] = tag
+        confirmed.add_done_callback(lambda _: channel.message_id_delivery_tag.pop(str(tag), None))
+        return confirmed
+
     def _describe(self, error: BaseException) -> str:
         if isinstance(error, ChannelNotFoundEntity):
-            return f"the exchange {self._exchange.name} is missing: {explain(error)}"
+            return f"the exchange {self._exchange} is missing: {explain(error)}"
         if isinstance(error, TimeoutError):
             return f"the broker did not confirm within {self._timeout:g} s; the message may still arrive"
         return f"the broker did not confirm: {explain(error)}"
@@ -119,7 +151,7 @@ class Publishing:
         self._broker = broker
         self._timeout = timeout
         self._counts = counts
-        self._connection: AbstractConnection | None = None
+        self._connection: Connection | None = None
         self._attempt: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -146,7 +178,7 @@ class Publishing:
             self._drop(connection)  # it is dead, or the broker is: a new one finds out
             raise PublishError(f"the broker does not answer: {explain(error)}") from error
 
-    async def _connected(self) -> AbstractConnection:
+    async def _connected(self) -> Connection:
         if self._closed:
             raise PublishError("the bus is closed")
         if self._connection is None:
@@ -172,7 +204,7 @@ class Publishing:
         connection.close_callbacks.add(lambda *_: self._drop(connection))
         self._connection = connection
 
-    async def _unblocked(self, connection: AbstractConnection, deadline: float) -> None:
+    async def _unblocked(self, connection: Connection, deadline: float) -> None:
         if connection.transport is None:
             raise ConnectionError("the connection was closed")
         try:
@@ -181,7 +213,7 @@ class Publishing:
             # Kept, not dropped: in an alarm the broker takes no note of closed connections, and they pile up.
             raise BlockedError from error
 
-    def _drop(self, connection: AbstractConnection) -> None:
+    def _drop(self, connection: Connection) -> None:
         if self._connection is connection:
             self._connection = None
             self._broker.discard(connection)
@@ -201,9 +233,7 @@ def _left(deadline: float) -> float:
     return max(0.0, deadline - asyncio.get_running_loop().time())
 
 
-async def open_exchange(
-    connection: AbstractConnection, name: str, timeout: float, counts: Counts
-) -> RabbitChannel:
+async def open_exchange(connection: Connection, name: str, timeout: float, counts: Counts) -> RabbitChannel:
     """A channel on `connection` that publishes to the exchange `name`, which must be there.
 
     Raises:
@@ -213,12 +243,13 @@ async def open_exchange(
     try:
         channel = connection.channel(publisher_confirms=True, on_return_raises=False)
         await channel.initialize()
-        exchange: AbstractExchange = channel.default_exchange
+        underlay = await channel.get_underlay_channel()
+        assert isinstance(underlay, Channel)
         if name:
             # Asked for before it is declared, since publishers declare nothing; declared, since only that
             # compares the type: an exchange of another type would drop everything and still confirm it.
             await channel.get_exchange(name)
-            exchange = await channel.declare_exchange(name, ExchangeType.FANOUT, durable=True)
+            await channel.declare_exchange(name, ExchangeType.FANOUT, durable=True)
     except ChannelNotFoundEntity as error:
         reason = f"the exchange {name} is missing: nobody has subscribed yet ({explain(error)})"
         raise PublishError(reason) from error
@@ -226,4 +257,4 @@ async def open_exchange(
         raise PublishError(f"the exchange {name} is not a durable fanout: {explain(error)}") from error
     except AMQPChannelError as error:
         raise PublishError(f"the broker refuses the exchange {name}: {explain(error)}") from error
-    return RabbitChannel(channel, exchange, timeout, counts)
+    return RabbitChannel(channel, underlay, connection.wire, name, timeout, counts)

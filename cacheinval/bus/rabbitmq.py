@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from aio_pika.abc import AbstractConnection
 from aiormq.abc import DeliveredMessage
 
 from cacheinval.bus import Delivery, Receiver
@@ -16,6 +15,7 @@ from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, Counts, explain, wi
 from cacheinval.bus.consuming import Subscription
 from cacheinval.bus.publishing import Publishing, RabbitChannel, open_exchange
 from cacheinval.bus.receiving import LONGEST_PAUSE, STOPPED, Answers, pause
+from cacheinval.bus.wire import Connection
 from cacheinval.errors import CacheError, PublishError, SubscriptionError
 from cacheinval.logs import event
 from cacheinval.settings import Settings
@@ -187,9 +187,7 @@ class RabbitBus:
         finally:
             await self._broker.leave(connection)
 
-    async def _ask(
-        self, connection: AbstractConnection, body: bytes, wait: float, answers: Answers
-    ) -> list[bytes]:
+    async def _ask(self, connection: Connection, body: bytes, wait: float, answers: Answers) -> list[bytes]:
         question = secrets.token_hex(16)
 
         async def arrive(message: DeliveredMessage) -> None:

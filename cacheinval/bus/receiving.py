@@ -21,7 +21,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds between attempts to subscrib
 
 _log = logging.getLogger("cacheinval.bus")
 
-Settle = Callable[[Sequence[str | None]], Awaitable[None]]
+Settle = Callable[[Sequence[str | None]], None]
 
 
 def pause(attempt: int) -> float:
@@ -68,6 +68,7 @@ class Reception:
         self._settle = settle
         self._lost = lost
         self._waiting: list[Delivery] = []
+        self._idle = False  # joined, and nothing in hand
         self._something = asyncio.Event()
         self._work: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -85,6 +86,20 @@ class Reception:
     def put(self, delivery: Delivery) -> None:
         """Takes what arrived; nothing else happens here."""
         self._waiting.append(delivery)
+        self._something.set()
+
+    def take(self, deliveries: list[Delivery]) -> None:
+        """Takes what arrived, and has it received at once where nothing is in hand and the receiver need not wait."""
+        if self._idle and not self._waiting and not self._ended.done():
+            try:
+                problems = self._receiver.receive_now(deliveries)
+                if problems is not None:
+                    self._settle_all(problems, deliveries)
+                    return
+            except Exception as error:
+                self._fail(error)
+                return
+        self._waiting += deliveries
         self._something.set()
 
     def end(self, reason: str, *, finish: bool = False) -> None:
@@ -129,20 +144,25 @@ class Reception:
         try:
             await self._join(resumed)
             while not self._ended.done():
+                self._idle = True
                 await self._something.wait()
+                self._idle = False
                 self._something.clear()
                 if self._waiting and not self._ended.done():
                     batch, self._waiting = self._waiting, []
-                    problems = await self._receiver.receive(batch)
-                    if len(problems) != len(batch):
-                        raise SubscriptionError(
-                            f"{len(batch)} messages were received, {len(problems)} judged"
-                        )
-                    await self._settle(problems)
+                    self._settle_all(await self._receiver.receive(batch), batch)
         except Exception as error:
-            event(_log, logging.ERROR, "receiving failed, starting over", reason=repr(error))
-            _log.debug("receiving failed", exc_info=error)
-            self.end(f"receiving failed: {str(error) or type(error).__name__}")
+            self._fail(error)
+
+    def _settle_all(self, problems: Sequence[str | None], batch: Sequence[Delivery]) -> None:
+        if len(problems) != len(batch):
+            raise SubscriptionError(f"{len(batch)} messages were received, {len(problems)} judged")
+        self._settle(problems)
+
+    def _fail(self, error: Exception) -> None:
+        event(_log, logging.ERROR, "receiving failed, starting over", reason=repr(error))
+        _log.debug("receiving failed", exc_info=error)
+        self.end(f"receiving failed: {str(error) or type(error).__name__}")
 
     async def _join(self, resumed: bool) -> None:
         try:

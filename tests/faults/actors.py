@@ -69,12 +69,26 @@ class Observed:
         self._proven = (0.0, 0.0)
         self._receive = client.instance.receive
         client.instance.receive = self._observe
+        self._receive_now = client.instance.receive_now
+        client.instance.receive_now = self._observe_now
+
+    def _observe_now(self, deliveries: Sequence[Any]) -> list[str | None] | None:
+        if not self.free.is_set():
+            return None
+        answers = self._receive_now(deliveries)
+        if answers is not None:
+            self._note(deliveries, answers)
+        return answers
 
     async def _observe(self, deliveries: Sequence[Any]) -> list[str | None]:
         self.held = 0 if self.free.is_set() else len(deliveries)
         await self.free.wait()
         self.held = 0
         answers = await self._receive(deliveries)
+        self._note(deliveries, answers)
+        return answers
+
+    def _note(self, deliveries: Sequence[Any], answers: Sequence[str | None]) -> None:
         at = now()
         for delivery, problem in zip(deliveries, answers, strict=True):
             message = decode(delivery.body) if problem is None else None
@@ -86,7 +100,6 @@ class Observed:
         if proof.baselined and (proof.watermark, proof.extends) != self._proven:
             self._proven = (proof.watermark, proof.extends)
             self._history.note(Tick(self.name, at, from_wall(proof.watermark), from_wall(proof.extends)))
-        return answers
 
     async def read(self, key: str) -> Read:
         """One read, noted."""

@@ -238,7 +238,8 @@ class Trouble:
 
     async def acknowledge_what_was_never_delivered(self) -> None:
         """Which the broker answers by closing the channel: 406."""
-        await (await self.subscription._underlay()).basic_ack(1 << 40)
+        assert self.subscription._underlay is not None
+        await self.subscription._underlay.basic_ack(1 << 40)
 
     async def send_what_nobody_understands(self) -> None:
         exchange = await self.operator.get_exchange(self.exchange)

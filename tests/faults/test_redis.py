@@ -112,6 +112,8 @@ class HeldBus:
                 await held.open.wait()
                 return await receiver.receive(deliveries)
 
+            def receive_now(self, deliveries: Sequence[Delivery]) -> None: ...
+
         await self._bus.run(Held())
 
 

@@ -200,6 +200,26 @@ async def test_nothing_is_acknowledged_before_it_was_received(
     assert await waiting(operator, str(bus.state["queue"])) == 0  # acknowledged by now
 
 
+async def test_acknowledgements_that_wait_hold_nothing_up_and_are_sent_at_the_end(
+    instances: Instances,
+    subscribe: Subscribe,
+    operator: AbstractChannel,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(consuming, "ACKNOWLEDGE_WITHIN", 600.0)
+    bus, receiver = instances(prefetch=8, **OUTSIDE), Recorder()
+    task = subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    channel = await bus.open_channel()
+    sent = [b"%d" % number for number in range(21)]
+    for body in sent:
+        await channel.send(body)
+    await eventually(lambda: receiver.bodies == sent)  # a quarter of the prefetch is acknowledged at once
+    await stop(task)
+    assert await waiting(operator, str(bus.state["queue"])) == 0
+
+
 async def test_no_more_than_the_prefetch_is_under_way(
     instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
 ) -> None:

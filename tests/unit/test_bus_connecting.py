@@ -6,16 +6,12 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
-import aio_pika
 import pytest
 from aio_pika.exceptions import AMQPConnectionError, ChannelPreconditionFailed, ConnectionClosed
-from aiormq import spec
-from aiormq.abc import DeliveredMessage
-from pamqp.header import ContentHeader
 from recorder import Recorder
 from waiting import Eventually
 
-from cacheinval.bus import connecting
+from cacheinval.bus import Delivery, connecting
 from cacheinval.bus.connecting import Broker, Counts, explain, within
 from cacheinval.bus.consuming import Subscription
 from cacheinval.settings import Settings
@@ -81,24 +77,23 @@ async def test_within_does_not_take_a_cancellation_inside_the_library_for_its_ow
 async def test_a_connection_that_comes_after_all_is_closed(
     eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    closed = asyncio.Event()
+
     class Late:
-        closed = False
+        def __init__(self, *_: Any) -> None: ...
+
+        async def connect(self) -> None:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
 
         async def close(self) -> None:
-            self.closed = True
+            closed.set()
 
-    late = Late()
-
-    async def connect(*_: Any, **__: Any) -> Late:
-        with suppress(asyncio.CancelledError):
-            await asyncio.sleep(60)
-        return late
-
-    monkeypatch.setattr(aio_pika, "connect", connect)
+    monkeypatch.setattr(connecting, "Connection", Late)
     monkeypatch.setattr(connecting, "CONNECT_WITHIN", 0.05)
     with pytest.raises(TimeoutError):
         await Broker(Settings()).connect("test")
-    await eventually(lambda: late.closed)
+    await eventually(closed.is_set)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +123,6 @@ async def test_a_delivery_out_of_order_ends_the_subscription() -> None:
         Broker(Settings()), Recorder(), counts := Counts(), name=None, prefetch=10, lost=lambda reason: None
     )
     for tag in (1, 2, 4, 5):
-        deliver = spec.Basic.Deliver("tag", delivery_tag=tag, redelivered=False, exchange="", routing_key="")
-        await subscription._arrive(DeliveredMessage(deliver, ContentHeader(), b"", None))  # type: ignore[arg-type]
+        subscription._arrive([(tag, Delivery(b""))])
     assert counts.deliveries == 2
     assert subscription._reception.ended == "delivery 4 came after 2"

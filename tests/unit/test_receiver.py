@@ -589,6 +589,80 @@ async def test_every_delivery_has_its_answer(joined: House) -> None:
     assert [answer is None for answer in answers] == [False, True, False, False, True]
 
 
+# At once, where nothing has to wait
+
+
+class QuickCache(Cache):
+    """A cache in this process."""
+
+    def evict_now(self, eviction: Eviction) -> None:
+        self.evicted.append(eviction)
+
+
+@pytest.fixture
+async def quick() -> House:
+    """An instance with one cache, in this process, that has joined."""
+    coherence, clock, caches = Coherence(), SetClock(), [QuickCache()]
+    asked: list[Delivery] = []
+
+    async def publish_probe(body: bytes) -> None: ...
+
+    instance = Instance(
+        coherence,
+        clock,
+        caches,
+        publish_probe,
+        lambda delivery, message: asked.append(delivery),
+        lambda reason: None,
+        confirm=asked.extend,
+    )
+    await instance.joined(resumed=False)
+    caches[0].evicted.clear()
+    return House(instance, coherence, clock, list(caches), Keeper(), [], asked)
+
+
+async def test_at_once_it_does_the_same(quick: House) -> None:
+    load = quick.coherence.begin_load("b", 0.0)
+    asking = Delivery(invalidate("a", seq=1).body, reply_to="me")
+    answers = quick.instance.receive_now(
+        [asking, invalidate("b", seq=2), Delivery(b'{"v": 1, "kind": "new"}')]
+    )
+    assert answers == [None, None, None]
+    assert quick.caches[0].keys == ["a", "b"]
+    assert not quick.coherence.may_store(load)
+    assert quick.asked == [asking]
+    counters = quick.instance.counters
+    assert (counters.messages, counters.evictions) == (3, 2)  # joining is one, too
+
+
+async def test_at_once_a_gap_is_one_as_well(quick: House) -> None:
+    answers = quick.instance.receive_now([BAD, invalidate("a", seq=1), invalidate("b", seq=3)])
+    assert answers is not None
+    assert [answer is None for answer in answers] == [False, True, True]
+    assert quick.caches[0].resets == 1
+    assert not quick.instance.trusted.is_set()  # the second gap within a second is put off
+    assert quick.coherence.gap_due_at is not None
+    assert quick.instance._gap_put_off.is_set()
+
+
+async def test_what_may_have_to_wait_is_not_begun_at_once(
+    quick: House, joined: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert joined.instance.receive_now([invalidate("a")]) is None  # its caches are elsewhere
+    few, more = [invalidate("a", seq=1)], [invalidate("a", seq=1), invalidate("b", seq=2)]
+    monkeypatch.setattr(receiver, "PORTION", len(few[0].body))
+    assert quick.instance.receive_now(more) is None  # others are to have their turn
+    quick.instance._keeper = Keeper()
+    assert quick.instance.receive_now(few) is None  # what it proves is to be kept
+    quick.instance._keeper = None
+    quick.instance._caches.append(Cache())  # type: ignore[attr-defined]
+    assert quick.instance.receive_now(few) is None  # attached
+    del quick.instance._caches[1]  # type: ignore[attr-defined]
+    assert quick.instance.counters.messages == 0
+    assert not quick.caches[0].evicted
+    assert quick.instance.receive_now(few) == [None]
+
+
 # Answering whoever waits
 
 

@@ -1,0 +1,189 @@
+"""The short way in and out of a connection: what is delivered and published, without objects and tasks of each frame."""
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import aio_pika
+import aiormq
+from aiormq.exceptions import AMQPConnectionError
+from pamqp.base import Frame as Method
+from pamqp.body import ContentBody
+from pamqp.frame import marshal
+from pamqp.header import ContentHeader
+from pamqp.heartbeat import Heartbeat
+from yarl import URL
+
+from cacheinval.bus import Delivery
+
+__all__ = ["Arrive", "Connection", "Frame", "Splitter", "Wire"]
+
+Arrive = Callable[[list[tuple[int, Delivery]]], None]
+Frame = Method | ContentHeader | ContentBody
+
+METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8  # the types of frames there are
+FRAME = struct.Struct(">BHI")  # type, channel, size; so many bytes follow, and then the end
+END = 0xCE
+BASIC_DELIVER = bytes((0, 60, 0, 60))
+CONTENT = struct.Struct(">4xQH")  # of a header: the size of the body, and which properties there are
+ANSWERABLE = 0x0600  # reply_to or correlation_id among them
+
+SIGN_OF_LIFE = 1.0  # seconds
+
+
+class Wire(aiormq.TransportFactory):
+    """One connection's way to the broker, past aiormq's queues and tasks where a message goes in or out.
+
+    Args:
+        arrive: called with deliveries as they arrive, each with its tag, where the connection has a consumer. Whatever
+            else the broker says is aiormq's to read.
+    """
+
+    def __init__(self, arrive: Arrive | None = None) -> None:
+        self._arrive = arrive
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """See `aiormq.TransportFactory`."""
+        provider = kwargs.pop("ssl_context_provider")
+        context = await provider.get_context() if url.scheme == "amqps" else None
+        loop = asyncio.get_running_loop()
+        reader = (
+            asyncio.StreamReader(loop=loop) if self._arrive is None else _Reader(Splitter(self._arrive), loop)
+        )
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        try:
+            transport, _ = await loop.create_connection(
+                lambda: protocol, url.host or "", url.port or 0, ssl=context, **kwargs
+            )
+        except OSError as error:
+            raise AMQPConnectionError(*error.args) from error
+        self._writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        return reader, self._writer
+
+    def write(self, channel: int, *frames: Frame) -> None:
+        """Sends these frames of `channel` now, in one piece: behind all that was written, before all that waits to be.
+
+        Raises:
+            ConnectionError: the connection is closed.
+        """
+        if self._writer is None or self._writer.is_closing():
+            raise ConnectionError("the connection was closed")
+        self._writer.write(b"".join([marshal(frame, channel) for frame in frames]))
+
+
+class Connection(aio_pika.Connection):
+    """A connection of aio-pika, and its wire."""
+
+    def __init__(self, url: URL, name: str, arrive: Arrive | None = None) -> None:
+        super().__init__(url, client_properties={"connection_name": name})
+        self.wire = Wire(arrive)
+        self.kwargs["transport_factory"] = self.wire  # goes on to aiormq, as all of these do
+
+
+class _Reader(asyncio.StreamReader):
+    """Gives aiormq to read what is no delivery."""
+
+    _SIGN = marshal(Heartbeat(), 0)
+
+    def __init__(self, splitter: "Splitter", loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self._splitter = splitter
+        self._now = loop.time
+        self._gave_at = loop.time()
+
+    def feed_data(self, data: bytes) -> None:  # type: ignore[override]
+        rest = self._splitter.split(data)
+        now = self._now()
+        if not rest and now - self._gave_at > SIGN_OF_LIFE:
+            rest = self._SIGN  # a broker that delivers sends no heartbeats, and aiormq would take it for dead
+        if rest:
+            self._gave_at = now
+            super().feed_data(rest)
+
+
+class Splitter:
+    """Tells deliveries from all else in the bytes of one connection, which has one consumer."""
+
+    def __init__(self, arrive: Arrive) -> None:
+        self._arrive = arrive
+        self._begun = b""  # a frame of which the end has not come yet
+        self._understood = True
+        self._complete: list[tuple[int, Delivery]] = []
+        self._channel = -1  # of the delivery whose content is expected
+        self._tag = 0
+        self._redelivered = False
+        self._properties: Any = None
+        self._size = 0
+        self._body = b""
+
+    def split(self, data: bytes) -> bytes:
+        """Calls `arrive` with the deliveries that `data` completes, and returns all frames that it completes besides."""
+        if not self._understood:
+            return data
+        others = self._split(data)
+        if self._complete:
+            complete, self._complete = self._complete, []
+            self._arrive(complete)
+        return others
+
+    def _split(self, data: bytes) -> bytes:
+        if self._begun:
+            data = self._begun + data
+        others: list[bytes] = []
+        start, length = 0, len(data)
+        while length - start >= FRAME.size:
+            kind, channel, size = FRAME.unpack_from(data, start)
+            payload = start + FRAME.size
+            end = payload + size
+            if kind not in (METHOD, HEADER, BODY, HEARTBEAT) or (end < length and data[end] != END):
+                self._understood = False  # no AMQP: aiormq says so better
+                others.append(data[start:])
+                start = length
+                break
+            if end >= length:
+                break
+            if not self._take(kind, channel, data, payload, end):
+                others.append(data[start : end + 1])
+            start = end + 1
+        self._begun = data[start:]
+        return b"".join(others)
+
+    def _take(self, kind: int, channel: int, data: bytes, payload: int, end: int) -> bool:
+        """Whether this frame is part of a delivery."""
+        if kind == METHOD and data.startswith(BASIC_DELIVER, payload):
+            number = payload + 5 + data[payload + 4]  # behind the name of the consumer
+            self._channel = channel
+            self._tag = int.from_bytes(data[number : number + 8])
+            self._redelivered = bool(data[number + 8] & 1)
+            return True
+        if channel != self._channel:
+            return False
+        if kind == HEADER:
+            self._size, flags = CONTENT.unpack_from(data, payload)
+            self._properties = _properties(data[payload:end]) if flags & ANSWERABLE else None
+            self._body = b""
+        elif kind == BODY:
+            self._body += data[payload:end]
+        else:
+            self._channel = -1
+            return False
+        if len(self._body) >= self._size:
+            self._deliver()
+        return True
+
+    def _deliver(self) -> None:
+        self._channel = -1
+        properties = self._properties
+        if properties is None:
+            delivery = Delivery(self._body, redelivered=self._redelivered)
+        else:
+            delivery = Delivery(self._body, properties.reply_to, properties.correlation_id, self._redelivered)
+        self._complete.append((self._tag, delivery))
+
+
+def _properties(payload: bytes) -> Any:
+    header = ContentHeader()
+    header.unmarshal(payload)
+    return header.properties

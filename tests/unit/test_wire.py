@@ -1,0 +1,151 @@
+"""The short way in and out of a connection: what is taken out of its bytes, and what is left for aiormq."""
+
+import asyncio
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pamqp.base import Frame
+from pamqp.body import ContentBody
+from pamqp.commands import Basic, Channel, Connection
+from pamqp.frame import marshal
+from pamqp.header import ContentHeader
+from pamqp.heartbeat import Heartbeat
+
+from cacheinval.bus import Delivery
+from cacheinval.bus import wire as wires
+from cacheinval.bus.wire import Splitter, Wire
+
+Arrived = list[tuple[int, Delivery]]
+
+
+def delivered(
+    tag: int, delivery: Delivery, *, channel: int = 1, most: int = 131_064, others: Iterable[bytes] = ()
+) -> list[bytes]:
+    """The frames of one delivery, with `others` behind the first of them."""
+    properties = Basic.Properties(
+        content_type="application/json",
+        message_id="1",
+        reply_to=delivery.reply_to,
+        correlation_id=delivery.correlation_id,
+    )
+    body = delivery.body
+    frames: list[Frame | ContentHeader | ContentBody] = [
+        Basic.Deliver("ctag1.f00", tag, delivery.redelivered, "cacheinval.default", ""),
+        ContentHeader(body_size=len(body), properties=properties),
+        *(ContentBody(body[at : at + most]) for at in range(0, len(body), most)),
+    ]
+    first, *rest = (marshal(frame, channel) for frame in frames)
+    return [first, *others, *rest]
+
+
+HEARTBEAT = marshal(Heartbeat(), 0)
+BLOCKED = marshal(Connection.Blocked("low on memory"), 0)
+QOS_OK = marshal(Basic.QosOk(), 1)
+CONFIRM = marshal(Basic.Ack(7), 2)
+RETURNED = [
+    marshal(frame, 2)
+    for frame in (
+        Basic.Return(312, "NO_ROUTE", "", "x"),
+        ContentHeader(body_size=2, properties=Basic.Properties(message_id="7")),
+        ContentBody(b"{}"),
+    )
+]
+
+deliveries = st.builds(
+    Delivery,
+    body=st.binary(max_size=40),
+    reply_to=st.none() | st.just("amq.rabbitmq.reply-to.g1"),
+    correlation_id=st.none() | st.just("origin.1"),
+    redelivered=st.booleans(),
+)
+other = st.sampled_from([HEARTBEAT, BLOCKED, QOS_OK, CONFIRM, b"".join(RETURNED)])
+
+
+@given(
+    st.lists(deliveries | other, max_size=8),
+    st.lists(st.integers(1, 60), min_size=1, max_size=20),
+    st.integers(1, 30),
+)
+def test_deliveries_are_taken_and_all_else_is_left_however_the_bytes_come(
+    story: list[Delivery | bytes], sizes: list[int], most: int
+) -> None:
+    data, expected, rest = b"", [], b""
+    for part in story:
+        if isinstance(part, Delivery):
+            data += b"".join(delivered(len(expected) + 1, part, most=most))
+            expected.append((len(expected) + 1, part))
+        else:
+            data += part
+            rest += part
+    arrived: Arrived = []
+    splitter = Splitter(arrived.extend)
+    left, at, turn = b"", 0, 0
+    while at < len(data):
+        size = sizes[turn % len(sizes)]
+        left += splitter.split(data[at : at + size])
+        at, turn = at + size, turn + 1
+    assert arrived == expected
+    assert left == rest
+
+
+def test_frames_of_other_channels_come_in_between() -> None:
+    arrived: Arrived = []
+    delivery = Delivery(b"body", "to", "id", redelivered=True)
+    others = [HEARTBEAT, *RETURNED]
+    frames = delivered(1, delivery, most=3, others=others)
+    assert Splitter(arrived.extend).split(b"".join(frames)) == b"".join(others)
+    assert arrived == [(1, delivery)]
+
+
+def test_what_comes_together_arrives_together() -> None:
+    calls: list[Arrived] = []
+    data = b"".join(frame for tag in (1, 2, 3) for frame in delivered(tag, Delivery(b"x")))
+    Splitter(calls.append).split(data)
+    assert calls == [[(tag, Delivery(b"x")) for tag in (1, 2, 3)]]
+
+
+def test_a_channel_that_is_closed_amid_a_delivery_says_so() -> None:
+    arrived: Arrived = []
+    first, *_ = delivered(1, Delivery(b"body"))
+    closed = marshal(Channel.Close(404, "NOT_FOUND", 60, 20), 1)
+    splitter = Splitter(arrived.extend)
+    assert splitter.split(first + closed) == closed
+    body = marshal(ContentBody(b"body"), 1)
+    assert splitter.split(body) == body
+    assert not arrived
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"AMQP\x00\x00\x09\x01", b"HTTP/1.1 400 Bad Request\r\n\r\n", QOS_OK[:-1] + b"\x00" + QOS_OK],
+    ids=["another version", "another protocol", "no end of a frame"],
+)
+def test_what_is_no_amqp_is_left_to_aiormq_for_good(data: bytes) -> None:
+    arrived: Arrived = []
+    splitter = Splitter(arrived.extend)
+    after = b"".join(delivered(1, Delivery(b"body")))
+    assert splitter.split(data) + splitter.split(after) == data + after
+    assert not arrived
+
+
+async def test_a_broker_that_does_nothing_but_deliver_counts_as_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It sends no heartbeats then, and aiormq, which does not see deliveries, would close the connection."""
+    now = 100.0
+    reader = wires._Reader(Splitter(lambda deliveries: None), asyncio.get_running_loop())
+    monkeypatch.setattr(reader, "_now", lambda: now)
+    reader._gave_at = now
+    seen = []
+    for _ in range(4):
+        now += wires.SIGN_OF_LIFE / 2 + 0.01
+        reader.feed_data(b"".join(delivered(1, Delivery(b"body"))))
+        seen.append(bytes(reader._buffer))  # type: ignore[attr-defined]
+    assert seen == [b"", HEARTBEAT, HEARTBEAT, 2 * HEARTBEAT]
+
+
+async def test_a_connection_that_is_gone_takes_nothing() -> None:
+    with pytest.raises(ConnectionError):
+        Wire().write(1, Basic.Ack(1))
