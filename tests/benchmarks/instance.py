@@ -15,7 +15,7 @@ import uvloop
 
 from cacheinval import Client
 
-from .fleet import fill, gone, names, settings
+from .fleet import LOOK_AGAIN, fill, gone, names, settings
 from .peers import AioPika
 from .servers import Urls
 
@@ -47,7 +47,7 @@ class _Dictionary:
 
     async def gone(self) -> None:
         while self.entries:
-            await asyncio.sleep(0.0005)
+            await asyncio.sleep(LOOK_AGAIN)
 
 
 @asynccontextmanager

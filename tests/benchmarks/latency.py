@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from cacheinval import Client
+from cacheinval.cache import InProcessCache
 
 from .fleet import Fleet, make_items, names
 from .measuring import Figures, Variant, percentile, take_turns
@@ -118,17 +119,19 @@ def _note_commits(writer: Client, watch: _Watch) -> None:
 
 
 def _note_evictions(client: Client, watch: _Watch) -> None:
-    evict = client.cache.evict
+    cache = client.cache
+    assert isinstance(cache, InProcessCache)
+    evict = cache.evict_now
 
-    async def noting(eviction: Any) -> None:
-        before = len(client.cache)
-        await evict(eviction)
-        if before - len(client.cache) != len(eviction.keys):
-            raise AssertionError(f"{before - len(client.cache)} of {len(eviction.keys)} keys were evicted")
+    def noting(eviction: Any) -> None:
+        before = len(cache)
+        evict(eviction)
+        if before - len(cache) != len(eviction.keys):
+            raise AssertionError(f"{before - len(cache)} of {len(eviction.keys)} keys were evicted")
         for key in eviction.keys:
             watch.evicted(key)
 
-    client.cache.evict = noting  # type: ignore[method-assign]
+    cache.evict_now = noting  # type: ignore[method-assign]
 
 
 async def _peer(urls: Urls, name: str, size: int, raw: Samples) -> dict[str, float]:
