@@ -175,6 +175,5 @@ def _report(report: Report, found: dict[int, Figures], samples: dict[int, Sample
         for what in ("p50", "p99"):
             ratio = found[size][OURS][what] / found[size][RIVAL][what]
             report.at_most(f"N = {size}: {what} of the latency, against {RIVAL}", ratio, limit)
-    report.pictures["latency"] = {
-        f"{name}, N = {size}": values for size, each in samples.items() for name, values in each.items()
-    }
+    for size, values in samples.items():
+        report.pictures[f"latency N = {size}"] = values
