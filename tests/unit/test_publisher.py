@@ -206,21 +206,6 @@ async def test_nothing_gathers_while_a_writer_waits_for_it(
     assert len(broker.sent) == 3
 
 
-async def test_rows_gather_between_two_deletions(
-    make: Make, broker: Broker, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publishing, "NEAR", 0.0)
-    monkeypatch.setattr(publishing, "DELETE_PAUSE", 0.1)
-    publisher = await make()
-    for number in range(1, 4):
-        publisher.submit(write("k", rows=1))
-        await eventually(lambda number=number: publisher.counters.confirmed_writes == number)
-        await asyncio.sleep(0)
-    assert await publisher.flush(5)
-    assert len(broker.deleted) == 3
-    assert broker.noted == [{"origin0": 1}, {"origin0": 3}]
-
-
 async def test_everything_makes_the_names_needless(make: Make, broker: Broker) -> None:
     publisher = await make()
     for one in (write("a", rows=1), write(everything=True, rows=1), write("b", tags=["t"], rows=1)):
