@@ -14,7 +14,7 @@ from cacheinval.cache import without_cache
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
 from cacheinval.errors import DatabaseError
 from cacheinval.messages import check_names
-from cacheinval.outbox import Outbox, Row, combine, explain
+from cacheinval.outbox import Outbox, Row, combine, explain, leaves_session
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.receipts import Question, Receipt
 
@@ -75,8 +75,45 @@ class Transaction:
     """Who has evicted, once the transaction has committed and the others were waited for (`wait=`)."""
 
     def __init__(self, connection: "Connection") -> None:
-        self.connection = connection
+        self._connection = connection
+        self._only_statements = True
         self.invalidations = Invalidations()
+
+    @property
+    def connection(self) -> "Connection":
+        """asyncpg's connection."""
+        self._only_statements = False  # whatever is done with it is not seen here
+        return self._connection
+
+    @property
+    def leaves_session(self) -> bool:
+        """Whether what was done here surely lasts no longer than the transaction in the connection's session."""
+        return self._only_statements
+
+    def _note(self, query: str) -> None:
+        self._only_statements = self._only_statements and leaves_session(query)
+
+    # These four are seen, so that nearly all transactions need no reset of their session.
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        """As asyncpg's `Connection.execute`."""
+        self._note(query)
+        return await self._connection.execute(query, *args, timeout=timeout)
+
+    async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:
+        """As asyncpg's `Connection.fetch`."""
+        self._note(query)
+        return await self._connection.fetch(query, *args, timeout=timeout)
+
+    async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> asyncpg.Record | None:
+        """As asyncpg's `Connection.fetchrow`."""
+        self._note(query)
+        return await self._connection.fetchrow(query, *args, timeout=timeout)
+
+    async def fetchval(self, query: str, *args: Any, timeout: float | None = None) -> Any:
+        """As asyncpg's `Connection.fetchval`."""
+        self._note(query)
+        return await self._connection.fetchval(query, *args, timeout=timeout)
 
     def invalidate(
         self,
@@ -149,6 +186,8 @@ class Writes:
                         await transaction.rollback()
                 raise
             await self._settle(lambda: _commit(transaction), tx.invalidations, rows, question)
+            if tx.leaves_session:
+                _spare_reset(connection)
 
     async def statement(
         self,
@@ -169,9 +208,12 @@ class Writes:
         arguments = (*args, *rows[0].arguments)
         async with self._connection() as connection:
             call = getattr(connection, method)
-            return await self._settle(
+            result = await self._settle(
                 lambda: call(combined, *arguments, timeout=timeout), invalidations, rows
             )
+            if leaves_session(query):
+                _spare_reset(connection)
+            return result
 
     async def invalidate(self, invalidations: Invalidations, question: Question | None = None) -> None:
         """Commits the outbox rows alone: a change that is not in this database."""
@@ -299,6 +341,12 @@ class Writes:
                 await pool.release(connection, timeout=RELEASE_TIMEOUT)
         finally:
             self._writing -= 1
+
+
+def _spare_reset(connection: "Connection") -> None:
+    spare = getattr(connection, "leave_as_it_was", None)
+    if spare is not None:  # the pool is ours
+        spare()
 
 
 async def _commit(transaction: asyncpg.transaction.Transaction) -> None:

@@ -1,7 +1,16 @@
 """The table of invalidations that are committed and not yet confirmed by the broker."""
 
 from cacheinval.outbox.schema import SCHEMA_VERSION, apply_schema, schema_sql
-from cacheinval.outbox.statements import combine
+from cacheinval.outbox.statements import combine, leaves_session
 from cacheinval.outbox.writing import Outbox, Row, explain
 
-__all__ = ["Outbox", "Row", "explain", "combine", "SCHEMA_VERSION", "apply_schema", "schema_sql"]
+__all__ = [
+    "Outbox",
+    "Row",
+    "explain",
+    "combine",
+    "leaves_session",
+    "SCHEMA_VERSION",
+    "apply_schema",
+    "schema_sql",
+]

@@ -12,18 +12,46 @@ from cacheinval.outbox.session import LOST
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 
-__all__ = ["CONNECT_TIMEOUT", "STATEMENT_TIMEOUT", "Borrowed", "OwnConnection", "close_pool", "make_pool"]
+__all__ = [
+    "CONNECT_TIMEOUT",
+    "STATEMENT_TIMEOUT",
+    "Borrowed",
+    "OwnConnection",
+    "close_pool",
+    "make_pool",
+]
 
 CONNECT_TIMEOUT = 5.0
 STATEMENT_TIMEOUT = 60.0
 CLOSE_TIMEOUT = 1.0
 
 
+class PooledConnection(asyncpg.Connection):
+    """A connection of a pool of ours. Giving it back takes a round trip, in which asyncpg resets its session, unless
+    whoever had it says that there is nothing to reset."""
+
+    __slots__ = ("_is_as_it_was",)
+
+    def leave_as_it_was(self) -> None:
+        """All that was done since it was acquired leaves the session as it was; to be called just before it is given back."""
+        self._is_as_it_was = True
+
+    def get_reset_query(self) -> str:
+        """See asyncpg, which asks for this as it takes the connection back, and sends nothing where it is empty."""
+        is_as_it_was, self._is_as_it_was = getattr(self, "_is_as_it_was", False), False
+        return "" if is_as_it_was else super().get_reset_query()
+
+
 async def make_pool(url: str) -> "Pool":
     """A pool of at most ten connections to the database at `url`."""
     # No connection is made before it is needed: a client can start, and wait, while the database is away.
     return await asyncpg.create_pool(
-        url, min_size=0, max_size=10, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
+        url,
+        min_size=0,
+        max_size=10,
+        timeout=CONNECT_TIMEOUT,
+        command_timeout=STATEMENT_TIMEOUT,
+        connection_class=PooledConnection,
     )
 
 

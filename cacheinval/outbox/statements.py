@@ -1,4 +1,6 @@
-"""Putting the outbox row into the statement that makes the change: one round trip, one implicit transaction.
+"""Reading statements as far as needed to save round trips.
+
+The outbox row goes into the statement that makes the change: one round trip, one implicit transaction.
 
 `WITH cacheinval_recorded AS (INSERT INTO cacheinval.outbox …) UPDATE …` leaves the caller's text as it is, and at the
 top: its records, its command tag and its errors are those of the bare statement. PostgreSQL runs an INSERT in WITH
@@ -16,7 +18,7 @@ from functools import lru_cache
 
 from cacheinval.outbox.writing import insert_sql
 
-__all__ = ["combine"]
+__all__ = ["combine", "leaves_session"]
 
 LONGEST = 15 * 1024  # asyncpg keeps no longer statement prepared; and a round trip is little beside it
 MOST_PARAMETERS = 32_767 - 7
@@ -38,6 +40,19 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+# What may stand before a parenthesis in a statement of which it is known that no function in it changes its session.
+_WORDS = (
+    "all and any as by case conflict else exists filter from having in is join lateral like not on or over returning "
+    "select set some then update using values when where with within"
+)
+_FUNCTIONS = (
+    "abs array_agg array_length avg cardinality ceil char coalesce concat count date_trunc decimal extract floor format "
+    "gen_random_uuid greatest interval json_agg json_build_object jsonb_agg jsonb_build_object jsonb_set least left "
+    "length lower ltrim max md5 min mod now nullif numeric octet_length power replace right round row row_number "
+    "row_to_json rtrim string_agg substr substring sum to_char to_date to_json to_jsonb to_number to_timestamp trim "
+    "unnest upper varchar"
+)
+_HARMLESS = frozenset(f"{_WORDS} {_FUNCTIONS}".split())
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 
 
@@ -63,6 +78,32 @@ def combine(query: str, arguments: int) -> str | None:
     if first not in ("insert", "update", "delete") or parameters != set(range(1, arguments + 1)):
         return None
     return f"WITH {_NAME} AS ({insert_sql(arguments + 1)}) {query}"
+
+
+@lru_cache(maxsize=1024)
+def leaves_session(query: str) -> bool:
+    """Whether `query` surely changes nothing that lasts longer than its transaction: no setting, lock, cursor or channel.
+
+    So is a SELECT, INSERT, UPDATE or DELETE that calls no function but well-known ones. (What a trigger, an operator or
+    the default of a column does is not seen.)
+    """
+    if len(query) > LONGEST:
+        return False
+    first = before = called = ""
+    ended = names_target = False
+    for kind, text in tokens(query):
+        if kind == "unknown" or (ended and kind != "end"):
+            return False
+        if text == "(" and called and not names_target and called not in _HARMLESS:
+            return False
+        word = text.lower() if kind == "word" else text
+        first, ended = first or word, kind == "end"
+        # In `INSERT INTO shop.products (` a name stands before the columns: no call.
+        names_target = word == "into" or (names_target and (text == "." or before in ("into", ".")))
+        is_name = kind == "word" or text.endswith('"')
+        called = f"{'.' if before == '.' else ''}{word}" if is_name else ""
+        before = word
+    return first in ("select", "insert", "update", "delete")
 
 
 def tokens(query: str) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """A write with its invalidation, beside a bare transaction of asyncpg.
 
-All variants change one row of the same table through the same pool, on a server that makes each commit durable. Each
-write names a key of its own, so that what arrives at a subscriber can be counted: its queue is read after the clock.
+All variants change one row of the same table, through asyncpg's pool as it comes or the client's own, both of ten
+connections, on a server that makes each commit durable. Each write names a key of its own, so that what arrives at a subscriber can be counted: its queue is read after the clock.
 """
 
 import asyncio
@@ -58,9 +58,9 @@ Write = Callable[[int, str], Awaitable[Any]]
 class Scene:
     """A client at work, a table, and a subscriber's queue."""
 
-    def __init__(self, sandbox: Sandbox, client: Client, channel: Any, queue: Any) -> None:
+    def __init__(self, sandbox: Sandbox, client: Client, pool: Any, channel: Any, queue: Any) -> None:
         self.client = client
-        self.pool = client.pool
+        self.pool = pool
         self._sandbox = sandbox
         self._channel = channel
         self._exchange: Any = None
@@ -232,14 +232,14 @@ async def run(report: Report, rounds: int) -> None:
 async def beside_bare(report: Report, sandbox: Sandbox, rounds: int) -> None:
     """Every sort of write, by so many writers at once."""
     url = await database(sandbox.postgres.url, "writing")
-    pool = await asyncpg.create_pool(url, min_size=0, max_size=max(WRITERS) + 4)
+    pool = await asyncpg.create_pool(url)  # of ten connections, as the client's own
     await check_durable(pool)
     await pool.execute(f"{TABLE}; {TRACKED_TABLE}")
     await pool.execute("VACUUM ANALYZE products, tracked")
     settings = Settings(broker_url=sandbox.rabbitmq.url, database_url=url)
-    async with Client(settings, pool=pool) as client, subscriber(sandbox.rabbitmq.url, "default") as bound:
+    async with Client(settings) as client, subscriber(sandbox.rabbitmq.url, "default") as bound:
         await client.wait_ready(10)
-        scene = Scene(sandbox, client, *bound)
+        scene = Scene(sandbox, client, pool, *bound)
         for writers in WRITERS:
             show(report, writers, await take_turns(variants(scene, writers), rounds, report.progress))
     await pool.close()

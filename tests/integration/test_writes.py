@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -725,6 +726,58 @@ async def test_who_writes_alone_does_not_wait_until_its_connection_is_reset(
         finally:
             may_reset.set()
         await eventually(lambda: pool.get_idle_size() == pool.get_size())
+
+
+SETTING = "SELECT current_setting('app.tenant', true)"
+LEAK = "UPDATE things SET n = 1 WHERE set_config('app.tenant', 'one', false) IS NULL"
+
+
+async def leaked(client: Client, eventually: Eventually) -> set[str]:
+    """What is set in the sessions of all connections that the client has."""
+    await eventually(lambda: client.pool.get_idle_size() == client.pool.get_size())
+    async with AsyncExitStack() as stack:
+        sessions = [
+            await stack.enter_async_context(client.pool.acquire()) for _ in range(client.pool.get_size())
+        ]
+        return {await one.fetchval(SETTING) or "" for one in sessions} - {""}
+
+
+async def test_a_session_is_reset_only_where_something_may_have_changed_it(
+    settings: Settings, db: asyncpg.Connection, eventually: Eventually
+) -> None:
+    class Counting:
+        """How often asyncpg asks for what resets a session, and is given something."""
+
+        def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            self.resets = 0
+            real = asyncpg.Connection.get_reset_query
+
+            def counted(connection: asyncpg.Connection) -> str:
+                self.resets += 1
+                return real(connection)
+
+            monkeypatch.setattr(asyncpg.Connection, "get_reset_query", counted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        async with Client(settings, subscribe=False) as client:
+            counting = Counting(patch)
+            await client.execute(UPDATE, "a", invalidate=["k"])
+            async with client.transaction() as tx:
+                await tx.execute(UPDATE, "a")
+                assert await tx.fetchval("SELECT count(*) FROM things") > 0
+                tx.invalidate("k")
+            assert counting.resets == 0
+            assert await client.publisher.flush(5)
+            for change in (
+                lambda tx: tx.fetchval("SELECT set_config('app.tenant', 'one', false)"),
+                lambda tx: tx.connection.execute("SET app.tenant = 'one'"),
+                lambda tx: tx.executemany("SELECT set_config('app.tenant', $1, false)", [["one"]]),
+            ):
+                async with client.transaction() as tx:
+                    await change(tx)
+                assert not await leaked(client, eventually)
+            await client.execute(LEAK, invalidate=["k"])
+            assert not await leaked(client, eventually)
 
 
 async def test_many_who_write_at_once_take_a_connection_each_and_no_more(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheinval.outbox.statements import LONGEST, combine, tokens
+from cacheinval.outbox.statements import LONGEST, combine, leaves_session, tokens
 from cacheinval.outbox.writing import insert_sql
 
 NASTY = "'\"$;-/*\\\n\r1ab_Eeuq& é\u2028().,:+|"
@@ -150,3 +150,46 @@ def test_any_text_is_read_to_its_end(text: str) -> None:
     for arguments in range(2):
         combined = combine(f"DELETE {text}", arguments)
         assert combined is None or combined.endswith(f") DELETE {text}")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "UPDATE products SET price = price + 1, version = version + 1 WHERE id = $1",
+        "INSERT INTO shop.products (id, price) VALUES ($1, round($2, 2)) ON CONFLICT (id) DO UPDATE SET price = 1",
+        'INSERT INTO "shop"."left out" (id) SELECT id FROM (SELECT 1 AS id) AS it WHERE id IN (1, 2) RETURNING *;',
+        "DELETE FROM t USING u WHERE t.id = u.id AND EXISTS (SELECT FROM v) AND (t.a OR u.b)",
+        "SELECT count(*), coalesce(sum(price::numeric(10, 2)), 0) FROM products FOR UPDATE",
+        "select 'pg_advisory_lock(1)' -- set_config()",
+    ],
+)
+def test_statements_after_which_a_session_is_as_it_was(query: str) -> None:
+    assert leaves_session(query)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT set_config('app.tenant', 'one', false)",
+        "SELECT pg_catalog . set_config ('app.tenant', 'one', false)",
+        "UPDATE t SET a = 1 WHERE pg_advisory_lock(1) IS NULL",
+        'SELECT "set_tenant"(1)',
+        'SELECT "Set Tenant" (1)',
+        "SELECT shop.count(1)",
+        "SELECT/**/set_tenant/**/(1)",
+        "INSERT INTO t (a) VALUES (set_tenant(1))",
+        "INSERT INTO t SELECT set_tenant(1)",
+        "SET search_path = shop",
+        "SELECT 1; SET search_path = shop",
+        "WITH it AS (SELECT 1) SELECT * FROM it",
+        "LISTEN it",
+        "DECLARE it CURSOR WITH HOLD FOR SELECT 1",
+        "DISCARD ALL",
+        "CALL it()",
+        "DO $$ BEGIN END $$",
+        "SELECT 'not closed",
+        "",
+    ],
+)
+def test_statements_after_which_it_may_not_be(query: str) -> None:
+    assert not leaves_session(query)
