@@ -728,6 +728,19 @@ async def test_who_writes_alone_does_not_wait_until_its_connection_is_reset(
         await eventually(lambda: pool.get_idle_size() == pool.get_size())
 
 
+async def test_a_connection_that_is_given_back_as_the_client_ends_is_given_back(
+    settings: Settings, db: asyncpg.Connection, eventually: Eventually
+) -> None:
+    async with asyncpg.create_pool(settings.database_url, min_size=0, max_size=2) as pool:
+        async with Client(settings, pool=pool, subscribe=False) as client, client.transaction() as tx:
+            await tx.execute(UPDATE, "a")  # and no names, for which the publisher would be waited for
+        try:
+            await eventually(lambda: pool.get_idle_size() == pool.get_size() == 1)
+        except BaseException:
+            pool.terminate()  # closing it would wait for ever
+            raise
+
+
 SETTING = "SELECT current_setting('app.tenant', true)"
 LEAK = "UPDATE things SET n = 1 WHERE set_config('app.tenant', 'one', false) IS NULL"
 
