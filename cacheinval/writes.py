@@ -100,20 +100,32 @@ class Transaction:
         self._note(query)
         return await self._connection.execute(query, *args, timeout=timeout)
 
-    async def fetch(self, query: str, *args: Any, timeout: float | None = None) -> list[asyncpg.Record]:
+    async def fetch(
+        self,
+        query: str,
+        *args: Any,
+        timeout: float | None = None,
+        record_class: type[asyncpg.Record] | None = None,
+    ) -> list[asyncpg.Record]:
         """As asyncpg's `Connection.fetch`."""
         self._note(query)
-        return await self._connection.fetch(query, *args, timeout=timeout)
+        return await self._connection.fetch(query, *args, timeout=timeout, record_class=record_class)
 
-    async def fetchrow(self, query: str, *args: Any, timeout: float | None = None) -> asyncpg.Record | None:
+    async def fetchrow(
+        self,
+        query: str,
+        *args: Any,
+        timeout: float | None = None,
+        record_class: type[asyncpg.Record] | None = None,
+    ) -> asyncpg.Record | None:
         """As asyncpg's `Connection.fetchrow`."""
         self._note(query)
-        return await self._connection.fetchrow(query, *args, timeout=timeout)
+        return await self._connection.fetchrow(query, *args, timeout=timeout, record_class=record_class)
 
-    async def fetchval(self, query: str, *args: Any, timeout: float | None = None) -> Any:
+    async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
         """As asyncpg's `Connection.fetchval`."""
         self._note(query)
-        return await self._connection.fetchval(query, *args, timeout=timeout)
+        return await self._connection.fetchval(query, *args, column=column, timeout=timeout)
 
     def invalidate(
         self,

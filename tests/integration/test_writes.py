@@ -1,6 +1,7 @@
 """Changing a real Postgres: what is committed is published and its rows deleted, what is not is never heard of."""
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -726,6 +727,25 @@ async def test_who_writes_alone_does_not_wait_until_its_connection_is_reset(
         finally:
             may_reset.set()
         await eventually(lambda: pool.get_idle_size() == pool.get_size())
+
+
+@pytest.mark.parametrize("name", ["execute", "fetch", "fetchrow", "fetchval"])
+def test_a_transaction_takes_the_arguments_that_asyncpg_takes(name: str) -> None:
+    def taken(owner: type) -> dict[str, Any]:
+        parameters = inspect.signature(getattr(owner, name)).parameters
+        return {one.name: (one.kind, one.default) for one in parameters.values()}
+
+    assert taken(writes.Transaction) == taken(asyncpg.Connection)
+
+
+async def test_what_asyncpg_is_asked_for_in_a_transaction_is_what_it_gives(client: Client) -> None:
+    class Ours(asyncpg.Record):
+        pass
+
+    async with client.transaction() as tx:
+        assert await tx.fetchval("SELECT 1, 2", column=1) == 2
+        assert type(await tx.fetchrow("SELECT 1", record_class=Ours)) is Ours
+        assert [type(one) for one in await tx.fetch("SELECT 1", record_class=Ours)] == [Ours]
 
 
 async def test_a_connection_that_is_given_back_as_the_client_ends_is_given_back(
