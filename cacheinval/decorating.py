@@ -3,7 +3,7 @@
 import ast
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from inspect import Parameter, Signature
 from string import Formatter
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +16,8 @@ __all__ = ["cached"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+OURS = "cacheinval_"
 
 # A function with the parameters of the decorated one: taking any arguments, and binding them to find the key, would cost a
 # hit ten times what it costs.
@@ -44,6 +46,12 @@ def cached(
     def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         signature = inspect.signature(function)
         fields = _fields(key, signature, function)
+        hidden = [name for name in signature.parameters if name.startswith(OURS)]
+        if hidden:
+            raise ValueError(
+                f"{function.__qualname__}{signature} has a parameter {hidden[0]!r}; accepted: names that do not begin with "
+                f"{OURS!r}"
+            )
 
         def get_or_load(name: str, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
             return cache.get_or_set(
@@ -72,11 +80,7 @@ def cached(
 def _fields(template: str, signature: Signature, function: Any) -> set[str]:
     """The parameters that `template` names."""
     try:
-        fields = {
-            field.split(".")[0].split("[")[0]
-            for _, field, _, _ in Formatter().parse(template)
-            if field is not None
-        }
+        fields = set(_named(template))
     except ValueError as error:
         raise InvalidKeyError(f"key template {template!r}: {error}") from None
     missing = fields - signature.parameters.keys()
@@ -86,6 +90,13 @@ def _fields(template: str, signature: Signature, function: Any) -> set[str]:
             f"{function.__qualname__}{signature}"
         )
     return fields
+
+
+def _named(template: str) -> Iterator[str]:
+    for _, field, spec, _ in Formatter().parse(template):
+        if field is not None:
+            yield field.split(".")[0].split("[")[0]
+            yield from _named(spec or "")
 
 
 def _key_expression(template: str, fields: Iterable[str]) -> str:

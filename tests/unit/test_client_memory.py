@@ -323,7 +323,27 @@ async def test_the_key_is_what_the_template_gives(client: Client, template: str)
     assert await client.cache.get_or_set(template.format(number=7), refuse) == 7
 
 
-@pytest.mark.parametrize("template", ["k:{missing}", "k:{}", "k:{0}", "k:{missing.x}", "k:{", "k:{number"])
+async def test_a_template_may_name_an_argument_in_how_another_is_written(client: Client) -> None:
+    @client.cached("k:{number:{width}}")
+    async def read(number: int, width: int = 3) -> int:
+        return number
+
+    assert await read(7) == 7
+    assert await client.cache.get_or_set("k:  7", refuse) == 7
+
+
+def test_parameters_that_the_compiled_function_would_hide_are_refused(namespace: str) -> None:
+    client = Client(settings(namespace))
+    with pytest.raises(ValueError, match=r"cacheinval_key.*accepted"):
+
+        @client.cached("k:{cacheinval_key}")
+        async def read(cacheinval_key: int) -> int:
+            return cacheinval_key
+
+
+@pytest.mark.parametrize(
+    "template", ["k:{missing}", "k:{}", "k:{0}", "k:{missing.x}", "k:{number:{missing}}", "k:{", "k:{number"]
+)
 def test_a_template_that_cannot_work_is_refused_at_once(template: str, namespace: str) -> None:
     client = Client(settings(namespace))
     with pytest.raises(InvalidKeyError, match="key template"):
