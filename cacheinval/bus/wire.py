@@ -96,7 +96,7 @@ class _Reader(asyncio.StreamReader):
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]
         rest = self._splitter.split(data)
         now = self._now()
-        if not rest and now - self._gave_at > SIGN_OF_LIFE:
+        if not rest and self._splitter.delivers and now - self._gave_at > SIGN_OF_LIFE:
             rest = self._SIGN  # a broker that delivers sends no heartbeats, and aiormq would take it for dead
         if rest:
             self._gave_at = now
@@ -117,6 +117,11 @@ class Splitter:
         self._properties: Any = None
         self._size = 0
         self._body = b""
+
+    @property
+    def delivers(self) -> bool:
+        """Whether a delivery has begun; until then the bytes may be those of the handshake, which knows no heartbeats."""
+        return self._tag > 0
 
     def split(self, data: bytes) -> bytes:
         """Calls `arrive` with the deliveries that `data` completes, and returns all frames that it completes besides."""

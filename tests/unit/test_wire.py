@@ -146,6 +146,15 @@ async def test_a_broker_that_does_nothing_but_deliver_counts_as_alive(
     assert seen == [b"", HEARTBEAT, HEARTBEAT, 2 * HEARTBEAT]
 
 
+async def test_a_handshake_that_comes_slowly_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = marshal(Connection.Start(), 0)
+    reader = wires._Reader(Splitter(lambda deliveries: None), asyncio.get_running_loop())
+    for part in (start[:5], start[5:]):
+        monkeypatch.setattr(reader, "_gave_at", reader._now() - 2 * wires.SIGN_OF_LIFE)
+        reader.feed_data(part)
+    assert bytes(reader._buffer) == start  # type: ignore[attr-defined]
+
+
 async def test_a_connection_that_is_gone_takes_nothing() -> None:
     with pytest.raises(ConnectionError):
         Wire().write(1, Basic.Ack(1))
