@@ -5,11 +5,9 @@ import logging
 import re
 import ssl
 from collections.abc import Awaitable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from aio_pika.abc import AbstractConnection
 from aio_pika.connection import make_url
 from aio_pika.exceptions import AMQPError
 
@@ -129,15 +127,15 @@ class Broker:
         if not attempt.cancelled() and attempt.exception() is None:  # made in the very moment of giving it up
             self._begin_to_leave(attempt.result())
 
-    async def leave(self, connection: AbstractConnection) -> None:
+    async def leave(self, connection: Connection) -> None:
         """Closes `connection`; one that does not answer is closed in the background. Never raises."""
         await asyncio.wait({self._begin_to_leave(connection)}, timeout=LEAVE_WITHIN)
 
-    def discard(self, connection: AbstractConnection) -> None:
+    def discard(self, connection: Connection) -> None:
         """Closes `connection` in the background."""
         self._begin_to_leave(connection)
 
-    def _begin_to_leave(self, connection: AbstractConnection) -> "asyncio.Task[None]":
+    def _begin_to_leave(self, connection: Connection) -> "asyncio.Task[None]":
         task = asyncio.create_task(_close(connection))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
@@ -154,9 +152,14 @@ async def _open(connection: Connection) -> Connection:
     return connection
 
 
-async def _close(connection: AbstractConnection) -> None:
-    with suppress(Exception):  # nothing depends on a connection that is given up
-        await connection.close()
+async def _close(connection: Connection) -> None:
+    closing = asyncio.ensure_future(connection.close())
+    closing.add_done_callback(_retrieve)  # nothing depends on a connection that is given up
+    try:
+        await asyncio.wait({closing}, timeout=LEAVE_WITHIN / 2)
+    finally:
+        connection.wire.abort()  # aiormq waits until all is written, which a broker that hangs never reads
+    await asyncio.wait({closing}, timeout=LEAVE_WITHIN / 2)
 
 
 def _check_ca_file(path: str) -> None:

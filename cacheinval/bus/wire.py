@@ -72,6 +72,11 @@ class Wire(aiormq.TransportFactory):
             raise ConnectionError("the connection was closed")
         self._writer.write(b"".join([marshal(frame, channel) for frame in frames]))
 
+    def abort(self) -> None:
+        """Ends the connection, if there is one, whatever has not been written yet."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
 
 class Connection(aio_pika.Connection):
     """A connection of aio-pika, and its wire."""

@@ -596,6 +596,26 @@ async def test_the_exchange_is_deleted_under_a_channel(
     await channel.close()
 
 
+async def test_a_broker_that_reads_no_more_keeps_nobody_from_leaving(
+    own_rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    receiver = Recorder()
+    subscribe(instances(own_rabbitmq.url), receiver)
+    await eventually(lambda: receiver.ready)  # there has to be an exchange
+    before = asyncio.all_tasks()
+    bus = instances(own_rabbitmq.url, publish_timeout=1)
+    channel = await bus.open_channel()
+    own_rabbitmq.pause()
+    try:
+        with pytest.raises(PublishError, match="did not confirm"):
+            await channel.send(bytes(30_000_000))  # more than the sockets hold
+        await bus.close()
+        # Else the event loop could not end either, nor the process.
+        await eventually(lambda: asyncio.all_tasks() <= before)
+    finally:
+        own_rabbitmq.resume()
+
+
 async def test_a_frozen_broker_fails_publishing_in_time(
     own_rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
 ) -> None:
