@@ -66,7 +66,9 @@ class Tasks:
 
     async def stop_all(self) -> None:
         """The same for all parts that are left, and what runs beside them."""
-        await asyncio.sleep(0)  # what is cancelled before it has begun cannot give back what it was made to give back
+        await asyncio.sleep(
+            0
+        )  # what is cancelled before it has begun cannot give back what it was made to give back
         await self._cancel({*self._parts.values(), *self._asides})
         self._parts.clear()
 

@@ -84,8 +84,8 @@ def combine(query: str, arguments: int) -> str | None:
 def leaves_session(query: str) -> bool:
     """Whether `query` surely changes nothing that lasts longer than its transaction: no setting, lock, cursor or channel.
 
-    So is a SELECT, INSERT, UPDATE or DELETE that calls no function but well-known ones. (What a trigger, an operator or
-    the default of a column does is not seen.)
+    So is a SELECT, INSERT, UPDATE or DELETE that calls no function but well-known ones. (What a
+    trigger, a view, a rule, an operator or the default of a column does is not seen.)
     """
     if len(query) > LONGEST:
         return False
