@@ -14,7 +14,15 @@ from cacheinval.messages import check_names
 from cacheinval.places import Places
 from cacheinval.versions import VersionOf, version_of
 
-__all__ = ["CacheCounters", "CoherentCache", "InProcessCache", "Read", "SharedCache", "without_cache"]
+__all__ = [
+    "CacheCounters",
+    "CoherentCache",
+    "InProcessCache",
+    "Read",
+    "SharedCache",
+    "running_transaction",
+    "without_cache",
+]
 
 MOST_LOADS = 64
 """Loaders that run at a time, unless the setting `MAX_CONCURRENT_LOADS` says otherwise."""
@@ -69,23 +77,30 @@ _ABANDONED = object()
 class _Transaction:
     """Marks what runs within a transaction, for as long as that is open: a task started there may outlive it."""
 
-    __slots__ = ("open",)
+    __slots__ = ("open", "this")
 
-    def __init__(self) -> None:
+    def __init__(self, this: Any) -> None:
         self.open = True
+        self.this = this
 
 
 @contextmanager
-def without_cache() -> Iterator[None]:
-    """Within this block `get_or_set` calls its factory and leaves the cache alone."""
-    transaction = _Transaction()
-    token = _within.set(transaction)
+def without_cache(transaction: Any = None) -> Iterator[None]:
+    """Within this block, of `transaction`, `get_or_set` calls its factory and leaves the cache alone."""
+    within = _Transaction(transaction)
+    token = _within.set(within)
     try:
         yield
     finally:
-        transaction.open = False
+        within.open = False
         with suppress(ValueError):  # left in another context than it was entered in, as some test fixtures do
             _within.reset(token)
+
+
+def running_transaction() -> Any:
+    """What the block of `without_cache` was entered for in which this runs, if it is still open."""
+    within = _running_within()
+    return within.this if type(within) is _Transaction and within.open else None
 
 
 class CoherentCache(ABC):
@@ -167,8 +182,29 @@ class CoherentCache(ABC):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Factory | None = None,
+        refresh: bool = False,
     ) -> Read:
-        """The same as `get_or_set`, with how the value was come by."""
+        """The same as `get_or_set`, with how the value was come by.
+
+        Args:
+            refresh: loads in any case, by a load that begins now, and stores over what is there. Others are served what
+                is there until then; nobody else hears of it.
+        """
+
+    async def withhold(self, *, drop: bool = False) -> None:
+        """Called by a factory: what it returns goes to everyone who waits for it, and is not stored, nor is what is built
+        from it.
+
+        Args:
+            drop: what was stored before goes. Otherwise it stays, and is served if it still may be.
+        """
+        load = _current_load()
+        if load is None:
+            return
+        self._coherence.refuse(load)
+        if drop:
+            with suppress(CacheError):  # what cannot be dropped is not served from here until it is
+                await self.evict(Eviction([load.key]))
 
     # For who observes
 
@@ -196,16 +232,22 @@ class CoherentCache(ABC):
     # One load at a time
 
     async def _join_or_load(
-        self, key: str, load_and_store: LoadAndStore, tags: frozenset[str], now: float, entry: Entry | None
+        self,
+        key: str,
+        load_and_store: LoadAndStore,
+        tags: frozenset[str],
+        now: float,
+        entry: Entry | None,
+        refresh: bool,
     ) -> Read:
-        bypassing = self._coherence.bypassing(entry, now)
+        bypassing = refresh or self._coherence.bypassing(entry, now)
         if bypassing:
             self.counters.bypasses += 1
         else:
             self.counters.misses += 1
         outcome: Literal["miss", "bypass"] = "bypass" if bypassing else "miss"
         began = now
-        while (load := self._coherence.joinable(key, now, tags)) is not None:
+        while not refresh and (load := self._coherence.joinable(key, now, tags)) is not None:
             shared = self._coherence.may_give(load, began)
             landed = await self._wait_for(load)
             if shared and landed is not _ABANDONED:
@@ -393,6 +435,7 @@ class InProcessCache(CoherentCache):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Factory | None = None,
+        refresh: bool = False,
     ) -> Read:
         """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
         within = _running_within()
@@ -400,7 +443,7 @@ class InProcessCache(CoherentCache):
             return Read(await factory(), "bypass", False)
         now = self._now()
         entry = self._backend.peek(key)
-        if entry is not None and self._coherence.may_serve(entry, now):
+        if entry is not None and not refresh and self._coherence.may_serve(entry, now):
             if within is not None:
                 self._inherit(entry)
             self.counters.hits += 1
@@ -420,7 +463,7 @@ class InProcessCache(CoherentCache):
             self._remember(key, primary or factory, model)
             return value, True
 
-        return await self._join_or_load(key, load_and_store, _checked(key, tags), now, entry)
+        return await self._join_or_load(key, load_and_store, _checked(key, tags), now, entry, refresh)
 
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:
         """See `CoherentCache.would_serve`."""
@@ -528,6 +571,7 @@ class SharedCache(CoherentCache):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Factory | None = None,
+        refresh: bool = False,
     ) -> Read:
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
         within = _running_within()
@@ -538,7 +582,7 @@ class SharedCache(CoherentCache):
         found, entry, moment = await self._find_entry(key, named, model, lifetime)
         # The clock may have been set back meanwhile, and what began in its future would stay young too long.
         now = min(now, self._now())
-        if entry is not None and self._coherence.may_serve_found(entry, now, moment):
+        if entry is not None and not refresh and self._coherence.may_serve_found(entry, now, moment):
             self._inherit(entry)
             self.counters.hits += 1
             return Read(entry.value, "hit", False)
@@ -551,7 +595,7 @@ class SharedCache(CoherentCache):
                 self._remember(key, primary or factory, model)
             return self._backend.decode(value, model), stored
 
-        return await self._join_or_load(key, load_and_store, named, now, entry)
+        return await self._join_or_load(key, load_and_store, named, now, entry, refresh)
 
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:
         """See `CoherentCache.would_serve`."""

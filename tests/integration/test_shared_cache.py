@@ -151,6 +151,36 @@ async def test_what_one_evicts_is_gone_for_the_other(one: Instance, two: Instanc
     assert await two.cache.read("k", refuse) == Read("new", "hit", False)
 
 
+async def test_a_refresh_replaces_what_is_there_for_all(one: Instance, two: Instance) -> None:
+    await one.cache.read("k", value_of("old"), tags=["t"])
+    assert await two.cache.read("k", value_of("new"), tags=["t"], refresh=True) == Read("new", "bypass", True)
+    assert await one.cache.read("k", refuse, tags=["t"]) == Read("new", "hit", False)
+
+
+@each_eviction
+async def test_an_eviction_voids_a_refresh(one: Instance, two: Instance, what: Eviction) -> None:
+    await one.cache.read("k", value_of("older"), tags=["t"])
+
+    async def load() -> str:
+        await two.apply(what)
+        return "old"
+
+    await one.cache.read("k", load, tags=["t"], refresh=True)
+    assert (await two.cache.read("k", value_of("new"), tags=["t"])).value == "new"
+
+
+async def test_what_is_withheld_is_not_stored_and_drops_what_was_if_asked_to(
+    one: Instance, two: Instance
+) -> None:
+    async def load() -> None:
+        await one.cache.withhold(drop=True)
+
+    assert await one.cache.read("k", load) == Read(None, "miss", False)
+    await two.cache.read("k", value_of("old"))
+    assert await one.cache.read("k", load, refresh=True) == Read(None, "bypass", False)
+    assert await two.cache.read("k", value_of("new")) == Read("new", "miss", True)
+
+
 async def test_a_tag_that_a_reader_does_not_name_counts_as_well(one: Instance, two: Instance) -> None:
     await one.cache.get_or_set("k", value_of("old"), tags=["t"])
     await two.evict(tags=("t",))

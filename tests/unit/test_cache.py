@@ -579,6 +579,74 @@ async def test_a_clock_set_during_a_look_makes_no_entry_younger_than_it_is(
     assert stub.starts == [started]
 
 
+# Loading anew, and not storing
+
+
+async def test_a_refresh_loads_past_what_is_there_and_stores(cache: InProcessCache) -> None:
+    await cache.read("k", value_of("old"))
+    assert await cache.read("k", value_of("new"), refresh=True) == Read("new", "bypass", True)
+    assert await cache.read("k", refuse) == Read("new", "hit", False)
+
+
+async def test_a_refresh_joins_no_load_that_began_before_it(cache: InProcessCache) -> None:
+    older, younger = Loader("old"), Loader("new")
+    first = asyncio.create_task(cache.read("k", older))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(cache.read("k", younger, refresh=True))
+    await asyncio.sleep(0)
+    joined = asyncio.create_task(cache.read("k", refuse))
+    younger.release.set()
+    assert await second == Read("new", "bypass", True)
+    assert await joined == Read("new", "miss", False)
+    older.release.set()
+    assert await first == Read("old", "miss", False)
+    assert await cache.read("k", refuse) == Read("new", "hit", False)
+    assert in_flight(cache) == 0
+
+
+async def test_while_it_is_refreshed_the_entry_is_served(cache: InProcessCache) -> None:
+    await cache.read("k", value_of("old"))
+    loader = Loader("new")
+    refreshing = asyncio.create_task(cache.read("k", loader, refresh=True))
+    await asyncio.sleep(0)
+    assert await cache.read("k", refuse) == Read("old", "hit", False)
+    loader.release.set()
+    await refreshing
+    assert (await cache.read("k", refuse)).value == "new"
+
+
+@pytest.mark.parametrize("eviction", [KEY, TAG, EVERYTHING], ids=["key", "tag", "everything"])
+async def test_an_eviction_voids_a_refresh(cache: InProcessCache, evict: Evict, eviction: Eviction) -> None:
+    await cache.read("k", value_of("older"), tags=["t"])
+    loader = Loader("old")
+    refreshing = asyncio.create_task(cache.read("k", loader, tags=["t"], refresh=True))
+    await asyncio.sleep(0)
+    evict(eviction)
+    loader.release.set()
+    assert await refreshing == Read("old", "bypass", False)
+    assert (await cache.read("k", value_of("new"), tags=["t"])).value == "new"
+
+
+@pytest.mark.parametrize("drop", [False, True])
+async def test_what_is_withheld_is_given_and_not_stored(cache: InProcessCache, drop: bool) -> None:
+    async def load() -> str:
+        await asyncio.sleep(0)
+        await cache.withhold(drop=drop)
+        return "withheld"
+
+    async def built_of_it() -> Any:
+        return [await cache.get_or_set("k", load)]
+
+    one, two = await asyncio.gather(cache.read("k", load), cache.read("k", refuse))
+    assert one == two == Read("withheld", "miss", False)
+    assert await cache.read("whole", built_of_it) == Read(["withheld"], "miss", False)
+    await cache.read("k", value_of("before"))
+    assert await cache.read("k", load, refresh=True) == Read("withheld", "bypass", False)
+    assert (await cache.read("k", value_of("after"))).value == ("after" if drop else "before")
+    await cache.withhold(drop=True)
+    assert (await cache.read("k", refuse)).outcome == "hit", "nothing was being loaded"
+
+
 class TestAHitRestsOnAnEarlierJudgement:
     """Each of these takes something away on which it rests, and nothing else."""
 
