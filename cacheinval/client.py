@@ -26,7 +26,7 @@ from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.cache import CoherentCache, InProcessCache, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import SUSPECT_AGE, Coherence, Eviction
-from cacheinval.decorating import cached
+from cacheinval.decorating import Cached, cached, invalidates
 from cacheinval.errors import (
     CacheError,
     CacheinvalError,
@@ -252,23 +252,59 @@ class Client:
         tags: Collection[str] = (),
         model: Any = None,
         version: VersionOf | None = None,
-        primary: Callable[P, Awaitable[T]] | None = None,
-    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+        primary: Callable[..., Awaitable[Any]] | None = None,
+        skip_if: Callable[[Any], object] | None = None,
+        copy: bool | Callable[[Any], Any] = False,
+    ) -> Callable[[Callable[P, Awaitable[T]]], Cached[P, T]]:
         """Decorates a coroutine function: its results are cached under `key`, a template of its arguments.
+
+        >>> @client.cached("price:{product_id}", ttl=60, tags=["prices of:{shop}"], skip_if=lambda price: price is None)
+        ... async def price_of(product_id: str, shop: str) -> int | None:
+        ...     return 99
+        >>> await price_of("abc-123", shop="here")
+        99
+        >>> price_of.key("abc-123", shop="here")
+        'price:abc-123'
+        >>> await price_of.invalidate("abc-123", shop="here")  # evicts it everywhere
+        >>> await price_of.refresh("abc-123", shop="here")  # loads it now, and stores it here: others hear nothing of it
+        99
+
+        On methods, `self` is no part of the key, and so `key` and `invalidate` leave it out (unless the template names it):
+        `await service.price_of.invalidate("abc-123")`. To refresh, name the class: `await Prices.price_of.refresh(service,
+        "abc-123")`.
 
         Args:
             key: for example `"product:{product_id}"`; every name in braces is an argument.
-            ttl, tags, model, version: as in `CoherentCache.get_or_set`.
+            tags: templates, too. They are made of arguments alone, since an eviction of a tag has to concern loads in
+                flight, of which the result is not known yet.
+            ttl, model, version: as in `CoherentCache.get_or_set`.
             primary: a coroutine function of the same arguments that reads the primary. It says that the decorated one
                 reads a replica, which may lag.
+            skip_if: takes the result; where it is true that is returned, but not stored, nor is what is built from it; if
+                it was refreshed, what was stored before is dropped here. Without it every result is stored, `None` too.
+            copy: True: every caller gets a deep copy of what is stored, or what this callable makes of it. Otherwise callers
+                share one object, and nobody may change it: return what cannot be changed (a tuple, a frozen dataclass or
+                model).
 
         Raises:
-            InvalidKeyError: the template names something that is no argument.
+            InvalidKeyError: a template names something that is no argument.
+            TypeError: what is decorated is no coroutine function.
         """
 
         if version is not None or primary is not None:
             self._coherence.compare_versions()
-        return cached(self.cache, key, ttl=ttl, tags=tags, model=model, version=version, primary=primary)
+        return cached(
+            self.cache,
+            self._evict_by_name,
+            key,
+            ttl=ttl,
+            tags=tags,
+            model=model,
+            version=version,
+            primary=primary,
+            skip_if=skip_if,
+            copy=copy,
+        )
 
     def attach(self, cache: "BaseCache", *, may_flush_all: bool = False) -> None:
         """Keeps an aiocache cache of yours honest, too: keys are evicted from it, and no more than that.
@@ -432,6 +468,42 @@ class Client:
             else:
                 await self._publish(invalidations, question)
             return None if question is None else await self._asking.receipt(question)
+
+    def invalidates(
+        self, *keys: str, tags: Collection[str] = ()
+    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+        """Decorates a coroutine function that changes what is cached: when it has returned, these are evicted everywhere.
+
+        >>> @client.invalidates("price:{product_id}", tags=["prices of:{shop}"])
+        ... async def set_price(product_id: str, shop: str, price: int) -> None:
+        ...     ...
+
+        Called within `client.transaction()` it is as `tx.invalidate`: recorded in that transaction, and evicted when it
+        commits. **Anywhere else it is weaker than that**: if the function commits a change of its own, and the process dies
+        or the call is cancelled before the eviction is recorded, or the function raises although it has committed, then
+        nobody hears of the change. So this is for changes that are not in this database; of those that are, record the
+        eviction with the change: `tx.invalidate`, `client.execute(…, invalidate=…)`, or `cacheinval.track` in SQL.
+
+        Args:
+            keys: templates of the arguments, as in `cached`. They are filled in before the function runs.
+            tags: templates, too.
+
+        Raises:
+            InvalidKeyError: a template names something that is no argument, or there is none.
+            TypeError: what is decorated is no coroutine function.
+
+        What the decorated function raises beside its own errors is what `invalidate` raises.
+        """
+        if not keys and not tags:
+            raise InvalidKeyError("nothing to invalidate; accepted: at least one template of a key or tag")
+        return invalidates(self._evict_by_name, keys, tags)
+
+    async def _evict_by_name(self, keys: Collection[str], tags: Collection[str]) -> None:
+        tx = self._writes.running
+        if tx is not None:
+            tx.invalidate(*keys, tags=tags)
+        else:
+            await self.invalidate(*keys, tags=tags)
 
     async def _publish(self, invalidations: Invalidations, question: Question | None) -> None:
         """Without a database: what is said is safe once the broker has confirmed it, and not before."""

@@ -1,157 +1,217 @@
-"""Caching what a coroutine function returns, under a key made of its arguments."""
+"""Caching what a coroutine function returns, under a key made of its arguments; and evicting it when another one has run."""
 
-import ast
 import functools
-import inspect
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
-from inspect import Parameter, Signature
-from string import Formatter
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Coroutine
+from copy import deepcopy
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
 from cacheinval.cache import CoherentCache
-from cacheinval.errors import InvalidKeyError
+from cacheinval.messages import check_names
+from cacheinval.templates import Arguments, compiled
 from cacheinval.versions import VersionOf
 
-__all__ = ["cached"]
+__all__ = ["Cached", "CachedMethod", "cached", "invalidates"]
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
+S = TypeVar("S")
+S_contra = TypeVar("S_contra", contravariant=True)
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
-OURS = "cacheinval_"
+Evict = Callable[[Collection[str], Collection[str]], Awaitable[None]]
+"""Takes keys and tags."""
 
-# A function with the parameters of the decorated one: taking any arguments, and binding them to find the key, would cost a
-# hit ten times what it costs.
-_READ_THROUGH = """\
-async def read_through({parameters}):
+
+class Cached(Protocol[P, T_co]):
+    """A coroutine function whose results are cached, as `Client.cached` makes it."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T_co]:
+        """The cached result for these arguments, else what the function returns."""
+
+    def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """The key under which the result for these arguments is cached."""
+
+    def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, None]:
+        """Evicts that result everywhere, as `Client.invalidate` does; within `Client.transaction`, when that commits."""
+
+    def refresh(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T_co]:
+        """Calls the function now, and stores and returns its result. Nobody else hears of it: this is no invalidation."""
+
+    @overload
+    def __get__(
+        self: "Cached[Concatenate[S, Q], T]", instance: None, owner: type[S]
+    ) -> "CachedMethod[S, Q, T]": ...
+    @overload
+    def __get__(
+        self: "Cached[Concatenate[S, Q], T]", instance: S, owner: type[S] | None = None
+    ) -> "BoundMethod[Q, T]": ...
+
+
+class BoundMethod(Protocol[P, T_co]):
+    """A method whose results are cached, of one object."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T_co]:
+        """See `Cached`."""
+
+    def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """See `Cached`."""
+
+    def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, None]:
+        """See `Cached`."""
+
+
+class CachedMethod(Protocol[S_contra, P, T_co]):
+    """The same, taken from its class. What is cached belongs to no object, so `key` and `invalidate` take none."""
+
+    def __call__(self, instance: S_contra, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T_co]:
+        """See `Cached`."""
+
+    def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """See `Cached`."""
+
+    def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, None]:
+        """See `Cached`."""
+
+    def refresh(self, instance: S_contra, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T_co]:
+        """See `Cached`."""
+
+
+# Functions with the parameters of the decorated one: taking any arguments, and binding them to find the key, would cost a
+# hit ten times what it costs. So would an object that knows when it is bound to another one, as methods are, cost twice:
+# these are functions, and have the others as attributes.
+_CACHED = """\
+async def read_through({declared}):
     cacheinval_key = {key}
     cacheinval_entry = cacheinval_hit(cacheinval_key)
     if cacheinval_entry is not None:
-        return cacheinval_entry.value
-    return await cacheinval_get_or_load(cacheinval_key, {arguments})
+        return {value}
+    return await cacheinval_load(False, cacheinval_key, {tags}, {passed})
+
+async def refresh({declared}):
+    return await cacheinval_load(True, {key}, {tags}, {passed})
+
+def key({declared_for_key}):
+    return {key}
+"""
+
+_NAMES = """\
+def names({declared}):
+    return {keys}, {tags}
 """
 
 
 def cached(
     cache: CoherentCache,
+    evict: Evict,
     key: str,
     *,
     ttl: float | None,
     tags: Collection[str],
     model: Any,
     version: VersionOf | None,
-    primary: Callable[P, Awaitable[T]] | None,
-) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    primary: Callable[..., Awaitable[Any]] | None,
+    skip_if: Callable[[Any], object] | None,
+    copy: bool | Callable[[Any], Any],
+) -> Callable[[Callable[P, Awaitable[T]]], Cached[P, T]]:
     """See `Client.cached`."""
+    copied: Callable[[Any], Any] | None = deepcopy if copy is True else copy or None
 
-    def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-        signature = inspect.signature(function)
-        fields = _fields(key, signature, function)
-        hidden = [name for name in signature.parameters if name.startswith(OURS)]
-        if hidden:
-            raise ValueError(
-                f"{function.__qualname__}{signature} has a parameter {hidden[0]!r}; accepted: names that do not begin with "
-                f"{OURS!r}"
-            )
+    def decorate(function: Callable[P, Awaitable[T]]) -> Cached[P, T]:
+        arguments = Arguments(function)
 
-        def get_or_load(name: str, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-            return cache.get_or_set(
+        async def load(
+            refresh: bool, name: str, tags: Collection[str], /, *args: P.args, **kwargs: P.kwargs
+        ) -> T:
+            def loader(load: Callable[..., Awaitable[T]]) -> Callable[[], Awaitable[T]]:
+                return _loader(functools.partial(load, *args, **kwargs), cache, skip_if, refresh)
+
+            read = await cache.read(
                 name,
-                lambda: function(*args, **kwargs),
+                loader(function),
                 ttl=ttl,
                 tags=tags,
                 model=model,
                 version=version,
-                primary=None if primary is None else lambda: primary(*args, **kwargs),
+                primary=None if primary is None else loader(primary),
+                refresh=refresh,
             )
+            value: T = read.value
+            return value if copied is None else copied(value)
 
-        read_through = _compiled(
-            _READ_THROUGH.format(
-                parameters=_parameters(signature),
-                key=_key_expression(key, fields),
-                arguments=_arguments(signature),
+        made = compiled(
+            _CACHED.format(
+                declared=arguments.declared,
+                declared_for_key=arguments.declared_without_self(key),
+                passed=arguments.passed,
+                key=arguments.name(key),
+                tags=arguments.names(tags, "tag"),
+                value="cacheinval_entry.value"
+                if copied is None
+                else "cacheinval_copied(cacheinval_entry.value)",
             ),
-            {"cacheinval_hit": cache.hit, "cacheinval_get_or_load": get_or_load, **_defaults(signature)},
+            {
+                "cacheinval_hit": cache.hit,
+                "cacheinval_load": load,
+                "cacheinval_copied": copied,
+                **arguments.defaults,
+            },
         )
-        return functools.wraps(function)(read_through)
+        key_of = made["key"]
+
+        async def invalidate(*args: Any, **kwargs: Any) -> None:
+            await evict([key_of(*args, **kwargs)], [])
+
+        read_through: Any = functools.wraps(function)(made["read_through"])
+        read_through.key, read_through.invalidate, read_through.refresh = key_of, invalidate, made["refresh"]
+        return cast(Cached[P, T], read_through)
 
     return decorate
 
 
-def _fields(template: str, signature: Signature, function: Any) -> set[str]:
-    """The parameters that `template` names."""
-    try:
-        fields = set(_named(template))
-    except ValueError as error:
-        raise InvalidKeyError(f"key template {template!r}: {error}") from None
-    missing = fields - signature.parameters.keys()
-    if missing:
-        raise InvalidKeyError(
-            f"key template {template!r} names {', '.join(sorted(map(repr, missing)))}; accepted: the arguments of "
-            f"{function.__qualname__}{signature}"
+def _loader(
+    load: Callable[[], Awaitable[T]],
+    cache: CoherentCache,
+    skip_if: Callable[[Any], object] | None,
+    refresh: bool,
+) -> Callable[[], Awaitable[T]]:
+    if skip_if is None:
+        return load
+
+    async def load_and_judge() -> T:
+        value = await load()
+        if skip_if(value):
+            await cache.withhold(drop=refresh)
+        return value
+
+    return load_and_judge
+
+
+def invalidates(
+    evict: Evict, keys: Collection[str], tags: Collection[str]
+) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """See `Client.invalidates`."""
+
+    def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        arguments = Arguments(function)
+        source = _NAMES.format(
+            declared=arguments.declared,
+            keys=arguments.names(keys, "key"),
+            tags=arguments.names(tags, "tag"),
         )
-    return fields
+        names_of = compiled(source, arguments.defaults)["names"]
 
+        @functools.wraps(function)
+        async def invalidating(*args: P.args, **kwargs: P.kwargs) -> T:
+            # Before it runs: what could not be evicted is not to be changed, and what it changes in its arguments is not
+            # what they were called for.
+            keys, tags = names_of(*args, **kwargs)
+            check_names(keys)
+            check_names(tags, "tag")
+            result = await function(*args, **kwargs)
+            await evict(keys, tags)
+            return result
 
-def _named(template: str) -> Iterator[str]:
-    for _, field, spec, _ in Formatter().parse(template):
-        if field is not None:
-            yield field.split(".")[0].split("[")[0]
-            yield from _named(spec or "")
+        return invalidating
 
-
-def _key_expression(template: str, fields: Iterable[str]) -> str:
-    """The source of what `template.format(…)` would give; an f-string, unless it looks into its arguments."""
-    pieces: list[ast.expr] = []
-    for text, field, spec, conversion in Formatter().parse(template):
-        pieces.append(ast.Constant(text))
-        if field is None:
-            continue
-        if field not in fields or spec or conversion:
-            return f"{template!r}.format({', '.join(f'{name}={name}' for name in sorted(fields))})"
-        pieces.append(ast.FormattedValue(ast.Name(field), -1))
-    return ast.unparse(ast.JoinedStr(pieces))
-
-
-def _parameters(signature: Signature) -> str:
-    return str(
-        signature.replace(
-            parameters=[
-                one.replace(
-                    annotation=Parameter.empty,
-                    default=one.default
-                    if one.default is Parameter.empty
-                    else _Name(f"cacheinval_default_{name}"),
-                )
-                for name, one in signature.parameters.items()
-            ],
-            return_annotation=Signature.empty,
-        )
-    )[1:-1]
-
-
-def _arguments(signature: Signature) -> str:
-    forms: dict[Any, str] = {
-        Parameter.VAR_POSITIONAL: "*{0}",
-        Parameter.KEYWORD_ONLY: "{0}={0}",
-        Parameter.VAR_KEYWORD: "**{0}",
-    }
-    return ", ".join(forms.get(one.kind, "{0}").format(one.name) for one in signature.parameters.values())
-
-
-def _defaults(signature: Signature) -> dict[str, Any]:
-    return {f"cacheinval_default_{name}": one.default for name, one in signature.parameters.items()}
-
-
-class _Name:
-    """Stands in a signature for a default value."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
-
-
-def _compiled(source: str, names: dict[str, Any]) -> Any:
-    exec(compile(source, "<cached>", "exec"), names)  # noqa: S102 (made of the names of parameters alone)
-    return names["read_through"]
+    return decorate

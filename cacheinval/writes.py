@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from cacheinval.asking import Asking
-from cacheinval.cache import without_cache
+from cacheinval.cache import running_transaction, without_cache
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
 from cacheinval.errors import DatabaseError
 from cacheinval.messages import check_names
@@ -188,7 +188,7 @@ class Writes:
                 await transaction.start()
             tx = Transaction(connection)
             try:
-                with without_cache():
+                with without_cache((self, tx)):
                     yield tx
                 rows = self._rows(tx.invalidations)
                 await self._outbox.record(connection, rows, timeout=COMMIT_TIMEOUT)
@@ -200,6 +200,12 @@ class Writes:
             await self._settle(lambda: _commit(transaction), tx.invalidations, rows, question)
             if tx.leaves_session:
                 _spare_reset(connection)
+
+    @property
+    def running(self) -> Transaction | None:
+        """The transaction of this client in which this runs."""
+        owner, tx = running_transaction() or (None, None)
+        return tx if owner is self else None
 
     async def statement(
         self,

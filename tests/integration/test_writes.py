@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -108,6 +108,64 @@ async def rows(db: asyncpg.Connection) -> int:
 async def number(db: asyncpg.Connection, thing: str = "a") -> int:
     value: int = await db.fetchval("SELECT n FROM things WHERE id = $1", thing)
     return value
+
+
+# What a decorated function makes stale
+
+
+async def test_within_a_transaction_what_a_function_invalidates_is_recorded_in_it(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    @client.cached("a")
+    async def read() -> int:
+        return await number(db)
+
+    @client.invalidates("a", tags=["t"])
+    async def change(connection: Any) -> None:
+        await connection.execute(UPDATE, "a")
+
+    assert await read() == 0
+    with suppress(LookupError):
+        async with client.transaction() as tx:
+            await change(tx)
+            raise LookupError
+    assert await client.cache.would_serve("a"), "rolled back, so nothing is stale"
+
+    async with client.transaction() as tx:
+        await change(tx)
+        await read.invalidate()
+        assert (tx.invalidations.keys, tx.invalidations.tags) == (["a", "a"], ["t"])
+        assert await client.cache.would_serve("a"), "not committed yet"
+    assert await client.cache.would_serve("a") is None
+    assert await read() == 1
+    await eventually(lambda: len(heard.messages) == 1)
+    assert heard.messages[0].tags == ["t"]
+
+
+async def test_outside_of_its_own_clients_transaction_a_function_invalidates_at_once(
+    client: Client, settings: Settings, heard: Listener, eventually: Eventually
+) -> None:
+    @client.invalidates("a")
+    async def change() -> None: ...
+
+    over = asyncio.Event()
+
+    async def later() -> None:
+        await over.wait()
+        await change()
+
+    await change()
+    await eventually(lambda: heard.keys == ["a"])
+    async with Client(settings) as other, other.transaction() as tx:
+        await change()
+        assert not tx.invalidations
+    await eventually(lambda: heard.keys == ["a", "a"])
+    async with client.transaction():
+        outliving = asyncio.create_task(later())
+        await asyncio.sleep(0)
+    over.set()
+    await outliving
+    await eventually(lambda: heard.keys == ["a", "a", "a"])
 
 
 async def nothing_else_was_heard(client: Client, heard: Listener, eventually: Eventually, *keys: str) -> None:
