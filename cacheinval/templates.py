@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from inspect import Parameter, Signature
 from string import Formatter
 from typing import Any
@@ -12,12 +12,15 @@ from cacheinval.messages import check_names
 
 __all__ = ["Arguments", "compiled"]
 
+OURS = "cacheinval_"
+
 
 class Arguments:
     """The parameters of a coroutine function, as pieces of source.
 
     Raises:
         TypeError: it is no coroutine function.
+        ValueError: a parameter has a name that the compiled functions use themselves.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -30,6 +33,12 @@ class Arguments:
                 "@classmethod if there is one"
             )
         self._signature = inspect.signature(function)
+        hidden = [name for name in self._signature.parameters if name.startswith(OURS)]
+        if hidden:
+            raise ValueError(
+                f"{self._name}{self._signature} has a parameter {hidden[0]!r}; accepted: names that do not begin with "
+                f"{OURS!r}"
+            )
         self.declared = _declared(self._signature)
         self.passed = _passed(self._signature)
         self.defaults = {
@@ -68,11 +77,7 @@ class Arguments:
     def _fields(self, template: str, what: str) -> set[str]:
         check_names((template,), f"{what} template")
         try:
-            fields = {
-                field.split(".")[0].split("[")[0]
-                for _, field, _, _ in Formatter().parse(template)
-                if field is not None
-            }
+            fields = set(_named(template))
         except ValueError as error:
             raise InvalidKeyError(f"{what} template {template!r} of {self._name}: {error}") from None
         missing = fields - self._signature.parameters.keys()
@@ -82,6 +87,13 @@ class Arguments:
                 f"of {self._name}{self._signature}"
             )
         return fields
+
+
+def _named(template: str) -> Iterator[str]:
+    for _, field, spec, _ in Formatter().parse(template):
+        if field is not None:
+            yield field.split(".")[0].split("[")[0]
+            yield from _named(spec or "")
 
 
 def _declared(signature: Signature) -> str:

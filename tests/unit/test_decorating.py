@@ -181,7 +181,8 @@ async def reads(number: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "template", ["k:{missing}", "k:{}", "k:{0}", "k:{missing.x}", "k:{", "k:{number", ""]
+    "template",
+    ["k:{missing}", "k:{}", "k:{0}", "k:{missing.x}", "k:{number:{missing}}", "k:{", "k:{number", ""],
 )
 def test_a_template_that_cannot_work_is_refused_at_once(template: str, namespace: str) -> None:
     client = Client(Settings(broker_url="memory://", database_url="", namespace=namespace))
@@ -521,3 +522,20 @@ def test_types_are_kept() -> None:
     }
     assert refused == wrong, checked.stdout
     assert len(wrong) > 5
+
+
+async def test_a_template_may_name_an_argument_in_how_another_is_written(client: Client) -> None:
+    @client.cached("k:{number:{width}}")
+    async def read(number: int, width: int = 3) -> int:
+        return number
+
+    assert await read(7) == 7
+    assert read.key(7) == "k:  7"
+
+
+def test_parameters_that_the_compiled_function_would_hide_are_refused(client: Client) -> None:
+    with pytest.raises(ValueError, match=r"cacheinval_key.*accepted"):
+
+        @client.cached("k:{cacheinval_key}")
+        async def read(cacheinval_key: int) -> int:
+            return cacheinval_key
