@@ -1,34 +1,46 @@
 """Read-through caching that obeys `coherence.py`: over a map in the process, or over a cache that others share."""
 
 import asyncio
+import logging
+import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+from cacheinval import logs
 from cacheinval.clock import Clock
 from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load, Moment
 from cacheinval.errors import CacheError
 from cacheinval.messages import check_names
 from cacheinval.places import Places
+from cacheinval.reloading import Reloads
 from cacheinval.versions import VersionOf, version_of
 
 __all__ = [
     "CacheCounters",
     "CoherentCache",
     "InProcessCache",
+    "Policies",
     "Read",
     "SharedCache",
     "running_transaction",
     "without_cache",
 ]
 
+log = logging.getLogger("cacheinval.cache")
+
 MOST_LOADS = 64
 """Loaders that run at a time, unless the setting `MAX_CONCURRENT_LOADS` says otherwise."""
 
 MOST_OWED = 10_000
 """Names whose eviction failed that are remembered one by one."""
+
+SAY_EVERY = 10.0
+"""Seconds between two lines in the log about loads whose failure no caller sees."""
 
 T = TypeVar("T")
 Factory = Callable[[], Awaitable[Any]]
@@ -44,6 +56,16 @@ class Read(NamedTuple):
     """`bypass`: loaded because the freshness of what is cached could not be proven, or past the cache on purpose."""
     stored: bool
     """Whether the value is now in the cache because of this read."""
+    detail: Literal["stale-if-error", "stale-while-revalidate"] | None = None
+    """Of a hit: by which exception a stale value was given."""
+
+
+class Policies(NamedTuple):
+    """What holds for reads that do not say otherwise; see `CoherentCache.get_or_set`."""
+
+    ttl_jitter: float = 0.0
+    stale_if_error: float = 0.0
+    stale_while_revalidate: float = 0.0
 
 
 class CacheCounters:
@@ -59,12 +81,15 @@ class CacheCounters:
         "not_stored",
         "primary_loads",
         "queued_loads",
+        "stale_if_error",
+        "stale_while_revalidate",
     )
 
     def __init__(self) -> None:
         self.hits = self.misses = self.bypasses = 0
         self.loads = self.primary_loads = self.queued_loads = self.load_errors = 0
         self.not_stored = self.evicted_entries = 0
+        self.stale_if_error = self.stale_while_revalidate = 0
 
 
 # What the code that runs now is part of: a load (whose value inherits what it reads), or a transaction (which must see
@@ -111,6 +136,7 @@ class CoherentCache(ABC):
     Args:
         ttl: seconds that an entry is kept where its reader does not say.
         most_loads: loaders that run at a time; further ones wait.
+        policies: for reads that do not say otherwise.
     """
 
     _shared = False
@@ -123,6 +149,7 @@ class CoherentCache(ABC):
         ttl: float,
         remember: Remember = lambda *loaded: None,
         most_loads: int = MOST_LOADS,
+        policies: Policies = Policies(),  # noqa: B008 (cannot be changed)
     ) -> None:
         self.counters = CacheCounters()
         self._remember = remember
@@ -132,6 +159,8 @@ class CoherentCache(ABC):
         self._ttl = ttl
         self._flights: dict[Load, asyncio.Future[Any]] = {}
         self._places = Places(most_loads)
+        self._policies = policies
+        self._said_at = -SAY_EVERY
 
     async def get_or_set(
         self,
@@ -143,6 +172,9 @@ class CoherentCache(ABC):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Callable[[], Awaitable[T]] | None = None,
+        stale_if_error: float | None = None,
+        stale_while_revalidate: float | None = None,
+        ttl_jitter: float | None = None,
     ) -> T:
         """The cached value of `key`, else the one that `factory` loads (at most one load of a key at a time).
 
@@ -156,14 +188,31 @@ class CoherentCache(ABC):
                 or a callable. What is known to be older than an invalidation said is not stored.
             primary: the same as `factory`, from the primary. It says that `factory` reads a replica, which may lag: where
                 that cannot be told from the version, the primary is read instead.
+            stale_if_error: seconds. Where loading fails, an older value is given instead of the error: one that only ran
+                out of its ttl for so long after that, any other one, an evicted one too, until it is so old. The
+                setting `STALE_IF_ERROR` if None; 0: never.
+            stale_while_revalidate: seconds. A value whose ttl ran out no longer ago is given at once, and loaded again in
+                the background; one that was evicted is not. The setting `STALE_WHILE_REVALIDATE` if None; 0: never.
+            ttl_jitter: up to which part of its ttl an entry expires early, at random, so that what was stored together
+                is not loaded together: 0 to 1. The setting `CACHE_TTL_JITTER` if None.
 
         Raises:
             InvalidKeyError: a key or tag that could never be invalidated.
             CacheError: the loaded value has no such version.
+            ValueError: one of the numbers is not as said above.
             Exception: whatever `factory` raises, to everyone who waited for it.
         """
         read = await self.read(
-            key, factory, ttl=ttl, tags=tags, model=model, version=version, primary=primary
+            key,
+            factory,
+            ttl=ttl,
+            tags=tags,
+            model=model,
+            version=version,
+            primary=primary,
+            stale_if_error=stale_if_error,
+            stale_while_revalidate=stale_while_revalidate,
+            ttl_jitter=ttl_jitter,
         )
         return read.value  # type: ignore[no-any-return]
 
@@ -182,6 +231,9 @@ class CoherentCache(ABC):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Factory | None = None,
+        stale_if_error: float | None = None,
+        stale_while_revalidate: float | None = None,
+        ttl_jitter: float | None = None,
         refresh: bool = False,
     ) -> Read:
         """The same as `get_or_set`, with how the value was come by.
@@ -348,12 +400,33 @@ class CoherentCache(ABC):
         if current is not None:
             self._coherence.inherit(current, part)
 
-    def _lifetime(self, ttl: float | None) -> float:
+    def _lifetime(self, ttl: float | None, jitter: float | None) -> float:
         if ttl is None:
-            return self._ttl
-        if not ttl > 0:
+            ttl = self._ttl
+        elif not ttl > 0:
             raise ValueError(f"ttl={ttl!r}: accepted: seconds, more than 0")
-        return ttl
+        if jitter is None:
+            jitter = self._policies.ttl_jitter
+        elif not 0 <= jitter <= 1:
+            raise ValueError(
+                f"ttl_jitter={jitter!r}: accepted: the part of the ttl that it may take off, 0 to 1"
+            )
+        return ttl * (1 - jitter * random.random()) if jitter else ttl
+
+    def _allowed(self, policy: str, seconds: float | None) -> float:
+        if seconds is None:
+            return getattr(self._policies, policy)  # type: ignore[no-any-return]
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"{policy}={seconds!r}: accepted: seconds, 0 for never")
+        return seconds
+
+    def _say_failed(self, key: str, error: Exception) -> None:
+        now = self._now()
+        if not 0 <= now - self._said_at < SAY_EVERY:
+            self._said_at = now
+            logs.event(
+                log, logging.WARNING, "cannot load, stale values are served", key=key, reason=repr(error)
+            )
 
 
 class MemoryBackend(Protocol):
@@ -378,9 +451,12 @@ class InProcessCache(CoherentCache):
         ttl: float,
         remember: Remember = lambda *loaded: None,
         most_loads: int = MOST_LOADS,
+        policies: Policies = Policies(),  # noqa: B008 (cannot be changed)
     ) -> None:
-        super().__init__(coherence, clock, ttl, remember, most_loads)
+        super().__init__(coherence, clock, ttl, remember, most_loads, policies)
         self._backend = backend
+        self._reloads = Reloads(self._say_failed)
+        self._keeps = False  # whether anybody has asked for `stale_if_error` so far
         self._standing = coherence.standing
         self._elapsed = clock.elapsed
 
@@ -396,6 +472,9 @@ class InProcessCache(CoherentCache):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Callable[[], Awaitable[T]] | None = None,
+        stale_if_error: float | None = None,
+        stale_while_revalidate: float | None = None,
+        ttl_jitter: float | None = None,
     ) -> T:
         """See `CoherentCache.get_or_set`."""
         entry = self._backend.peek(key)
@@ -408,7 +487,16 @@ class InProcessCache(CoherentCache):
             self.counters.hits += 1
             return entry.value  # type: ignore[no-any-return]
         read = await self.read(
-            key, factory, ttl=ttl, tags=tags, model=model, version=version, primary=primary
+            key,
+            factory,
+            ttl=ttl,
+            tags=tags,
+            model=model,
+            version=version,
+            primary=primary,
+            stale_if_error=stale_if_error,
+            stale_while_revalidate=stale_while_revalidate,
+            ttl_jitter=ttl_jitter,
         )
         return read.value  # type: ignore[no-any-return]
 
@@ -435,6 +523,9 @@ class InProcessCache(CoherentCache):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Factory | None = None,
+        stale_if_error: float | None = None,
+        stale_while_revalidate: float | None = None,
+        ttl_jitter: float | None = None,
         refresh: bool = False,
     ) -> Read:
         """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
@@ -451,7 +542,10 @@ class InProcessCache(CoherentCache):
             entry.standing = self._standing.number
             entry.serve_until = self._coherence.good_until(entry) - self._clock.start
             return Read(entry.value, "hit", False)
-        lifetime = self._lifetime(ttl)
+        lifetime, named = self._lifetime(ttl, ttl_jitter), _checked(key, tags)
+        if_error = self._allowed("stale_if_error", stale_if_error)
+        overtime = self._allowed("stale_while_revalidate", stale_while_revalidate)
+        self._keeps = self._keeps or if_error > 0
 
         async def load_and_store(load: Load) -> tuple[Any, bool]:
             value = await self._ask(load, factory, version, primary)
@@ -459,11 +553,49 @@ class InProcessCache(CoherentCache):
             if not self._coherence.may_store(load):
                 self.counters.not_stored += 1
                 return value, False
-            self._backend.put(key, self._coherence.entry(load, value, self._now() + lifetime))
+            expires_at = self._now() + lifetime
+            self._backend.put(key, self._coherence.entry(load, value, expires_at, if_error > 0))
             self._remember(key, primary or factory, model)
             return value, True
 
-        return await self._join_or_load(key, load_and_store, _checked(key, tags), now, entry, refresh)
+        # Within another load it is not given: what is built from it would be kept for a ttl of its own.
+        if (
+            overtime
+            and not refresh
+            and entry is not None
+            and not isinstance(within, Load)
+            and self._coherence.may_serve(entry, now, overtime)
+        ):
+            self.counters.hits += 1
+            self.counters.stale_while_revalidate += 1
+            self._reloads.start(key, partial(self._reload, key, load_and_store, named))
+            return Read(entry.value, "hit", False, "stale-while-revalidate")
+        try:
+            return await self._join_or_load(key, load_and_store, named, now, entry, refresh)
+        except CacheError:
+            raise  # the loader is made wrongly
+        except Exception as error:
+            instead = None if refresh else self._instead(key, if_error)
+            if instead is None:
+                raise
+            self._say_failed(key, error)
+            return instead
+
+    async def _reload(self, key: str, load_and_store: LoadAndStore, tags: frozenset[str]) -> None:
+        now = self._now()
+        if self._coherence.joinable(key, now, tags) is None:
+            await self._load(key, load_and_store, tags, now)
+
+    def _instead(self, key: str, if_error: float) -> Read | None:
+        """What is given where loading has failed."""
+        entry = self._backend.look(key) if if_error else None
+        if entry is None or not self._coherence.may_serve_instead(entry, self._now(), if_error):
+            return None
+        self.counters.stale_if_error += 1
+        current = _current_load()
+        if current is not None:
+            self._coherence.inherit_stale(current, entry)
+        return Read(entry.value, "hit", False, "stale-if-error")
 
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:
         """See `CoherentCache.would_serve`."""
@@ -476,14 +608,32 @@ class InProcessCache(CoherentCache):
 
     def evict_now(self, eviction: Eviction) -> None:
         """The same as `evict`. Entries of evicted tags are refused by the rules, and stay until they are replaced."""
-        if eviction.everything:
+        if self._keeps:
+            self.counters.evicted_entries += self._expire(eviction)
+        elif eviction.everything:
             self.counters.evicted_entries += len(self._backend)
             self._backend.reset()
         else:
             self.counters.evicted_entries += self._backend.drop(eviction.keys)
 
+    def _expire(self, eviction: Eviction) -> int:
+        """Evicts, and leaves for `stale_if_error` what is to be kept for it; returns how many entries that concerns."""
+        if eviction.everything:
+            return len(
+                self._backend
+            )  # the rules refuse those of an older epoch, and they are replaced in time
+        evicted, dropped = 0, []
+        for key in eviction.keys:
+            entry = self._backend.look(key)
+            if entry is not None and entry.kept:
+                evicted += self._coherence.expire(entry)
+            else:
+                dropped.append(key)
+        return evicted + self._backend.drop(dropped)
+
     async def close(self) -> None:
-        """Forgets everything."""
+        """Ends what is loaded in the background, and forgets everything."""
+        await self._reloads.close()
         self._backend.reset()
 
     def __len__(self) -> int:
@@ -556,8 +706,9 @@ class SharedCache(CoherentCache):
         ttl: float,
         remember: Remember = lambda *loaded: None,
         most_loads: int = MOST_LOADS,
+        policies: Policies = Policies(),  # noqa: B008 (cannot be changed)
     ) -> None:
-        super().__init__(coherence, clock, ttl, remember, most_loads)
+        super().__init__(coherence, clock, ttl, remember, most_loads, policies)
         self._backend = backend
         self._owed = _Owed()
 
@@ -571,6 +722,9 @@ class SharedCache(CoherentCache):
         model: Any = None,
         version: VersionOf | None = None,
         primary: Factory | None = None,
+        stale_if_error: float | None = None,
+        stale_while_revalidate: float | None = None,
+        ttl_jitter: float | None = None,
         refresh: bool = False,
     ) -> Read:
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
@@ -578,7 +732,11 @@ class SharedCache(CoherentCache):
         if type(within) is _Transaction and within.open:
             value = self._backend.encode(await factory())
             return Read(self._backend.decode(value, model), "bypass", False)
-        lifetime, named, now = self._lifetime(ttl), _checked(key, tags), self._now()
+        lifetime, named, now = self._lifetime(ttl, ttl_jitter), _checked(key, tags), self._now()
+        if stale_if_error or stale_while_revalidate:
+            raise ValueError(
+                "stale_if_error, stale_while_revalidate: accepted: 0, as a cache outside the process keeps nothing stale"
+            )
         found, entry, moment = await self._find_entry(key, named, model, lifetime)
         # The clock may have been set back meanwhile, and what began in its future would stay young too long.
         now = min(now, self._now())

@@ -23,7 +23,7 @@ from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.bus import Bus, Channel
 from cacheinval.bus.memory import EventBus
 from cacheinval.bus.rabbitmq import RabbitBus
-from cacheinval.cache import CoherentCache, InProcessCache, SharedCache
+from cacheinval.cache import CoherentCache, InProcessCache, Policies, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import SUSPECT_AGE, Coherence, Eviction
 from cacheinval.decorating import Cached, cached, invalidates
@@ -255,6 +255,9 @@ class Client:
         primary: Callable[..., Awaitable[Any]] | None = None,
         skip_if: Callable[[Any], object] | None = None,
         copy: bool | Callable[[Any], Any] = False,
+        stale_if_error: float | None = None,
+        stale_while_revalidate: float | None = None,
+        ttl_jitter: float | None = None,
     ) -> Callable[[Callable[P, Awaitable[T]]], Cached[P, T]]:
         """Decorates a coroutine function: its results are cached under `key`, a template of its arguments.
 
@@ -277,7 +280,7 @@ class Client:
             key: for example `"product:{product_id}"`; every name in braces is an argument.
             tags: templates, too. They are made of arguments alone, since an eviction of a tag has to concern loads in
                 flight, of which the result is not known yet.
-            ttl, model, version: as in `CoherentCache.get_or_set`.
+            ttl, model, version, stale_if_error, stale_while_revalidate, ttl_jitter: as in `CoherentCache.get_or_set`.
             primary: a coroutine function of the same arguments that reads the primary. It says that the decorated one
                 reads a replica, which may lag.
             skip_if: takes the result; where it is true that is returned, but not stored, nor is what is built from it; if
@@ -304,6 +307,9 @@ class Client:
             primary=primary,
             skip_if=skip_if,
             copy=copy,
+            stale_if_error=stale_if_error,
+            stale_while_revalidate=stale_while_revalidate,
+            ttl_jitter=ttl_jitter,
         )
 
     def attach(self, cache: "BaseCache", *, may_flush_all: bool = False) -> None:
@@ -563,8 +569,15 @@ class Client:
             settings.cache_ttl,
             self._loaders.remember,
             settings.max_concurrent_loads,
+            Policies(settings.cache_ttl_jitter, settings.stale_if_error, settings.stale_while_revalidate),
         )
         if settings.cache_is_external:
+            for policy in ("stale_if_error", "stale_while_revalidate"):
+                if seconds := getattr(settings, policy):
+                    raise ConfigurationError(
+                        f"CACHEINVAL_{policy.upper()}={seconds:g}: accepted: 0, as CACHEINVAL_CACHE_URL names a cache "
+                        "outside the process, which keeps nothing stale"
+                    )
             entries = SharedEntries(connect(settings.cache_url), settings.namespace)
             self._keeper = KeptProof(entries, settings.instance_id)
             return SharedCache(entries, *parts)

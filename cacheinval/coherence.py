@@ -68,6 +68,8 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     serve_until: float = -math.inf
     standing: int = -1
     """Judged at this number of `Coherence.standing` to be good until `serve_until`, which is of a clock of the cache."""
+    kept: bool = False
+    """Whether an eviction only expires it, since it is to be had while loading fails; its epoch is negative then."""
 
 
 class Moment(NamedTuple):
@@ -388,6 +390,7 @@ class Coherence:
         self._generation = 0
         self._tag_evicted: dict[str, int] = {}
         self._tag_floor = 0
+        self._ages_since = 1  # the first epoch of whose entries the ages can be told
 
         self._seqs: OrderedDict[str, int] = OrderedDict()
         self._origins_told = 0
@@ -425,9 +428,16 @@ class Coherence:
         proven = now <= moment.until and entry.load_started > moment.extends
         return (proven or now - entry.load_started <= self._age_limit) and self.may_serve(entry, now)
 
-    def may_serve(self, entry: Entry, now: float) -> bool:
-        """Whether a read that begins at `now` may be answered with `entry`."""
-        if entry.epoch != self.epoch or now >= entry.expires_at or self._too_old(entry.load_started, now):
+    def may_serve(self, entry: Entry, now: float, overtime: float = 0.0) -> bool:
+        """Whether a read that begins at `now` may be answered with `entry`, whose ttl ran out no more than `overtime`
+        seconds ago.
+
+        That is all that `stale_while_revalidate` excuses: what was evicted is not served for its sake, nor what cannot be
+        proven to be fresh.
+        """
+        if entry.epoch != self.epoch or now >= entry.expires_at + overtime:
+            return False
+        if self._too_old(entry.load_started, now):
             return False
         if self._registers and not self.registration.covers(entry.load_started, now):
             return False
@@ -437,6 +447,16 @@ class Coherence:
             return False
         entry.generation = self._generation  # looked at once for each tag eviction, not at each hit
         return True
+
+    def may_serve_instead(self, entry: Entry, now: float, seconds: float) -> bool:
+        """Whether a read whose load has failed may be answered with `entry` at `now` (`stale_if_error`).
+
+        Where nothing but its ttl has ended it, for `seconds` from then. What was evicted, or cannot be proven to be fresh, may
+        have been replaced as soon as it was loaded, so it is given until it is `seconds` old.
+        """
+        if self.may_serve(entry, now, seconds):
+            return True
+        return abs(entry.epoch) >= self._ages_since and now - entry.load_started <= seconds
 
     def good_until(self, entry: Entry) -> float:
         """Until when `entry`, which may be served now, may be as long as nothing shakes `standing`; never too long.
@@ -566,9 +586,15 @@ class Coherence:
         if self._loads.get(load.key) is load:
             del self._loads[load.key]
 
-    def entry(self, load: Load, value: Any, expires_at: float) -> Entry:
-        """The entry that holds what `load` read."""
-        return Entry(value, load.started, load.epoch, load.generation, expires_at, load.tags)
+    def entry(self, load: Load, value: Any, expires_at: float, kept: bool = False) -> Entry:
+        """The entry that holds what `load` read; `kept` is for `stale_if_error`."""
+        return Entry(value, load.started, load.epoch, load.generation, expires_at, load.tags, kept=kept)
+
+    def expire(self, entry: Entry) -> bool:
+        """`entry` is evicted, and no more to be had but by `may_serve_instead`; whether it was not before."""
+        before, entry.epoch = entry.epoch, -abs(entry.epoch)
+        entry.standing = -1
+        return before == self.epoch
 
     def inherit(self, load: Load, part: Entry | Load) -> None:
         """The value of `load` is built from `part`: it is as old as its oldest part and goes with the tags of each."""
@@ -578,6 +604,11 @@ class Coherence:
         else:
             load.started = min(load.started, part.started)
             load.voided = load.voided or not self.may_store(part)
+
+    def inherit_stale(self, load: Load, part: Entry) -> None:
+        """The same for a part that was given because loading it failed: what is built from it is not stored."""
+        self.inherit(load, part)
+        self.refuse(load)
 
     # Evicting
 
@@ -822,6 +853,7 @@ class Coherence:
         self.counters.gaps += 1
         self.counters.gap_reasons["clock stepped"] = self.counters.gap_reasons.get("clock stepped", 0) + 1
         self._last_gap = self._heard_at = -math.inf
+        self._ages_since = self.epoch + 1
         self._tick_passed = None
         self.proof.start_over()
         self._floors.forget(now)

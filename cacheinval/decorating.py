@@ -113,6 +113,7 @@ def cached(
     primary: Callable[..., Awaitable[Any]] | None,
     skip_if: Callable[[Any], object] | None,
     copy: bool | Callable[[Any], Any],
+    **policies: float | None,
 ) -> Callable[[Callable[P, Awaitable[T]]], Cached[P, T]]:
     """See `Client.cached`."""
     copied: Callable[[Any], Any] | None = deepcopy if copy is True else copy or None
@@ -135,6 +136,7 @@ def cached(
                 version=version,
                 primary=None if primary is None else loader(primary),
                 refresh=refresh,
+                **policies,
             )
             value: T = read.value
             return value if copied is None else copied(value)

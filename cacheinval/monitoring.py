@@ -120,6 +120,8 @@ _HELP = {
     "cache_primary_loads": "Those that read the primary, because a replica may lag behind.",
     "cache_queued_loads": "Loads that waited, because as many as may run at a time did.",
     "cache_not_stored": "Loaded values that were not stored, because their key was evicted meanwhile, or they lag behind.",
+    "cache_stale_if_error": "Reads given a stale value, because loading failed.",
+    "cache_stale_while_revalidate": "Reads given a value whose ttl had run out, while it was loaded again.",
     "cache_evicted_entries": "Entries that an invalidation dropped.",
     "coherence_epochs": "Whole-cache resets.",
     "coherence_gaps": "Occasions on which messages may have been missed.",

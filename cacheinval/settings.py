@@ -94,6 +94,7 @@ def _upper(value: object) -> object:
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_name)]
 
 
@@ -136,6 +137,16 @@ class Settings(BaseSettings):
         description="host, pid and a random part; must be set, and stay the same, for a cache outside the process",
     )
     cache_ttl: Seconds = Field(default=300, description="seconds that an entry is kept")
+    cache_ttl_jitter: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0, description="up to which part of its ttl an entry expires early, at random; 0 to 1"
+    )
+    stale_if_error: NotNegative = Field(
+        default=0, description="seconds; for how long a stale value is given where loading fails; 0: never"
+    )
+    stale_while_revalidate: NotNegative = Field(
+        default=0,
+        description="seconds past its ttl for which a value is given while it is loaded again; 0: never",
+    )
     cache_max_entries: Annotated[int, Field(ge=1)] = Field(
         default=100_000, description="bound of the cache in the process"
     )
@@ -152,14 +163,14 @@ class Settings(BaseSettings):
         default="auto", description="`auto`: take part in relaying the outbox; `off`: leave it to others"
     )
     tick_interval: Seconds = Field(default=1, description="seconds between the relay's signs of life")
-    max_clock_skew: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+    max_clock_skew: NotNegative = Field(
         default=0.1, description="seconds that clocks of hosts and database may differ"
     )
     publish_timeout: Seconds = Field(default=5, description="seconds to wait for the broker's confirm")
     prefetch: Annotated[int, Field(ge=1, le=65535)] = Field(
         default=500, description="messages under way to an instance and not yet acknowledged"
     )
-    audit_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+    audit_interval: NotNegative = Field(
         default=0, description="seconds between audits of some entries against their source; 0: none"
     )
     http_host: str = Field(default="127.0.0.1", description="address for health, metrics and products")

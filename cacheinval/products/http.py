@@ -100,7 +100,7 @@ def create_app(cache: Cache, service: Service, monitoring: ASGIApp, monitored: I
 def cache_status(read: Read) -> str:
     """How a read was answered, as RFC 9211 writes it."""
     if read.outcome == "hit":
-        return "cacheinval; hit"
+        return f"cacheinval; hit{f'; detail={read.detail}' if read.detail else ''}"
     return f"cacheinval; fwd={read.outcome}{'; stored' if read.stored else ''}"
 
 
