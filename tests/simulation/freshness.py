@@ -23,7 +23,7 @@ TAG = "t"
 FOREVER = 1e9
 BUDGETS = (
     "writes", "slow_writes", "unknown_commits", "unrecorded", "kills", "renewals", "lost_deletes", "looks", "drops",
-    "purges", "losses", "deaf", "malformed", "foreign_ticks", "failures", "clock_sets",
+    "purges", "losses", "deaf", "malformed", "foreign_ticks", "failures", "clock_sets", "load_failures",
 )  # fmt: skip
 
 Act = Callable[["Timed"], None]
@@ -81,6 +81,13 @@ class Span:
     foreign_ticks: int = 0
     failures: int = 0
     clock_sets: int = 0
+    load_failures: int = 0
+    ttl: int = 0
+    """Seconds; 0: for ever."""
+    if_error: int = 0
+    """Seconds for which a stale value is given where loading fails."""
+    overtime: int = 0
+    """Seconds past its ttl for which a value is given while it is loaded again."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Relaying:
     deletes_before_publishing: bool = False
     echo_without_evicting: bool = False
     forgets_failed_evictions: bool = False
+    stores_what_is_given_instead: bool = False
 
 
 @dataclass
@@ -310,8 +318,12 @@ class Timed:
                 for key in self.span.keys:
                     of = f" of {key}" if len(self.span.keys) > 1 else ""
                     yield f"read{of}", partial(Timed.read, number=number, key=key)
+                    if self.left["load_failures"] and not self.span.hung_loads:
+                        yield f"read{of}, loading fails", partial(Timed.read_in_vain, number=number, key=key)
             elif reader.leads and reader.value is None:
                 yield f"{name} loads", partial(Timed.load_reads, number=number)
+                if self.left["load_failures"]:
+                    yield f"{name} fails to load", partial(Timed.load_fails, number=number)
             elif reader.leads:
                 yield f"{name} stores and returns", partial(Timed.load_returns, number=number)
 
@@ -693,17 +705,24 @@ class Timed:
         """What an eviction under way names is not served either, so the entries may go at once."""
         self.coherence.evict(eviction, self.now)
         if eviction.everything:
-            self.entries.clear()
+            if not self.span.if_error:
+                self.entries.clear()
             self.missing.clear()
             self.floor = dict(self.version)
         for key in eviction.keys:
-            self.entries.pop(key, None)
+            if self.span.if_error and key in self.entries:
+                self.coherence.expire(self.entries[key])
+            else:
+                self.entries.pop(key, None)
         if eviction.tags and self.span.durable:
             self.entries.clear()  # in a cache outside the process tags have stamps of their own
 
     # Reading
 
-    def read(self, number: int, key: str) -> None:
+    def read_in_vain(self, number: int, key: str) -> None:
+        self.read(number, key, fails=True)
+
+    def read(self, number: int, key: str, fails: bool = False) -> None:
         least, tags = self.floor[key], frozenset({TAG} if self.span.tagged else ())
         entry = self._found(key)
         if entry is not None and self.coherence.may_serve(entry, self.now):
@@ -711,13 +730,19 @@ class Timed:
                 raise BrokenError(f"a suspect instance serves what was loaded at {entry.load_started}")
             self._returned(key, entry.value, self.real, least, "hit")
             return
+        if entry is not None and self.coherence.may_serve(entry, self.now, self.span.overtime):
+            self._returned(key, entry.value, self.real, least, "hit past its ttl")
+            if self.coherence.joinable(key, self.now, tags) is not None:
+                return
         load = self.coherence.joinable(key, self.now, tags)
         if load is not None:
             self.readers[number] = Reader(key, self.real, least, load, leads=False)
             return
         load = self.coherence.begin_load(key, self.now, tags)
         self.readers[number] = Reader(key, self.real, least, load, leads=True)
-        if not self.span.hung_loads:
+        if fails:
+            self.load_fails(number)
+        elif not self.span.hung_loads:
             self.load_reads(number)
             self.load_returns(number)
 
@@ -740,14 +765,39 @@ class Timed:
         assert leader is not None
         asked = self.coherence.may_store
         if asked(leader.load):
-            self.entries[leader.key] = self.coherence.entry(leader.load, leader.value, FOREVER)
+            expires_at = self.now + self.span.ttl if self.span.ttl else FOREVER
+            self.entries[leader.key] = self.coherence.entry(leader.load, leader.value, expires_at)
         self.coherence.end_load(leader.load)
         for at, reader in enumerate(self.readers):
             if reader is not None and reader.load is leader.load:
                 self.readers[at] = None
                 self._returned(reader.key, leader.value, reader.began, reader.least, "load")
 
+    def load_fails(self, number: int) -> None:
+        self.left["load_failures"] -= 1
+        leader = self.readers[number]
+        assert leader is not None
+        self.coherence.end_load(leader.load)
+        for at, reader in enumerate(self.readers):
+            if reader is not None and reader.load is leader.load:
+                self.readers[at] = None
+        entry = self.entries.get(leader.key)
+        if entry is None or not self.coherence.may_serve_instead(entry, self.now, self.span.if_error):
+            return
+        self._given_instead(leader.key, entry.value, leader.least)
+        if self.relaying.stores_what_is_given_instead:
+            self.entries[leader.key] = self.coherence.entry(leader.load, entry.value, FOREVER)
+
     # What must hold
+
+    def _given_instead(self, key: str, version: int, least: int) -> None:
+        replaced, limit = self.replaced_at.get((key, version)), self.span.if_error
+        if version >= least and self.span.staleness is None:
+            return  # not known to be evicted, and nothing is promised of such a value
+        if version >= least:
+            limit = max(limit, self.span.staleness or 0)
+        if replaced is not None and self.real - replaced > limit:
+            raise BrokenError(f"at {self.real} an error gave what was replaced at {replaced}")
 
     def _returned(self, key: str, version: int | None, began: int, least: int, how: str) -> None:
         assert version is not None
@@ -817,13 +867,14 @@ class Timed:
             None if self.evicting is None else self.evicting.everything, self.failing, self.clearing, self.uncleared,
             tuple(self.missing), self.behind, self.marker, self.marker_owed, self.bound, self.joined,
             self.heard_at if span.silence else 0,
-            tuple((key, e.value, e.load_started, c.epoch - e.epoch, c._generation - e.generation)
+            tuple((key, e.value, e.load_started, c.epoch - abs(e.epoch), e.epoch < 0, e.expires_at, c._generation - e.generation)
                   for key, e in sorted(self.entries.items())),
             self._reading(),
             tuple((r.cursor, None if r.half_look is None else tuple(r.half_look), tuple(r.in_hand),
                    None if r.ticks._look is None else (r.ticks._look.as_of, tuple(sorted(r.ticks.waiting)), tuple(r.seen.items())))
                   for r in self.relays),
             tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())),
+            c.epoch - c._ages_since if span.if_error and span.clocks else None,
             tuple(c._doubts), tuple(c._seqs.items()), tuple(sorted(c._echoes)), c._gap_due is None,
             c._last_gap if span.clocks or self.now - c._last_gap < 1 else None,
             c._marker, c._marker_passed, _message_key(c._tick_passed) if c._tick_passed else None, c._subscribed, c._heard_at if span.silence else 0,

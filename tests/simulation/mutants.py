@@ -24,6 +24,11 @@ OWN_TAGS = Shape(keys=("a", "b"), tagged=True, by_tag=True, own_tags=True, write
 BEATS = Shape(writes=2, readers=1, drops=1, beats=1)
 DROPPED_AND_GARBLED = Shape(keys=("a", "b"), writes=3, readers=1, drops=1, malformed=1)
 
+TOO_OLD = "        if self._too_old(entry.load_started, now):\n            return False\n"
+PAST_TTL = Span(staleness=0, until=4, ttl=1, overtime=2, if_error=2, losses=1, looks=0)
+PAST_TTL_BY_TAG = Span(staleness=None, until=4, ttl=1, overtime=2, tagged=True, by_tag=True, looks=0)
+IN_VAIN = Span(staleness=None, until=5, if_error=1, load_failures=1, looks=0)
+
 FEW_TAGS = (("MAX_EVICTED_TAGS = 100_000", "MAX_EVICTED_TAGS = 1"),)
 FEW_ORIGINS = (("MAX_ORIGINS = 10_000", "MAX_ORIGINS = 1"),)
 
@@ -146,7 +151,7 @@ MUTANTS = [
     Mutant(
         "an entry forgets its tags",
         TAGS,
-        (("load.generation, expires_at, load.tags)", "load.generation, expires_at)"),),
+        (("load.generation, expires_at, load.tags, kept=", "load.generation, expires_at, kept="),),
     ),
     Mutant(
         "loads joined whose tag was evicted",
@@ -437,12 +442,7 @@ TIMED_MUTANTS = [
     TimedMutant(
         "hits of any age",
         Span(looks=0, staleness=0, until=3),
-        (
-            (
-                "or now >= entry.expires_at or self._too_old(entry.load_started, now):",
-                "or now >= entry.expires_at:",
-            ),
-        ),
+        ((TOO_OLD, ""),),
     ),
     TimedMutant(
         "watermark without end",
@@ -473,6 +473,57 @@ TIMED_MUTANTS = [
         "the marker of an earlier subscription",
         Span(staleness=0, until=3, durable=True, losses=2, looks=0),
         (("message.id == self._marker", "True"),),
+    ),
+    TimedMutant(
+        "an evicted value that is kept is served",
+        IN_VAIN,
+        (("before, entry.epoch = entry.epoch, -abs(entry.epoch)", "before = entry.epoch"),),
+    ),
+    TimedMutant("a judgement outlives what is expired", IN_VAIN, (("        entry.standing = -1\n", ""),)),
+    TimedMutant(
+        "an evicted value given while it is loaded again",
+        PAST_TTL,
+        (
+            (
+                "if entry.epoch != self.epoch or now >=",
+                "if (entry.epoch != self.epoch and not overtime) or now >=",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "a value of an evicted tag given while it is loaded again",
+        PAST_TTL_BY_TAG,
+        (
+            (
+                "if not self._tags_stand(entry.tags, entry.generation):",
+                "if not overtime and not self._tags_stand(entry.tags, entry.generation):",
+            ),
+        ),
+    ),
+    TimedMutant(
+        "what cannot be proven given while it is loaded again",
+        PAST_TTL,
+        ((TOO_OLD, TOO_OLD.replace("if self", "if not overtime and self")),),
+    ),
+    TimedMutant(
+        "an evicted value given instead of an error for as long after its ttl",
+        Span(staleness=None, until=5, ttl=1, if_error=1, load_failures=1, looks=0),
+        (("now - entry.load_started <= seconds", "now <= entry.expires_at + seconds"),),
+    ),
+    TimedMutant(
+        "an evicted value of any age given instead of an error",
+        IN_VAIN,
+        ((" and now - entry.load_started <= seconds", ""),),
+    ),
+    TimedMutant(
+        "ages told by a clock that was set",
+        Span(ahead=2, clocks=(0,), clock_sets=1, if_error=1, load_failures=1, looks=0, until=5),
+        (("abs(entry.epoch) >= self._ages_since and", ""),),
+    ),
+    TimedMutant(
+        "what was given instead of an error is stored",
+        IN_VAIN,
+        relaying=Relaying(stores_what_is_given_instead=True),
     ),
     TimedMutant(
         "silence not heard",

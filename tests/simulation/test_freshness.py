@@ -59,6 +59,26 @@ SPANS = {
     "a deaf subscription, a clock put right": Span(
         silence=1, deaf=1, looks=0, writes=0, ahead=2, clocks=(0,), clock_sets=1
     ),
+    "loads that fail": Span(staleness=0, until=4, ttl=1, if_error=1, load_failures=1, drops=1),
+    "loads that hang and fail": Span(
+        staleness=0, until=3, if_error=1, load_failures=1, hung_loads=True, readers=2, looks=0
+    ),
+    "loads that fail without a subscription": Span(
+        staleness=None, until=5, if_error=2, load_failures=1, losses=1, looks=0
+    ),
+    "loads that fail, by tag": Span(
+        staleness=None, until=4, if_error=1, load_failures=1, tagged=True, by_tag=True, looks=0
+    ),
+    "loads that fail, a clock set": Span(
+        ahead=2, clocks=(0,), clock_sets=1, if_error=1, load_failures=1, looks=0, until=5
+    ),
+    "values past their ttl": Span(staleness=1, until=4, ttl=1, overtime=1, drops=1),
+    "values past their ttl, loads that hang": Span(
+        staleness=0, until=3, ttl=1, overtime=1, hung_loads=True, readers=2, looks=1
+    ),
+    "values past their ttl that are kept, by tag": Span(
+        staleness=0, until=4, ttl=1, overtime=2, if_error=2, tagged=True, by_tag=True, losses=1, looks=0
+    ),
     "no limit of staleness": Span(staleness=None, losses=1, drops=1, until=4, looks=0),
 }
 MOST = 100_000
