@@ -17,8 +17,9 @@ from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load, Mome
 from cacheinval.errors import CacheError
 from cacheinval.messages import check_names
 from cacheinval.places import Places
-from cacheinval.reloading import Reloads
+from cacheinval.reloading import Reloads, Warmer
 from cacheinval.versions import VersionOf, version_of
+from cacheinval.warming import LOOK_EVERY, Hot, Warming
 
 __all__ = [
     "CacheCounters",
@@ -38,6 +39,9 @@ MOST_LOADS = 64
 
 MOST_OWED = 10_000
 """Names whose eviction failed that are remembered one by one."""
+
+MOST_RELOADS = 1_000
+"""Values past their ttl that are loaded again at a time; what would be one more is left to the next read."""
 
 SAY_EVERY = 10.0
 """Seconds between two lines in the log about loads whose failure no caller sees."""
@@ -66,6 +70,10 @@ class Policies(NamedTuple):
     ttl_jitter: float = 0.0
     stale_if_error: float = 0.0
     stale_while_revalidate: float = 0.0
+    warm_keys: int = 0
+    """How many of the hottest keys are loaded again after an eviction."""
+    warm_interval: float = 1.0
+    """Seconds between two such loads of one key."""
 
 
 class CacheCounters:
@@ -420,13 +428,11 @@ class CoherentCache(ABC):
             raise ValueError(f"{policy}={seconds!r}: accepted: seconds, 0 for never")
         return seconds
 
-    def _say_failed(self, key: str, error: Exception) -> None:
+    def _say_failed(self, what: str, key: str, error: Exception) -> None:
         now = self._now()
         if not 0 <= now - self._said_at < SAY_EVERY:
             self._said_at = now
-            logs.event(
-                log, logging.WARNING, "cannot load, stale values are served", key=key, reason=repr(error)
-            )
+            logs.event(log, logging.WARNING, what, key=key, reason=repr(error))
 
 
 class MemoryBackend(Protocol):
@@ -455,7 +461,18 @@ class InProcessCache(CoherentCache):
     ) -> None:
         super().__init__(coherence, clock, ttl, remember, most_loads, policies)
         self._backend = backend
-        self._reloads = Reloads(self._say_failed)
+        self._reloads = Reloads(
+            partial(self._say_failed, "cannot load again what is past its ttl"), MOST_RELOADS
+        )
+        self.warming: Warmer | None = None
+        if policies.warm_keys:
+            self.warming = Warmer(
+                Warming(policies.warm_keys, policies.warm_interval),
+                self._warm,
+                is_fresh=self._is_fresh,
+                may_begin=lambda: not coherence.bypassing(None, self._now()),
+                failed=partial(self._say_failed, "cannot load again what was evicted"),
+            )
         self._keeps = False  # whether anybody has asked for `stale_if_error` so far
         self._standing = coherence.standing
         self._elapsed = clock.elapsed
@@ -541,23 +558,19 @@ class InProcessCache(CoherentCache):
             # In time that elapses: were the clock set, which moves its start, everything would be judged again.
             entry.standing = self._standing.number
             entry.serve_until = self._coherence.good_until(entry) - self._clock.start
+            if self.warming is not None:
+                entry.serve_until = min(entry.serve_until, self._elapsed() + LOOK_EVERY)
+                kept = self._allowed("stale_if_error", stale_if_error) > 0
+                lifetime = self._lifetime(ttl, ttl_jitter)
+                reload = self._loading(key, factory, model, version, primary, lifetime, kept)
+                self.warming.plan.read(Hot(key, (reload, _checked(key, tags)), entry.tags))
             return Read(entry.value, "hit", False)
-        lifetime, named = self._lifetime(ttl, ttl_jitter), _checked(key, tags)
+        named = _checked(key, tags)
         if_error = self._allowed("stale_if_error", stale_if_error)
         overtime = self._allowed("stale_while_revalidate", stale_while_revalidate)
+        lifetime = self._lifetime(ttl, ttl_jitter)
+        load_and_store = self._loading(key, factory, model, version, primary, lifetime, if_error > 0)
         self._keeps = self._keeps or if_error > 0
-
-        async def load_and_store(load: Load) -> tuple[Any, bool]:
-            value = await self._ask(load, factory, version, primary)
-            # No await between the question and the store: an eviction in between would be undone by the store.
-            if not self._coherence.may_store(load):
-                self.counters.not_stored += 1
-                return value, False
-            expires_at = self._now() + lifetime
-            self._backend.put(key, self._coherence.entry(load, value, expires_at, if_error > 0))
-            self._remember(key, primary or factory, model)
-            return value, True
-
         # Within another load it is not given: what is built from it would be kept for a ttl of its own.
         if (
             overtime
@@ -578,8 +591,30 @@ class InProcessCache(CoherentCache):
             instead = None if refresh else self._instead(key, if_error)
             if instead is None:
                 raise
-            self._say_failed(key, error)
+            self._say_failed("cannot load, and gives what is stale", key, error)
             return instead
+
+    def _loading(
+        self,
+        key: str,
+        factory: Factory,
+        model: Any,
+        version: VersionOf | None,
+        primary: Factory | None,
+        lifetime: float,
+        kept: bool,
+    ) -> LoadAndStore:
+        async def load_and_store(load: Load) -> tuple[Any, bool]:
+            value = await self._ask(load, factory, version, primary)
+            # No await between the question and the store: an eviction in between would be undone by the store.
+            if not self._coherence.may_store(load):
+                self.counters.not_stored += 1
+                return value, False
+            self._backend.put(key, self._coherence.entry(load, value, self._now() + lifetime, kept))
+            self._remember(key, primary or factory, model)
+            return value, True
+
+        return load_and_store
 
     async def _reload(self, key: str, load_and_store: LoadAndStore, tags: frozenset[str]) -> None:
         now = self._now()
@@ -608,6 +643,8 @@ class InProcessCache(CoherentCache):
 
     def evict_now(self, eviction: Eviction) -> None:
         """The same as `evict`. Entries of evicted tags are refused by the rules, and stay until they are replaced."""
+        if self.warming is not None:
+            self.warming.evicted(eviction.keys, eviction.tags, eviction.everything)
         if self._keeps:
             self.counters.evicted_entries += self._expire(eviction)
         elif eviction.everything:
@@ -631,9 +668,22 @@ class InProcessCache(CoherentCache):
                 dropped.append(key)
         return evicted + self._backend.drop(dropped)
 
+    async def _warm(self, hot: Hot) -> bool | None:
+        load_and_store, tags = hot.reload
+        now = self._now()
+        if self._coherence.joinable(hot.key, now, tags) is not None:
+            return None
+        return (await self._load(hot.key, load_and_store, tags, now))[1]
+
+    def _is_fresh(self, key: str) -> bool:
+        entry = self._backend.look(key)
+        return entry is not None and self._coherence.may_serve(entry, self._now())
+
     async def close(self) -> None:
         """Ends what is loaded in the background, and forgets everything."""
         await self._reloads.close()
+        if self.warming is not None:
+            await self.warming.close()
         self._backend.reset()
 
     def __len__(self) -> int:

@@ -53,6 +53,7 @@ from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.receipts import Question, Receipt
 from cacheinval.receiver import Instance
 from cacheinval.registration import Registered, Registration
+from cacheinval.reloading import Warmer
 from cacheinval.settings import Settings, mask_url
 from cacheinval.tasks import STOP_TIMEOUT, Tasks
 from cacheinval.versions import VersionOf
@@ -569,19 +570,29 @@ class Client:
             settings.cache_ttl,
             self._loaders.remember,
             settings.max_concurrent_loads,
-            Policies(settings.cache_ttl_jitter, settings.stale_if_error, settings.stale_while_revalidate),
+            Policies(
+                settings.cache_ttl_jitter,
+                settings.stale_if_error,
+                settings.stale_while_revalidate,
+                settings.warm_keys,
+                settings.warm_interval,
+            ),
         )
         if settings.cache_is_external:
-            for policy in ("stale_if_error", "stale_while_revalidate"):
+            for policy in ("stale_if_error", "stale_while_revalidate", "warm_keys"):
                 if seconds := getattr(settings, policy):
                     raise ConfigurationError(
                         f"CACHEINVAL_{policy.upper()}={seconds:g}: accepted: 0, as CACHEINVAL_CACHE_URL names a cache "
-                        "outside the process, which keeps nothing stale"
+                        "outside the process"
                     )
             entries = SharedEntries(connect(settings.cache_url), settings.namespace)
             self._keeper = KeptProof(entries, settings.instance_id)
             return SharedCache(entries, *parts)
         return InProcessCache(BoundedMemoryCache(settings.cache_max_entries), *parts)
+
+    @property
+    def _warmer(self) -> Warmer | None:
+        return self.cache.warming if isinstance(self.cache, InProcessCache) else None
 
     def _make_auditor(self) -> Auditor:
         settings = self.settings
@@ -741,6 +752,7 @@ class Client:
                 "entries": len(self.cache) if isinstance(self.cache, InProcessCache) else None,
                 "attached": len(self._caches) - 1,
                 "epoch": self._coherence.epoch,
+                "warming": None if self._warmer is None else self._warmer.state,
             },
             "audit": self.auditor.state,
             "counters": self.stats(),
@@ -758,6 +770,9 @@ class Client:
                 ("audit", self.auditor),
             )
         }
+        if self._warmer is not None:
+            slots = self._warmer.counters.__slots__
+            counters["warming"] = {field: getattr(self._warmer.counters, field) for field in slots}
         if self.relay is not None:
             counters["relay"] = self.relay.counters
         return counters

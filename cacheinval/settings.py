@@ -156,6 +156,12 @@ class Settings(BaseSettings):
     max_concurrent_loads: Annotated[int, Field(ge=1)] = Field(
         default=64, description="loaders that run at a time; further ones wait"
     )
+    warm_keys: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        default=0, description="hottest keys that are loaded again after an eviction, at most 10000; 0: none"
+    )
+    warm_interval: Seconds = Field(
+        default=1, description="seconds between two such loads of one key, however often it is evicted"
+    )
     max_replica_lag: Seconds = Field(
         default=30, description="seconds by which a replica that loaders read may lag behind"
     )

@@ -111,7 +111,7 @@ def test_the_example_without_servers_prints_what_it_says() -> None:
 
 @pytest.fixture
 async def client() -> Client:
-    return Client(Settings(broker_url="memory://", database_url="postgresql://127.0.0.1:1/x"))
+    return Client(Settings(broker_url="memory://", database_url="postgresql://127.0.0.1:1/x", warm_keys=1))
 
 
 async def run_example(source: str, names: dict[str, Any]) -> str:

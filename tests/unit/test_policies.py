@@ -272,7 +272,7 @@ async def test_the_log_says_why_now_and_then(
         for _ in range(3):
             await give_if_error(cache, source)
         assert [record.getMessage() for record in caplog.records] == [
-            "cannot load, stale values are served key=k reason=\"OSError('no database')\""
+            "cannot load, and gives what is stale key=k reason=\"OSError('no database')\""
         ]
         clock.time += 10
         await give_if_error(cache, source)
@@ -406,6 +406,21 @@ async def test_within_another_load_it_is_loaded_first(
     assert await cache.get_or_set("page", page) == "page of 2"
 
 
+async def test_what_a_reader_loads_already_is_not_loaded_again(
+    cache: InProcessCache, source: Source, clock: SetClock, eventually: Eventually
+) -> None:
+    await give_and_reload(cache, source)
+    clock.time += 300
+    source.open.clear()
+    strict = asyncio.create_task(cache.read("k", source.load))
+    await eventually(lambda: source.loads == 2)
+    assert (await give_and_reload(cache, source)).detail == "stale-while-revalidate"
+    await eventually(lambda: len(cache._reloads) == 0)
+    source.open.set()
+    assert (await strict).stored
+    assert source.loads == 2
+
+
 async def test_reloads_end_with_the_cache(
     cache: InProcessCache, source: Source, clock: SetClock, eventually: Eventually
 ) -> None:
@@ -423,10 +438,9 @@ async def test_no_more_than_so_many_reloads_at_once(
     cache: InProcessCache,
     source: Source,
     clock: SetClock,
-    monkeypatch: pytest.MonkeyPatch,
     eventually: Eventually,
 ) -> None:
-    monkeypatch.setattr("cacheinval.reloading.MOST_AT_ONCE", 2)
+    cache._reloads._most = 2
     keys = ["a", "b", "c"]
     for key in keys:
         await cache.get_or_set(key, source.load)

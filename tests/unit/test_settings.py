@@ -43,6 +43,8 @@ WRONG = [
     ("MAX_STALENESS", "2.44", "at least 2.45 (2 x TICK_INTERVAL + 0.25 + 2 x MAX_CLOCK_SKEW seconds)"),
     ("MAX_CONCURRENT_LOADS", "0", "greater than or equal to 1"),
     ("MAX_CONCURRENT_LOADS", "many", "valid integer"),
+    ("WARM_KEYS", "10001", "less than or equal to 10000"),
+    ("WARM_INTERVAL", "0", "greater than 0"),
     ("MAX_REPLICA_LAG", "0", "greater than 0"),
     ("MAX_REPLICA_LAG", "inf", "finite"),
     ("RELAY", "on", "'auto' or 'off'"),
