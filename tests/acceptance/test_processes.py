@@ -288,6 +288,28 @@ class TestOutages:
         query = "SELECT count(*) FROM cacheinval.outbox"
         await eventually(lambda: _is_zero(settings["database_url"], query), timeout=15)
 
+    async def test_while_the_database_is_down_an_evicted_product_is_given_if_that_is_asked_for(
+        self, started: Started, settings: dict[str, object], own_postgres: Postgres
+    ) -> None:
+        settings |= {"database_url": own_postgres.url, "stale_if_error": 60}
+        service = await started.start_http("serve", **settings)
+        await started.until(service, "ready")
+        for name in ("a", "b"):
+            assert (await started.put(service, name, "1")).status_code == 201
+        assert await started.read(service, "a") == ("1", "cacheinval; fwd=miss; stored")
+        assert (await started.put(service, "a", "2")).status_code == 200
+        await own_postgres.stop()
+        assert await started.read(service, "a") == ("1", "cacheinval; hit; detail=stale-if-error")
+        assert (await started.get(service, "/products/b")).status_code == 503
+        assert "cacheinval_cache_stale_if_error_total 1.0" in (await started.get(service, "/metrics")).text
+        assert len(service.logged("cannot load, and gives what is stale")) == 1
+        await own_postgres.start()
+        end = time.monotonic() + 30
+        while (read := await started.read(service, "a")) != ("2", "cacheinval; fwd=miss; stored"):
+            assert read == ("1", "cacheinval; hit; detail=stale-if-error")
+            assert time.monotonic() < end
+            await asyncio.sleep(0.05)
+
     async def test_serve_waits_for_the_database(
         self,
         started: Started,
