@@ -103,7 +103,7 @@ MUTANTS = [
         "served after leaving",
         LEAVES,
         "registration",
-        "            self.until, self.since = -math.inf, math.inf\n\n    def covers",
+        "            self.until, self.since = -math.inf, math.inf\n            self.standing.shake()\n\n    def covers",
         "            pass\n\n    def covers",
     ),
     Mutant(
