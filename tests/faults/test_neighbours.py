@@ -16,6 +16,7 @@ from proxy import Proxy
 from scene import EVENTUAL, Clients, Eventually, evicted, giving, operating, through
 from workload import Work, Working
 
+from cacheinval import Read
 from cacheinval.sandbox import RabbitMQ, Redis
 
 pytest_plugins = ("scene", "workload")
@@ -93,7 +94,7 @@ async def test_namespaces_whose_names_look_alike(
     for client in others:
         for key in ("a", "prod:a", "uct:a"):
             found = await client.cache.read(key, giving("loaded again"), tags=["t"])
-            assert found == (client.settings.namespace, "hit", False)
+            assert found == Read(client.settings.namespace, "hit", False)
         assert evicted(client) == 0
     assert [client.stats()["coherence"]["epochs"] for client in others] == epochs
     assert [client.relay.counters["published_rows"] for client in others] == relayed

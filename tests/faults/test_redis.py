@@ -22,7 +22,7 @@ from scene import (
     through,
 )
 
-from cacheinval import Client, Settings, receiver
+from cacheinval import Client, Read, Settings, receiver
 from cacheinval.bus import Delivery, Receiver
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.sandbox import RabbitMQ, Redis
@@ -153,7 +153,7 @@ async def test_a_worker_that_was_away_catches_up_before_it_serves(
         await second.wait_ready(EVENTUAL)
         assert not await shared.has("a")
         assert not await shared.has("c")
-        assert await second.cache.read("b", giving("new")) == ("old", "hit", False)
+        assert await second.cache.read("b", giving("new")) == Read("old", "hit", False)
         assert await shared.epoch() == before
         assert second.stats()["coherence"]["epochs"] == 0
         assert bus.held >= 7 + 1  # 5000 keys are 5 messages; the last one is the marker
@@ -243,13 +243,13 @@ async def test_redis_is_away_while_it_has_to_evict(
             else:
                 await eventually(lambda: "receiving failed: not evicted within" in caplog.text, EVENTUAL)
             assert await shared.has("a")
-            assert await client.cache.read("a", giving("new")) == ("new", "bypass", False)
+            assert await client.cache.read("a", giving("new")) == Read("new", "bypass", False)
 
             proxy.pass_()
             await client.wait_ready(EVENTUAL)
             assert not await shared.has("a")
             assert await shared.epoch() == before
-            assert await client.cache.read("b", giving("new")) == ("old", "hit", False)
+            assert await client.cache.read("b", giving("new")) == Read("old", "hit", False)
         await eventually(lambda: are_ready(operator, queue, 0))
 
 
@@ -297,7 +297,7 @@ async def test_redis_is_away_when_everything_has_to_go(
         proxy.pass_()
         await client.wait_ready(EVENTUAL)
         assert await shared.epoch() != before  # whoever reads there, be it in another process
-        assert await client.cache.read("a", giving("new")) == ("new", "miss", True)
+        assert await client.cache.read("a", giving("new")) == Read("new", "miss", True)
 
 
 async def unacknowledged(rabbitmq: RabbitMQ, queue: str) -> int:

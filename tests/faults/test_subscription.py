@@ -22,7 +22,7 @@ from scene import (
     through,
 )
 
-from cacheinval import Client
+from cacheinval import Client, Read
 from cacheinval.sandbox import RabbitMQ, Redis
 
 pytest_plugins = ("scene",)
@@ -45,7 +45,7 @@ async def instance(rabbitmq: RabbitMQ, clients: Clients) -> Client:
 
 async def fill(client: Client) -> None:
     for key in ("a", "b"):
-        assert await client.cache.read(key, giving("old"), tags=["t"]) == ("old", "miss", True)
+        assert await client.cache.read(key, giving("old"), tags=["t"]) == Read("old", "miss", True)
 
 
 async def read(client: Client, key: str) -> tuple[Any, str, bool]:
@@ -74,7 +74,7 @@ async def test_an_operator_deletes_the_queue(
     await instance.wait_ready(EVENTUAL)
     assert "the broker cancelled the consumer: queue deleted" in caplog.text
     assert instance.status()["broker"]["queue"] != queue
-    assert await read(instance, "a") == ("new", "miss", True)
+    assert await read(instance, "a") == Read("new", "miss", True)
 
     writer = await clients(broker_url=rabbitmq.url, subscribe=False)
     await writer.invalidate("a")
@@ -98,7 +98,7 @@ async def test_an_operator_deletes_the_queue_of_a_cache_outside_the_process(
         await operator.queue_delete(f"cacheinval.{namespace}.one")
         await eventually(lambda: changed(shared.epoch, before), EVENTUAL)
     await client.wait_ready(EVENTUAL)
-    assert await read(client, "a") == ("new", "miss", True)
+    assert await read(client, "a") == Read("new", "miss", True)
     assert await ready_messages(operator, f"cacheinval.{namespace}.one") == 0  # there is one again
 
 
@@ -125,7 +125,7 @@ async def test_the_connection_is_cut(rabbitmq: RabbitMQ, clients: Clients, event
         proxy.pass_()
         await client.wait_ready(EVENTUAL)
         assert epoch(client) == before + 1
-        assert await read(client, "a") == await read(client, "b") == ("new", "miss", True)
+        assert await read(client, "a") == await read(client, "b") == Read("new", "miss", True)
         await writer.invalidate("b")
         await eventually(lambda: evicted(client) == 3)  # two by the new epoch
 
@@ -157,9 +157,9 @@ async def test_a_load_in_flight_is_overtaken_by_an_invalidation(
             ("old", "miss", False),
             ("old", "miss", True),
         ]
-    assert await instance.cache.read("by key", giving("new")) == ("new", "miss", True)
-    assert await instance.cache.read("by tag", giving("new"), tags=["slow"]) == ("new", "miss", True)
-    assert await instance.cache.read("neither", giving("new")) == ("old", "hit", False)
+    assert await instance.cache.read("by key", giving("new")) == Read("new", "miss", True)
+    assert await instance.cache.read("by tag", giving("new"), tags=["slow"]) == Read("new", "miss", True)
+    assert await instance.cache.read("neither", giving("new")) == Read("old", "hit", False)
 
 
 # The messages
@@ -258,7 +258,7 @@ async def test_malformed_messages(
     await instance.wait_ready(EVENTUAL)
     assert before < epoch(instance) < before + 5
     assert instance.status()["broker"]["queue"] == queue
-    assert await read(instance, "a") == ("new", "miss", True)
+    assert await read(instance, "a") == Read("new", "miss", True)
     after = evicted(instance)
     await exchange.publish(invalidate("a"))
     assert evicted(instance) == after + 1
@@ -276,7 +276,7 @@ async def test_a_message_of_an_unknown_kind_is_ignored(
     before = epoch(instance)
     await Exchange(operator, namespace, instance).publish(invalidate("a", kind="celebrate"))
     await eventually(lambda: instance.stats()["coherence"]["unknown_messages"] == 2)  # with publish's own
-    assert await read(instance, "a") == ("old", "hit", False)
+    assert await read(instance, "a") == Read("old", "hit", False)
     assert epoch(instance) == before
     assert await ready_messages(operator, f"cacheinval.{namespace}.dead") == 0
 
@@ -289,27 +289,27 @@ async def test_duplicates_reordering_and_a_missing_message(
 
     # A duplicate evicts again, and is no gap.
     await publish(invalidate("a", origin="o", seq=7))
-    assert await read(instance, "a") == ("new", "miss", True)
+    assert await read(instance, "a") == Read("new", "miss", True)
     await publish(invalidate("a", origin="o", seq=7), invalidate("c", origin="o", seq=8))
-    assert await read(instance, "a") == ("new", "miss", True)
-    assert await read(instance, "b") == ("old", "hit", False)
+    assert await read(instance, "a") == Read("new", "miss", True)
+    assert await read(instance, "b") == Read("old", "hit", False)
     assert epoch(instance) == before
     assert instance.stats()["coherence"]["duplicates"] == 1
 
     # Numbers of each origin are its own, and who gives none takes part.
     await publish(invalidate("c", origin="p", seq=1), invalidate("b"), invalidate("c", origin="o", seq=9))
-    assert await read(instance, "b") == ("new", "miss", True)
-    assert await read(instance, "a") == ("new", "hit", False)
+    assert await read(instance, "b") == Read("new", "miss", True)
+    assert await read(instance, "a") == Read("new", "hit", False)
     assert epoch(instance) == before
 
     # 11 before 10: when 11 comes, 10 may be lost; when 10 comes after all, it evicts, and is no second gap.
     await publish(invalidate("c", origin="o", seq=11))
     await instance.wait_ready(EVENTUAL)
     assert epoch(instance) == before + 1
-    assert await read(instance, "a") == await read(instance, "b") == ("new", "miss", True)
+    assert await read(instance, "a") == await read(instance, "b") == Read("new", "miss", True)
     await publish(invalidate("a", origin="o", seq=10), invalidate("c", origin="o", seq=12))
-    assert await read(instance, "a") == ("new", "miss", True)
-    assert await read(instance, "b") == ("new", "hit", False)
+    assert await read(instance, "a") == Read("new", "miss", True)
+    assert await read(instance, "b") == Read("new", "hit", False)
     assert epoch(instance) == before + 1
     assert instance.stats()["coherence"]["gap_reasons"] == {"missing messages": 1}
     assert instance.ready

@@ -25,7 +25,7 @@ from scene import (
 )
 from workload import Working
 
-from cacheinval import Client
+from cacheinval import Client, Read
 from cacheinval.sandbox import Postgres, RabbitMQ
 
 pytest_plugins = ("scene", "workload")
@@ -142,7 +142,7 @@ async def test_the_reply_to_a_commit_is_lost(
             assert (await price(client, "a")).value == 1
         await write(writer, proxy, db)
         await eventually(lambda: len(heard) == 1 and evicted(reader) == evicted(writer) == 1)
-        assert await price(reader, "a") == (2, "miss", True)
+        assert await price(reader, "a") == Read(2, "miss", True)
         # The row stays, for the commit might become visible only now: what was just loaded would be the old value.
         await eventually(lambda: writer.publisher.counters.confirmed_writes == 1)
         assert await writer.publisher.flush(EVENTUAL)
@@ -150,13 +150,13 @@ async def test_the_reply_to_a_commit_is_lost(
         # Nor may the writer take its own message for old news.
         await eventually(lambda: writer.stats()["receiver"]["messages"] >= 1)
         assert writer.stats()["coherence"]["skipped_echoes"] == 0
-        assert await price(writer, "a") == (2, "miss", True)
+        assert await price(writer, "a") == Read(2, "miss", True)
 
         await clients(broker_url=rabbitmq.url, database_url=database_url, relay="auto", subscribe=False)
         await eventually(lambda: len(heard) == 2 and evicted(reader) == evicted(writer) == 2, EVENTUAL)
         assert [message["keys"] for message in heard] == [["a", "lost-reply"]] * 2
         assert heard[0]["origin"] != heard[1]["origin"]
-        assert await price(reader, "a") == await price(writer, "a") == (2, "miss", True)
+        assert await price(reader, "a") == await price(writer, "a") == Read(2, "miss", True)
         await eventually(lambda: db.fetchval(f"SELECT ({OUTBOX}) = 0"))
         assert len(heard) == 2
 
