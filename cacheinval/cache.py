@@ -60,8 +60,9 @@ class Read(NamedTuple):
     """`bypass`: loaded because the freshness of what is cached could not be proven, or past the cache on purpose."""
     stored: bool
     """Whether the value is now in the cache because of this read."""
-    detail: Literal["stale-if-error", "stale-while-revalidate"] | None = None
-    """Of a hit: by which exception a stale value was given."""
+    detail: Literal["shared", "stale-if-error", "stale-while-revalidate"] | None = None
+    """Of a hit: that it was not in the process but in the cache outside it that stands behind, or by which exception a stale
+    value was given."""
 
 
 class Policies(NamedTuple):
@@ -278,6 +279,10 @@ class CoherentCache(ABC):
             return (await self.read(key, factory, model=model)).value
 
     @abstractmethod
+    def evict_now(self, eviction: Eviction) -> bool:
+        """Does of `evict` what needs no waiting, after which no read is served what `eviction` names; whether it was all."""
+
+    @abstractmethod
     async def evict(self, eviction: Eviction) -> None:
         """Drops what `eviction` names; to be called right after `coherence.evict`.
 
@@ -330,6 +335,7 @@ class CoherentCache(ABC):
                 f"{current.key!r}: they would wait for each other for ever"
             )
         current.parts.append(load)
+        load.awaited = True
         self._places.admit(load)  # or `current`, which has a place, would wait for one that waits for a place
         try:
             return await asyncio.shield(flight)
@@ -342,22 +348,26 @@ class CoherentCache(ABC):
         load = self._coherence.begin_load(key, now, tags, _current_load())
         landed: Any = _ABANDONED
         failure: Exception | None = None
-        has_place = False
         try:
-            # A part of another load runs in the place of that one, which waits for it.
-            has_place = load.parent is None and await self._take_place(load)
-            landed, stored = await load_and_store(load)
+            landed, stored = await self._in_place(load, load_and_store)
         except Exception as error:
             self.counters.load_errors += 1
             failure = error
             raise
         finally:
-            if has_place:
-                self._places.give_back()
             self._inherit(load)  # before its token goes: a voided part voids the whole
             self._coherence.end_load(load)
             self._land(load, landed, failure)
         return landed, stored
+
+    async def _in_place(self, load: Load, load_and_store: LoadAndStore) -> tuple[Any, bool]:
+        # A part of another load runs in the place of that one, which waits for it.
+        has_place = load.parent is None and not load.awaited and await self._take_place(load)
+        try:
+            return await load_and_store(load)
+        finally:
+            if has_place:
+                self._places.give_back()
 
     async def _take_place(self, load: Load) -> bool:
         if self._places.take():
@@ -552,20 +562,15 @@ class InProcessCache(CoherentCache):
         now = self._now()
         entry = self._backend.peek(key)
         if entry is not None and not refresh and self._coherence.may_serve(entry, now):
-            if within is not None:
-                self._inherit(entry)
-            self.counters.hits += 1
-            # In time that elapses: were the clock set, which moves its start, everything would be judged again.
-            entry.standing = self._standing.number
-            entry.serve_until = self._coherence.good_until(entry) - self._clock.start
+            answer = self._answered_by(entry)
             if self.warming is not None:
                 entry.serve_until = min(entry.serve_until, self._elapsed() + LOOK_EVERY)
                 kept = self._allowed("stale_if_error", stale_if_error) > 0
                 lifetime = self._lifetime(ttl, ttl_jitter)
                 reload = self._loading(key, factory, model, version, primary, lifetime, kept)
-                self.warming.plan.read(Hot(key, (reload, _checked(key, tags)), entry.tags))
-            return Read(entry.value, "hit", False)
-        named = _checked(key, tags)
+                self.warming.plan.read(Hot(key, (reload, checked_names(key, tags)), entry.tags))
+            return answer
+        named = checked_names(key, tags)
         if_error = self._allowed("stale_if_error", stale_if_error)
         overtime = self._allowed("stale_while_revalidate", stale_while_revalidate)
         lifetime = self._lifetime(ttl, ttl_jitter)
@@ -632,6 +637,15 @@ class InProcessCache(CoherentCache):
             self._coherence.inherit_stale(current, entry)
         return Read(entry.value, "hit", False, "stale-if-error")
 
+    def _answered_by(self, entry: Entry) -> Read:
+        """A hit of `entry`, which has just been judged."""
+        self._inherit(entry)
+        self.counters.hits += 1
+        # In time that elapses: were the clock set, which moves its start, everything would be judged again.
+        entry.standing = self._standing.number
+        entry.serve_until = self._coherence.good_until(entry) - self._clock.start
+        return Read(entry.value, "hit", False)
+
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:
         """See `CoherentCache.would_serve`."""
         entry: Entry | None = self._backend.look(key)
@@ -641,8 +655,8 @@ class InProcessCache(CoherentCache):
         """See `CoherentCache.evict`; done without suspending."""
         self.evict_now(eviction)
 
-    def evict_now(self, eviction: Eviction) -> None:
-        """The same as `evict`. Entries of evicted tags are refused by the rules, and stay until they are replaced."""
+    def evict_now(self, eviction: Eviction) -> bool:
+        """See `CoherentCache.evict_now`. Entries of evicted tags are refused by the rules, and stay until they are replaced."""
         if self.warming is not None:
             self.warming.evicted(eviction.keys, eviction.tags, eviction.everything)
         if self._keeps:
@@ -652,6 +666,7 @@ class InProcessCache(CoherentCache):
             self._backend.reset()
         else:
             self.counters.evicted_entries += self._backend.drop(eviction.keys)
+        return True
 
     def _expire(self, eviction: Eviction) -> int:
         """Evicts, and leaves for `stale_if_error` what is to be kept for it; returns how many entries that concerns."""
@@ -780,13 +795,10 @@ class SharedCache(CoherentCache):
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
         within = _running_within()
         if type(within) is _Transaction and within.open:
-            value = self._backend.encode(await factory())
-            return Read(self._backend.decode(value, model), "bypass", False)
-        lifetime, named, now = self._lifetime(ttl, ttl_jitter), _checked(key, tags), self._now()
-        if stale_if_error or stale_while_revalidate:
-            raise ValueError(
-                "stale_if_error, stale_while_revalidate: accepted: 0, as a cache outside the process keeps nothing stale"
-            )
+            _, value = self.as_stored(await factory(), model)
+            return Read(value, "bypass", False)
+        refuse_stale(stale_if_error, stale_while_revalidate)
+        lifetime, named, now = self._lifetime(ttl, ttl_jitter), checked_names(key, tags), self._now()
         found, entry, moment = await self._find_entry(key, named, model, lifetime)
         # The clock may have been set back meanwhile, and what began in its future would stay young too long.
         now = min(now, self._now())
@@ -796,12 +808,11 @@ class SharedCache(CoherentCache):
             return Read(entry.value, "hit", False)
 
         async def load_and_store(load: Load) -> tuple[Any, bool]:
-            value = self._backend.encode(await self._ask(load, factory, version, primary))
-            stored = found is not None and await self._store(load, value, lifetime, found)
-            self.counters.not_stored += not stored
+            kept, value = self.as_stored(await self._ask(load, factory, version, primary), model)
+            stored = await self.store(load, kept, lifetime, found)
             if stored:
                 self._remember(key, primary or factory, model)
-            return self._backend.decode(value, model), stored
+            return value, stored
 
         return await self._join_or_load(key, load_and_store, named, now, entry, refresh)
 
@@ -812,6 +823,24 @@ class SharedCache(CoherentCache):
         if entry is None or not self._coherence.may_serve_found(entry, now, moment):
             return None
         return entry
+
+    async def look(self, load: Load, model: Any, ttl: float) -> tuple[Any, Entry | None]:
+        """What an entry has to bear that `load` stores, and the entry that answers all who wait for `load`, if any.
+
+        They began to read between the token of `load` and now, so the entry has to be good at both.
+        """
+        began = load.started
+        found, entry, moment = await self._find_entry(load.key, load.tags, model, ttl)
+        if entry is not None and all(
+            self._coherence.may_serve_found(entry, at, moment) for at in (began, self._now())
+        ):
+            self.counters.hits += 1
+            return found, entry
+        if found is None:
+            self.counters.bypasses += 1
+        else:
+            self.counters.misses += 1
+        return found, None
 
     async def _find_entry(
         self, key: str, tags: frozenset[str], model: Any, ttl: float = 0.0
@@ -839,6 +868,21 @@ class SharedCache(CoherentCache):
         if eviction:
             await self.evict(eviction)
 
+    def as_stored(self, value: Any, model: Any) -> tuple[bytes, Any]:
+        """What is kept of `value`, and what comes back of it.
+
+        Raises:
+            CacheError: it cannot be kept, or does not come back as `model`.
+        """
+        kept = self._backend.encode(value)
+        return kept, self._backend.decode(kept, model)
+
+    async def store(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
+        """Keeps what `load` read, if nothing stands against it and the look before it `found` something; whether it did."""
+        stored = found is not None and await self._store(load, value, ttl, found)
+        self.counters.not_stored += not stored
+        return stored
+
     async def _store(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
         if not self._coherence.may_store(load) or load.tags - found.stamps.keys():
             return False  # the second: tags learned while loading, whose stamps were not looked up before
@@ -847,6 +891,11 @@ class SharedCache(CoherentCache):
         except CacheError:
             return False  # or it lands later, and is served unless it has been evicted by then
         return self._coherence.may_store(load)
+
+    def evict_now(self, eviction: Eviction) -> bool:
+        """See `CoherentCache.evict_now`: the next read that it concerns evicts first."""
+        self._owed.note(eviction, object())
+        return False
 
     async def evict(self, eviction: Eviction) -> None:
         """See `CoherentCache.evict`."""
@@ -865,7 +914,26 @@ class SharedCache(CoherentCache):
         await self._backend.close()
 
 
-def _checked(key: str, tags: Collection[str]) -> frozenset[str]:
+def refuse_stale(stale_if_error: float | None, stale_while_revalidate: float | None) -> None:
+    """Raises ValueError where a stale value is asked for, which a cache outside the process does not keep."""
+    if stale_if_error or stale_while_revalidate:
+        raise ValueError(
+            "stale_if_error, stale_while_revalidate: accepted: 0, as a cache outside the process keeps nothing stale"
+        )
+
+
+def in_transaction() -> bool:
+    """Whether what runs now must see its own changes, and so reads past the cache."""
+    within = _running_within()
+    return type(within) is _Transaction and within.open
+
+
+def checked_names(key: str, tags: Collection[str]) -> frozenset[str]:
+    """`tags` as a set.
+
+    Raises:
+        InvalidKeyError: a key or tag that could never be invalidated.
+    """
     check_names((key,))
     return frozenset(check_names(tags, "tag")) if tags else NO_TAGS
 

@@ -37,6 +37,7 @@ from cacheinval.errors import (
     PublishError,
 )
 from cacheinval.fleet import Respondent, ask_instances
+from cacheinval.levels import SECOND_LEVEL, TwoLevels
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Database, Instances, Registrar
 from cacheinval.outbox.pool import (
@@ -141,6 +142,7 @@ class Client:
             gap_interval=0 if self.settings.cache_is_external else None,
             max_replica_lag=self.settings.max_replica_lag,
             registration=self._registration,
+            in_front=self.settings.cache_local_entries > 0,
         )
         if self._has_database:
             self._coherence.proof.await_source()
@@ -151,8 +153,9 @@ class Client:
         self.auditor = self._make_auditor()
         self._caches: list[Any] = [self.cache]
         self._outbox = Outbox(self.settings.namespace)
-        # A cache outside the process is the same one when the next process takes over.
-        session = "" if self.settings.cache_is_external else secrets.token_hex(8)
+        # A cache outside the process alone is the same one when the next process takes over.
+        ends_with_process = not self.settings.cache_is_external or self.settings.cache_local_entries
+        session = secrets.token_hex(8) if ends_with_process else ""
         me = Registered(self.settings.instance_id, session, self.settings.max_staleness)
         self._asking = Asking(
             self._instances(lambda: self.pool).count if self._has_database else None,
@@ -587,7 +590,10 @@ class Client:
                     )
             entries = SharedEntries(connect(settings.cache_url), settings.namespace)
             self._keeper = KeptProof(entries, settings.instance_id)
-            return SharedCache(entries, *parts)
+            shared = SharedCache(entries, *parts)
+            if not settings.cache_local_entries:
+                return shared
+            return TwoLevels(BoundedMemoryCache(settings.cache_local_entries), shared, *parts)
         return InProcessCache(BoundedMemoryCache(settings.cache_max_entries), *parts)
 
     @property
@@ -679,10 +685,8 @@ class Client:
 
     def _evict_here(self, eviction: Eviction) -> "asyncio.Future[None] | None":
         self._coherence.evict(eviction, self._clock.now())
-        if isinstance(self.cache, InProcessCache):
-            self.cache.evict_now(eviction)
-            if len(self._caches) == 1:
-                return None
+        if self.cache.evict_now(eviction) and len(self._caches) == 1:
+            return None
         return self._tasks.aside(self._try_to_evict(eviction))
 
     async def _try_to_evict(self, eviction: Eviction) -> None:
@@ -773,6 +777,9 @@ class Client:
         if self._warmer is not None:
             slots = self._warmer.counters.__slots__
             counters["warming"] = {field: getattr(self._warmer.counters, field) for field in slots}
+        if isinstance(self.cache, TwoLevels):
+            second = self.cache.second.counters
+            counters["second_level"] = {field: getattr(second, field) for field in SECOND_LEVEL}
         if self.relay is not None:
             counters["relay"] = self.relay.counters
         return counters

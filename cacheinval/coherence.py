@@ -85,6 +85,7 @@ class Load:
     """The token that a load takes before it reads; compared by identity, voided by an eviction, never revived."""
 
     __slots__ = (
+        "awaited",
         "epoch",
         "floor",
         "generation",
@@ -115,6 +116,8 @@ class Load:
         self.floor = floor
         self.of_replica = False
         """Whether it has turned to a replica, which may lag behind."""
+        self.awaited = False
+        """Whether another load has waited for it: then it must not wait for a place, which that one may hold."""
         self.parent = parent
         self.parts: list[Load] = []
         """The loads in flight that its loader has begun, or waits for."""
@@ -358,6 +361,7 @@ class Coherence:
             a gap that was put off is forgotten when the process ends, and such a cache outlives it.
         max_replica_lag: seconds by which a replica that loaders read may lag behind the primary.
         registration: under which alone anything is served, if it is required; None: nothing depends on any.
+        in_front: entries are kept in this process, too, in front of a cache outside it.
     """
 
     def __init__(
@@ -367,7 +371,9 @@ class Coherence:
         gap_interval: float | None = None,
         max_replica_lag: float = 30.0,
         registration: Registration | None = None,
+        in_front: bool = False,
     ) -> None:
+        self._in_front = in_front
         self._gap_interval = gap_interval
         self._max_replica_lag = max_replica_lag
         self._floors = Floors(max_replica_lag, wanted=False)
@@ -701,9 +707,13 @@ class Coherence:
     def resumed(self, marker: str, now: float, state: ProofState | None) -> Eviction | None:
         """The queue was still there; the instance is behind until it has processed `marker`, a probe of its own.
 
-        Without the `state` that was kept with the cache, messages may have been missed before: everything has to go.
+        Without the `state` that was kept with the cache, messages may have been missed before: everything has to go. What
+        this process holds in front of that cache is refused in any case, as are its loads: another process of the same
+        name may have had the queue meanwhile, and has evicted outside, but not here.
         """
         self._subscribed = True
+        if self._in_front:
+            self._begin_epoch()
         self._heard_at = now
         self._marker, self._marker_passed = marker, False
         self._floors.note_everything(now)  # what was evicted before this process began is not known

@@ -150,6 +150,10 @@ class Settings(BaseSettings):
     cache_max_entries: Annotated[int, Field(ge=1)] = Field(
         default=100_000, description="bound of the cache in the process"
     )
+    cache_local_entries: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="entries kept in the process in front of a cache outside it; 0: none, each read asks that cache",
+    )
     max_staleness: Annotated[Seconds | None, BeforeValidator(_none_if_empty)] = Field(
         default=None, description="seconds; bounds how old a value served from the cache can be"
     )
@@ -205,6 +209,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_staleness={self.max_staleness:g}: accepted: at least {least:g} "
                 "(2 x TICK_INTERVAL + 0.25 + 2 x MAX_CLOCK_SKEW seconds)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_are_two(self) -> "Settings":
+        if self.cache_local_entries and not self.cache_is_external:
+            raise ValueError(
+                f"cache_local_entries={self.cache_local_entries}: accepted: 0 unless CACHEINVAL_CACHE_URL names a cache "
+                "outside the process (CACHEINVAL_CACHE_MAX_ENTRIES bounds the one in it)"
             )
         return self
 

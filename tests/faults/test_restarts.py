@@ -18,7 +18,7 @@ from scene import (
     price,
 )
 
-from cacheinval import Client, Settings
+from cacheinval import Client, Read, Settings
 from cacheinval.sandbox import RabbitMQ, Redis
 
 pytest_plugins = ("scene",)
@@ -75,7 +75,7 @@ async def test_an_instance_that_comes_back_goes_on_where_it_was(
         await ticks(second, eventually, 3)
         assert epochs(second) == {}
         assert await shared.epoch() == before
-        assert (await price(second, "a")) == (1, "hit", False)
+        assert (await price(second, "a")) == Read(1, "hit", False)
         assert await has_price(second, "b", 2)
         assert second.watermark_age is not None
 
@@ -129,8 +129,10 @@ async def test_killed_between_making_the_queue_and_clearing(
 
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("loss", ["emptied", "gone back"])
+@pytest.mark.parametrize("local_entries", [0, 10])
 async def test_redis_loses_what_it_held(
     loss: str,
+    local_entries: int,
     settings: dict[str, Any],
     clients: Clients,
     redis: Redis,
@@ -138,7 +140,7 @@ async def test_redis_loses_what_it_held(
     eventually: Eventually,
 ) -> None:
     """A failover to a replica that was behind: what had been deleted is there again."""
-    client = await clients(**settings | {"relay": "auto"})
+    client = await clients(**settings | {"relay": "auto", "cache_local_entries": local_entries})
     await cached(client, "a", 1)
     await ticks(client, eventually)
     async with looking_into(redis.url, namespace) as shared:

@@ -6,7 +6,7 @@ import signal
 
 import asyncpg
 import pytest
-from actors import DELTA, SELECT, Observed
+from actors import DELTA, KEYS, SELECT, Observed
 from history import now
 from proxy import Proxy
 from scene import EVENTUAL, Eventually, looking_into, through
@@ -22,8 +22,25 @@ LONG = 2.5 * DELTA  # seconds that a fault lasts
 
 
 @pytest.fixture
-def work(working: Working, stock: DB, rabbitmq: RabbitMQ, redis: Redis, database_url: str) -> Work:
-    return working(stock, broker_url=rabbitmq.url, database_url=database_url, cache_url=redis.url)
+def local_entries() -> int:
+    return 0
+
+
+@pytest.fixture
+def work(
+    working: Working, stock: DB, rabbitmq: RabbitMQ, redis: Redis, database_url: str, local_entries: int
+) -> Work:
+    return working(
+        stock,
+        broker_url=rabbitmq.url,
+        database_url=database_url,
+        cache_url=redis.url,
+        cache_local_entries=local_entries,
+    )
+
+
+# Of the keys that are read, half have to be looked up again and again.
+with_and_without_a_first_level = pytest.mark.parametrize("local_entries", [0, len(KEYS) // 2])
 
 
 async def instance(work: Work, name: str, **settings: object) -> Observed:
@@ -79,6 +96,7 @@ async def test_what_is_stored_after_another_has_evicted_it_is_served_to_nobody(
 
 
 @pytest.mark.timeout(90)
+@with_and_without_a_first_level
 async def test_one_of_two_is_half_open(work: Work, rabbitmq: RabbitMQ, eventually: Eventually) -> None:
     await work.relay()
     await work.reader("two", instance_id="two")
@@ -102,6 +120,7 @@ async def test_one_of_two_is_half_open(work: Work, rabbitmq: RabbitMQ, eventuall
 
 
 @pytest.mark.timeout(90)
+@with_and_without_a_first_level
 async def test_one_of_two_is_stopped(work: Work) -> None:
     await work.relay()
     await work.reader("one", instance_id="one")

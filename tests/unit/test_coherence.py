@@ -641,6 +641,21 @@ def test_resumed_it_is_suspect_until_its_own_marker_is_evicted() -> None:
     assert coherence.may_serve(entry, 1e6)
 
 
+def test_resumed_it_refuses_what_stood_in_front_of_the_cache_outside() -> None:
+    """Another process of the same name may have had the queue, and has evicted nothing here."""
+    coherence = Coherence(in_front=True)
+    coherence.evict(coherence.joined_anew(0.0), 0.0)
+    coherence.trust()
+    entry, load = stored(coherence), coherence.begin_load("k", 100.0)
+    coherence.lost("cut")
+    assert coherence.may_serve(entry, 100.5), "what is a second old at most may be served while it is suspect"
+    assert coherence.resumed("mine", 100.5, coherence.proof_state()) is None
+    assert not coherence.may_serve(entry, 100.5)
+    assert not coherence.may_store(load)
+    found = coherence.found("value", 100.0, math.inf, frozenset(), coherence.moment)
+    assert coherence.may_serve_found(found, 100.5, coherence.moment), "outside everything stays"
+
+
 def test_a_marker_of_a_lost_subscription_does_not_count() -> None:
     coherence = ready()
     coherence.lost("cut")
