@@ -1,4 +1,5 @@
-"""A small world with one cache outside the process, two instances that fill and evict it, and the time.
+"""A small world with one cache outside the process, two instances that fill and evict it, and the time; and, where it is
+asked for, an entry in each of the processes in front of it.
 
 The rules are the real ones, one `Coherence` for each instance; what lies around them does what `cache.py` and
 `backends/shared.py` do, one step at a time: an instance can be frozen before any of them, since time may pass and everybody
@@ -22,7 +23,7 @@ TAG = "t"
 SOURCE = "the database"
 FOREVER = 1e9
 NAMES = ("one", "two")
-BUDGETS = ("writes", "loads", "deaf", "drops", "losses", "late_stores", "forgotten_stamps")
+BUDGETS = ("writes", "loads", "deaf", "drops", "losses", "late_stores", "forgotten_stamps", "takeovers")
 
 Act = Callable[["Sharing"], None]
 
@@ -54,6 +55,10 @@ class Extent:
     loads: int = 1
     forgotten_stamps: int = 0
     """Stamps that a full cache drops."""
+    in_front: bool = False
+    """Each keeps an entry in its process, too, as `TwoLevels` does."""
+    takeovers: int = 0
+    """Processes of the same name that have the queue while the instance has lost it."""
     baselined: bool = True
     """Each has processed a tick before anything else happens."""
 
@@ -69,6 +74,10 @@ class Handling:
     keeps_key_stamp: bool = False
     takes_missing_for_match: bool = False
     acknowledges_before_evicting: bool = False
+    looks_at_what_is_being_evicted: bool = False
+    keeps_what_was_evicted_during_the_look: bool = False
+    dates_what_it_finds_from_the_look: bool = False
+    keeps_its_own_entry: bool = False
 
 
 @dataclass
@@ -106,6 +115,11 @@ class Sharer:
     marker: int = 0
     evicting: Any = None
     kept: Any = None
+    held: Any = None
+    """The entry in its process."""
+    floor: int = 0
+    """What was in the database when the rules of this instance were last told of an eviction; as `Sharing.floor`, for what
+    it holds in its process."""
     reading: Reading | None = None
 
 
@@ -166,6 +180,8 @@ class Sharing:
             yield f"receives {_label(sharer.queue[0])}", Sharing.receive
         if not sharer.joined:
             yield "is subscribed again", Sharing.resume
+            if left["takeovers"] and sharer.queue:
+                yield "has lost its queue to another process of its name", Sharing.take_over
         if left["drops"] and sharer.queue and isinstance(sharer.queue[0], Invalidate):
             yield "misses an invalidation", Sharing.drop
         if sharer is self.sharers[0]:
@@ -254,10 +270,19 @@ class Sharing:
         return self.real + sharer.ahead
 
     def look(self, number: int) -> None:
-        sharer = self.sharers[number]
+        sharer, load = self.sharers[number], None
+        now = self._now(sharer)
+        if self.extent.in_front:
+            held = sharer.held
+            if held is not None and sharer.coherence.may_serve(held, now):
+                self._returned(NAMES[number], held.value, now, self._floor_of(sharer), sharer)
+                return
+            load = sharer.coherence.begin_load(KEY, now, frozenset([TAG]))
+            if sharer.evicting is not None and not self.handling.looks_at_what_is_being_evicted:
+                self._evict_outside(sharer.evicting)
         moment, seen = sharer.coherence.moment, self._present()
         stamps = {name: self._stamp(name) for name in ("epoch", "key", "tag")}
-        sharer.reading = Reading(self._now(sharer), self.floor, moment, seen, stamps)
+        sharer.reading = Reading(now, self._floor_of(sharer), moment, seen, stamps, load=load)
         if not self.extent.slow_looks or number:
             self.serve_or_begin(number)
 
@@ -265,16 +290,38 @@ class Sharing:
         sharer = self.sharers[number]
         reading = sharer.reading
         assert reading is not None
-        if reading.seen is not None and _serves(sharer, reading.seen, reading.began, reading.moment):
+        if reading.seen is not None and self._answers(sharer, reading, reading.seen):
             sharer.reading = None
-            self._returned(NAMES[number], reading.seen.value, reading, sharer)
+            if reading.load is not None:
+                self._hold(sharer, reading.load, reading.seen)
+            self._returned(NAMES[number], reading.seen.value, reading.began, reading.least, sharer)
             return
         if not self.left["loads"]:
             sharer.reading = None
+            if reading.load is not None:
+                sharer.coherence.end_load(reading.load)
             return
         self.left["loads"] -= 1
-        reading.load = sharer.coherence.begin_load(KEY, reading.began, frozenset([TAG]))
+        if reading.load is None:
+            reading.load = sharer.coherence.begin_load(KEY, reading.began, frozenset([TAG]))
+        else:
+            sharer.coherence.let_go(reading.load, self._now(sharer))
         reading.at, reading.seen, reading.moment = "loading", None, None
+
+    def _answers(self, sharer: Sharer, reading: Reading, seen: Stored) -> bool:
+        times = [reading.began]
+        if reading.load is not None:
+            times.append(self._now(sharer))  # who has joined may have begun to read only now
+        return all(_serves(sharer, seen, at, reading.moment) for at in times)
+
+    def _hold(self, sharer: Sharer, load: Any, seen: Stored) -> None:
+        """What was found outside is kept in the process, too."""
+        c, how = sharer.coherence, self.handling
+        if not how.dates_what_it_finds_from_the_look:
+            c.inherit(load, c.found(seen.value, seen.load_started, FOREVER, frozenset([TAG]), c.moment))
+        if c.may_store(load) or how.keeps_what_was_evicted_during_the_look:
+            sharer.held = c.entry(load, seen.value, FOREVER)
+        c.end_load(load)
 
     def ask_database(self, number: int) -> None:
         reading = self.sharers[number].reading
@@ -300,13 +347,19 @@ class Sharing:
         if self.handling.looks_up_key_stamp_after_loading:
             reading.stamps["key"] = self._stamp("key")
         stands = sharer.coherence.may_store(reading.load)
+        if stands and self.extent.in_front:
+            sharer.held = sharer.coherence.entry(reading.load, reading.value, FOREVER)
         sharer.coherence.end_load(reading.load)
         return Stored(reading.value, reading.load.started, reading.stamps) if stands else None
 
-    def _returned(self, name: str, value: int, reading: Reading, sharer: Sharer) -> None:
-        began = reading.began - sharer.ahead
-        if value < reading.least:
-            raise BrokenError(f"a read of {name} gave {value}, after {reading.least} was known to be evicted")
+    def _floor_of(self, sharer: Sharer) -> int:
+        # What it holds itself nobody else evicts.
+        return sharer.floor if self.extent.in_front else self.floor
+
+    def _returned(self, name: str, value: int, began: float, least: int, sharer: Sharer) -> None:
+        began -= sharer.ahead
+        if value < least:
+            raise BrokenError(f"a read of {name} gave {value}, after {least} was known to be evicted")
         since, most = self.replaced_at.get(value), self.extent.staleness
         if most is not None and since is not None and began - since > most:
             raise BrokenError(f"a hit of {name} at {began} gave what was replaced at {since}")
@@ -322,6 +375,9 @@ class Sharing:
             self._acknowledge(sharer)
             return
         sharer.coherence.evict(eviction, now)
+        sharer.floor = self.version
+        if not self.handling.keeps_its_own_entry and not eviction.tags:  # of tags the rules keep a note
+            sharer.held = None
         sharer.evicting = eviction
         if self.handling.acknowledges_before_evicting:
             self._acknowledge(sharer)
@@ -332,15 +388,34 @@ class Sharing:
     def finish_evicting(self, number: int) -> None:
         sharer = self.sharers[number]
         eviction, sharer.evicting = sharer.evicting, None
+        self._evict_outside(eviction)
+        if not self.handling.acknowledges_before_evicting:
+            self._acknowledge(sharer)
+            self.floor = self.version
+
+    def _evict_outside(self, eviction: Any) -> None:
         if eviction.everything:
             self._new_stamp("epoch")
         if eviction.tags:
             self._new_stamp("tag")
         if eviction.keys:
             self._evict_key()
-        if not self.handling.acknowledges_before_evicting:
-            self._acknowledge(sharer)
-            self.floor = self.version
+
+    def take_over(self, number: int) -> None:
+        """Another process of its name resumes its queue, evicts what waits there, acknowledges it, and is gone again."""
+        self.left["takeovers"] -= 1
+        sharer = self.sharers[number]
+        now = self._now(sharer)
+        other = type(sharer.coherence)(self.extent.staleness, self.extent.skew, gap_interval=0)
+        other.proof.trust_only(SOURCE)
+        other.resumed("another's", now, sharer.kept)
+        while sharer.queue:
+            eviction = other.received(sharer.queue.pop(0), now)
+            if eviction is not None:
+                other.evict(eviction, now)
+                self._evict_outside(eviction)
+            other.evicted(now)
+        sharer.kept = other.proof_state()
 
     def _acknowledge(self, sharer: Sharer) -> None:
         sharer.coherence.evicted(self._now(sharer))
@@ -398,11 +473,15 @@ class Sharing:
     def _expect_truth(self, when: str) -> None:
         for name, sharer in zip(NAMES, self.sharers, strict=True):
             now = self._now(sharer)
-            seen = self._present()
+            held, seen = sharer.held, self._present()
+            promised = self.extent.staleness is not None or sharer.bound
+            is_held = held is not None and sharer.coherence.may_serve(held, now)
+            if is_held and held.value != self.version and promised:
+                raise BrokenError(f"{when}, and {name} would serve its own {held.value}, not {self.version}")
             if seen is None or seen.value == self.version:
                 continue
             is_served = _serves(sharer, seen, now, sharer.coherence.moment)
-            if is_served and (self.extent.staleness is not None or sharer.bound):
+            if is_served and promised:
                 raise BrokenError(f"{when}, and {name} would serve {seen.value}, not {self.version}")
 
     def key(self) -> Hashable:
@@ -444,6 +523,8 @@ def _key_of(sharer: Sharer) -> Hashable:
     return (
         sharer.bound, sharer.joined, sharer.marker,
         tuple((type(m).__name__, getattr(m, "seq", 0), getattr(m, "as_of", 0), getattr(m, "id", "")) for m in sharer.queue),
+        sharer.floor, sharer.held and (sharer.held.value, sharer.held.load_started, c.epoch - sharer.held.epoch,
+            c._generation - sharer.held.generation),
         evicting and (evicting.everything, bool(evicting.keys), bool(evicting.tags)),
         kept and (tuple(kept.seqs.items()), kept.checked_until, kept.extends),
         tuple(c._doubts), tuple(c._seqs.items()), c._marker, c._marker_passed, c._tick_passed and c._tick_passed.as_of,
@@ -457,7 +538,7 @@ def _key_of_load(sharer: Sharer) -> Hashable:
     assert reading is not None
     load, moment = reading.load, reading.moment
     since = None
-    if load is None:
+    if moment is not None:
         since = (c.epoch - moment.epoch, c._generation - moment.generation, moment.until, moment.extends)
     return since, load and (load.started, load.voided, c.epoch - load.epoch, c._generation - load.generation)
 
@@ -466,7 +547,7 @@ def sharing(rules: Any, extent: Extent, handling: Handling | None = None) -> Sha
     """The world at its start: both are subscribed, the cache is empty."""
     sharers = []
     for ahead in extent.ahead:
-        coherence = rules.Coherence(extent.staleness, extent.skew, gap_interval=0)
+        coherence = rules.Coherence(extent.staleness, extent.skew, gap_interval=0, in_front=extent.in_front)
         coherence.proof.trust_only(SOURCE)
         sharers.append(Sharer(coherence, ahead))
     left = {name: getattr(extent, name) for name in BUDGETS}
@@ -494,6 +575,17 @@ EXTENTS = {
     "by tag": Extent(by_tag=True, deaf=1),
     "the cache drops a stamp": Extent(forgotten_stamps=1, until=2),
     "one clock is ahead": Extent(staleness=1, skew=1, ahead=(0, 1), until=4),
+    "in front, looking takes a while": Extent(in_front=True, slow_looks=True, until=2),
+    "in front, looking by tag takes a while": Extent(in_front=True, slow_looks=True, by_tag=True, until=2),
+    "in front, values may be a second old": Extent(in_front=True, staleness=1, deaf=1, until=4),
+    "in front, evicting takes a while": Extent(in_front=True, slow_evictions=True, until=2),
+    "in front, both miss a message": Extent(in_front=True, drops=2, until=2),
+    "in front, one goes deaf": Extent(in_front=True, deaf=1, loads=2, until=2),
+    "in front, stores land late": Extent(in_front=True, loads=2, late_stores=1, until=2),
+    "in front, another process has the queue for a while": Extent(in_front=True, losses=1, takeovers=1),
+    "in front, the same without max_staleness": Extent(
+        in_front=True, staleness=None, losses=1, takeovers=1, until=2
+    ),
     "without max_staleness": Extent(staleness=None, loads=2, deaf=1, until=2),
 }
 
@@ -559,6 +651,31 @@ SHARING_MUTANTS = [
         "what the look saw is judged by what was proven after it",
         EXTENTS["looking takes a while"],
         changes=(("proven = now <= moment.until and", "proven = True or"),),
+    ),
+    SharingMutant(
+        "in front: a resumed queue is taken for one that nobody else had",
+        EXTENTS["in front, the same without max_staleness"],
+        changes=(("        if self._in_front:\n            self._begin_epoch()\n", ""),),
+    ),
+    SharingMutant(
+        "in front: what is being evicted outside is looked up",
+        EXTENTS["in front, evicting takes a while"],
+        handling=Handling(looks_at_what_is_being_evicted=True),
+    ),
+    SharingMutant(
+        "in front: kept, though evicted during the look",
+        EXTENTS["in front, looking takes a while"],
+        handling=Handling(keeps_what_was_evicted_during_the_look=True),
+    ),
+    SharingMutant(
+        "in front: as young as the look that found it",
+        EXTENTS["in front, values may be a second old"],
+        handling=Handling(dates_what_it_finds_from_the_look=True),
+    ),
+    SharingMutant(
+        "in front: the entry in the process is not dropped",
+        EXTENTS["in front, evicting takes a while"],
+        handling=Handling(keeps_its_own_entry=True),
     ),
     SharingMutant(
         "the clocks of others are believed",
