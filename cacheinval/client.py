@@ -19,6 +19,7 @@ from cacheinval.audit import Auditor, AuditReport, Loaders
 from cacheinval.backends.attached import AttachedCache
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.proof import KeptProof
+from cacheinval.backends.serializing import serializer
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.bus import Bus, Channel
 from cacheinval.bus.memory import EventBus
@@ -588,7 +589,12 @@ class Client:
                         f"CACHEINVAL_{policy.upper()}={seconds:g}: accepted: 0, as CACHEINVAL_CACHE_URL names a cache "
                         "outside the process"
                     )
-            entries = SharedEntries(connect(settings.cache_url), settings.namespace)
+            entries = SharedEntries(
+                connect(settings.cache_url),
+                settings.namespace,
+                serializer(settings.cache_serializer),
+                settings.cache_compress_above,
+            )
             self._keeper = KeptProof(entries, settings.instance_id)
             shared = SharedCache(entries, *parts)
             if not settings.cache_local_entries:

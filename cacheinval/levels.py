@@ -51,7 +51,7 @@ class TwoLevels(InProcessCache):
         ttl: float,
         remember: Remember = lambda *loaded: None,
         most_loads: int = MOST_LOADS,
-        policies: Policies = Policies(),
+        policies: Policies = Policies(),  # noqa: B008 (cannot be changed)
     ) -> None:
         super().__init__(backend, coherence, clock, ttl, remember, most_loads, policies)
         self.second = second

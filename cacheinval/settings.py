@@ -154,6 +154,15 @@ class Settings(BaseSettings):
         default=0,
         description="entries kept in the process in front of a cache outside it; 0: none, each read asks that cache",
     )
+    cache_serializer: Annotated[Literal["json", "msgpack", "pickle"], BeforeValidator(_lower)] = Field(
+        default="json",
+        description="how values are written in a cache outside the process: `json`, `msgpack`, or `pickle`, which lets "
+        "whoever can write to that cache run code here",
+    )
+    cache_compress_above: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="bytes; longer values are compressed (zlib) in a cache outside the process; 0: none",
+    )
     max_staleness: Annotated[Seconds | None, BeforeValidator(_none_if_empty)] = Field(
         default=None, description="seconds; bounds how old a value served from the cache can be"
     )

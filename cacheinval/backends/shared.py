@@ -11,6 +11,7 @@ import math
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 from aiocache.base import BaseCache
-from aiocache.serializers import StringSerializer
+from aiocache.serializers import NullSerializer
 
+from cacheinval.backends.serializing import Serializer, serializer
 from cacheinval.errors import CacheError, ConfigurationError
 from cacheinval.settings import mask_url
 
@@ -33,19 +35,25 @@ _LONGEST_TTL = (
     30 * 86_400
 )  # what is more is a date to Memcached; `expires_at` in the entry says when it really ends
 _EPOCH = "epoch"
+_ZLIB = "+zlib"
+_COMPRESSION = 1  # most of what there is to gain, at a fraction of what the rest costs
+JSON = serializer("json")
 _DELETES_AT_ONCE = 50
 _STAMP_OUTLIVES = 3600
 """Seconds for which the stamp of a key outlives the first entry that bears it: with a later one it may go too soon, which
 costs a load."""
 
 
-class _Envelope(msgspec.Struct):
+class _Envelope(msgspec.Struct, omit_defaults=True):
     epoch: str
     stamp: str
     load_started: float
     expires_at: float
     stamps: dict[str, str]
-    value: msgspec.Raw
+    value: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    """JSON; anything else follows the envelope, after a line feed."""
+    form: str = "json"
+    """How it is written: the name of a serializer, and how it is compressed, if it is."""
 
 
 class Found(NamedTuple):
@@ -76,7 +84,7 @@ def connect(url: str) -> BaseCache:
             from cacheinval.backends.memcached import CarefulMemcachedCache
 
             return CarefulMemcachedCache(
-                serializer=StringSerializer(),
+                serializer=NullSerializer(encoding=None),
                 endpoint=parts.hostname or "",
                 port=parts.port or 11211,
                 timeout=None,
@@ -87,7 +95,7 @@ def connect(url: str) -> BaseCache:
             f"CACHEINVAL_CACHE_URL={parts.scheme}://…: needs `pip install cacheinval[{parts.scheme}]`"
         ) from None
     return RedisCache(
-        serializer=StringSerializer(),
+        serializer=NullSerializer(encoding=None),
         endpoint=parts.hostname,
         port=parts.port or 6379,
         db=_database(url),
@@ -102,10 +110,22 @@ class SharedEntries:
     """The entries of one namespace in a cache outside the process.
 
     Every method raises `CacheError` when the cache cannot be used within `OPERATION_TIMEOUT`.
+
+    Args:
+        serializer: how values are written; entries that another one has written count as absent. JSON if None.
+        compress_above: bytes; longer values are compressed, where that makes them shorter. 0: none.
     """
 
-    def __init__(self, backend: BaseCache, namespace: str) -> None:
+    def __init__(
+        self,
+        backend: BaseCache,
+        namespace: str,
+        serializer: Serializer | None = None,
+        compress_above: int = 0,
+    ) -> None:
         self._backend = backend
+        self._serializer = serializer or JSON
+        self._compress_above = compress_above
         self._prefix = f"cacheinval:{namespace}:"
 
     async def find(self, key: str, tags: frozenset[str], model: Any, ttl: float = 0.0) -> Found:
@@ -113,12 +133,13 @@ class SharedEntries:
         load began now."""
         named = sorted(tags)
         names = [self._entry(key), self._name(_EPOCH), self._key(key), *map(self._tag, named)]
-        raw, epoch, stamp, *stamps = await self._get(names)
+        raw, *texts = await self._get(names)
+        epoch, stamp, *stamps = map(_text, texts)
         known = dict(zip(named, stamps, strict=True))
-        envelope = _open(raw)
+        envelope, written = self._open(raw)
         others = sorted(set(envelope.stamps) - tags) if envelope else []
         if others:
-            known |= zip(others, await self._get(list(map(self._tag, others))), strict=True)
+            known |= zip(others, map(_text, await self._get(list(map(self._tag, others)))), strict=True)
         present = (
             envelope is not None
             and (envelope.epoch, envelope.stamp) == (epoch, stamp)
@@ -137,7 +158,7 @@ class SharedEntries:
         if envelope is None or not present:
             return wanted
         try:
-            value = self.decode(envelope.value, model)
+            value = self.decode(_decompressed(written, envelope.form), model)
         except CacheError:
             return wanted  # written by another version of the model: load it again
         return wanted._replace(
@@ -153,11 +174,36 @@ class SharedEntries:
     ) -> None:
         """Keeps `value`, as read by a load that began after `found` was looked up."""
         stamps = dict(found.stamps)
-        envelope = _Envelope(found.epoch, found.stamp, load_started, expires_at, stamps, msgspec.Raw(value))
-        text = msgspec.json.encode(envelope).decode()
+        envelope = _Envelope(found.epoch, found.stamp, load_started, expires_at, stamps)
+        envelope.form, written = self._compressed(value)
+        if envelope.form == "json":
+            envelope.value, written = msgspec.Raw(written), b""
+        raw = msgspec.json.encode(envelope) + (b"\n" + written if written else b"")
         await self._bounded(
-            self._backend.set(self._entry(key), text, ttl=min(max(1, math.ceil(ttl)), _LONGEST_TTL))
+            self._backend.set(self._entry(key), raw, ttl=min(max(1, math.ceil(ttl)), _LONGEST_TTL))
         )
+
+    def _compressed(self, value: bytes) -> tuple[str, bytes]:
+        name = self._serializer.name
+        if self._compress_above and len(value) > self._compress_above:
+            compressed = zlib.compress(value, _COMPRESSION)
+            if len(compressed) < len(value):
+                return name + _ZLIB, compressed
+        return name, value
+
+    def _open(self, raw: bytes | None) -> tuple[_Envelope | None, bytes]:
+        """The envelope of an entry, and what is in it. None: what is there is not ours, or written by another version or
+        under another setting; the next load replaces it."""
+        head, _, written = (raw or b"").partition(b"\n")
+        try:
+            envelope = msgspec.json.decode(head, type=_Envelope)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None, b""
+        if envelope.form.removesuffix(_ZLIB) != self._serializer.name:
+            return None, b""
+        if envelope.form == "json":
+            return (None, b"") if envelope.value is msgspec.UNSET else (envelope, bytes(envelope.value))
+        return envelope, written
 
     async def evict(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None:
         """Makes sure that no instance is served what was stored before."""
@@ -172,8 +218,8 @@ class SharedEntries:
 
     async def look_up(self, name: str) -> str | None:
         """What `write` has put under `name`, if it is still there."""
-        (text,) = await self._get([self._name(name)])
-        return text
+        (raw,) = await self._get([self._name(name)])
+        return _text(raw)
 
     async def write(self, name: str, text: str, ttl: int) -> None:
         """Puts `text` under `name`, for `ttl` seconds; `name` must not begin like those of entries, tags or the epoch."""
@@ -183,33 +229,13 @@ class SharedEntries:
         """Removes what `write` has put under `name`."""
         await self._bounded(self._backend.delete(self._name(name)))
 
-    @staticmethod
-    def encode(value: Any) -> bytes:
-        """`value` as JSON.
+    def encode(self, value: Any) -> bytes:
+        """See `Serializer.encode`."""
+        return self._serializer.encode(value)
 
-        Raises:
-            CacheError: it has no JSON form (accepted: JSON types, dataclasses, msgspec structs, Decimal, dates, UUID).
-        """
-        try:
-            return msgspec.json.encode(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise CacheError(
-                f"a cache outside the process keeps JSON; this value has no such form: {error}"
-            ) from error
-
-    @staticmethod
-    def decode(value: bytes | msgspec.Raw, model: Any) -> Any:
-        """The value of type `model` (JSON's own types if None) that `encode` wrote.
-
-        Raises:
-            CacheError: it is not such a value.
-        """
-        try:
-            return msgspec.json.decode(value, type=Any if model is None else model)
-        except (msgspec.DecodeError, TypeError, ValueError) as error:
-            raise CacheError(
-                f"this is not a {getattr(model, '__name__', 'value')} in JSON: {error}"
-            ) from error
+    def decode(self, value: bytes, model: Any) -> Any:
+        """See `Serializer.decode`."""
+        return self._serializer.decode(value, model)
 
     async def close(self) -> None:
         """Closes the connections; ends within `OPERATION_TIMEOUT`, and does not raise."""
@@ -225,8 +251,8 @@ class SharedEntries:
                 if isinstance(result, BaseException):
                     raise result
 
-    async def _get(self, names: list[str]) -> list[str | None]:
-        values: list[str | None] = await self._bounded(self._backend.multi_get(names))
+    async def _get(self, names: list[str]) -> list[bytes | None]:
+        values: list[bytes | None] = await self._bounded(self._backend.multi_get(names))
         return values
 
     async def _create(self, name: str, ttl: int | None = None) -> str:
@@ -238,7 +264,7 @@ class SharedEntries:
             if not isinstance(error.__cause__, ValueError):
                 raise
             (other,) = await self._get([name])  # somebody else was first
-            return other or stamp
+            return _text(other) or stamp
         return stamp
 
     async def _bounded(self, operation: Any) -> Any:
@@ -274,13 +300,17 @@ def _database(url: str) -> int:
     return int(number or 0)
 
 
-def _open(raw: str | None) -> _Envelope | None:
-    if raw is None:
-        return None
+def _decompressed(written: bytes, form: str) -> bytes:
+    if not form.endswith(_ZLIB):
+        return written
     try:
-        return msgspec.json.decode(raw, type=_Envelope)
-    except msgspec.DecodeError:
-        return None  # not ours, or of another version: it is replaced by the next load
+        return zlib.decompress(written)
+    except zlib.error as error:
+        raise CacheError(f"this cannot be decompressed: {error}") from error
+
+
+def _text(raw: bytes | None) -> str | None:
+    return None if raw is None else raw.decode(errors="replace")
 
 
 def _stamp() -> str:

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -15,12 +16,15 @@ from proxy import Proxy
 from waiting import Eventually
 
 from cacheinval.backends import shared
+from cacheinval.backends.serializing import serializer
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.cache import Read, SharedCache, without_cache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError, ConfigurationError
 from cacheinval.sandbox import Memcached, Redis
+
+SerializerName = Literal["json", "msgpack", "pickle"]
 
 LONG = "k" * 512
 STRANGE_KEYS = [
@@ -72,11 +76,11 @@ class Instance:
         await self.cache.close()
 
 
-def instance(url: str, namespace: str) -> Instance:
+def instance(url: str, namespace: str, name: SerializerName = "json", compress_above: int = 0) -> Instance:
     coherence, clock = Coherence(), SetClock()
     coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
-    entries = SharedEntries(connect(url), namespace)
+    entries = SharedEntries(connect(url), namespace, serializer(name), compress_above)
     return Instance(coherence, clock, entries, SharedCache(entries, coherence, clock, ttl=300))
 
 
@@ -287,6 +291,64 @@ async def test_an_entry_of_another_version_of_the_model_is_loaded_again(one: Ins
     assert await one.cache.read("k", value_of(product), model=Product) == Read(product, "miss", True)
 
 
+WRITTEN: list[tuple[SerializerName, int]] = [
+    ("json", 0), ("json", 100), ("msgpack", 0), ("msgpack", 100), ("pickle", 0), ("pickle", 100)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["", "b\n" * 1000, {"a": [1, None]}], ids=["empty", "long", "structured"])
+@pytest.mark.parametrize(("name", "above"), WRITTEN)
+async def test_every_way_to_write_a_value(
+    url: str, namespace: str, name: SerializerName, above: int, value: Any
+) -> None:
+    one, two = (instance(url, namespace, name, above) for _ in range(2))
+    assert await one.cache.read("k", value_of(value), tags=["t"]) == Read(value, "miss", True)
+    (raw,) = await one.entries._get([one.entries._entry("k")])
+    assert raw is not None
+    assert (b"+zlib" in raw) == (len(raw) < 1000 < len(str(value))) == bool(above and len(str(value)) > 1000)
+    assert await two.cache.read("k", refuse) == Read(value, "hit", False)
+    await two.evict("k")
+    assert await one.cache.read("k", value_of("new")) == Read("new", "miss", True)
+    for each in (one, two):
+        await each.close()
+
+
+@pytest.mark.parametrize("value", ["long" * 100, 49], ids=["text", "in MessagePack what 1 is in JSON"])
+@pytest.mark.parametrize(("name", "above"), WRITTEN)
+async def test_what_another_setting_has_written_counts_as_absent(
+    url: str, namespace: str, name: SerializerName, above: int, value: Any
+) -> None:
+    """As while a service is deployed with another one: nobody fails, and nobody reads what it did not ask for."""
+    before = instance(url, namespace, name, above)
+    for other, threshold in WRITTEN:
+        after = instance(url, namespace, other, threshold)
+        await before.cache.get_or_set("k", value_of(value))
+        read = await after.cache.read("k", value_of(value))
+        assert read == Read(value, "hit" if other == name else "miss", other != name), (other, threshold)
+        await after.evict("k")
+        await after.close()
+    await before.close()
+
+
+async def test_what_zlib_makes_longer_is_not_compressed(url: str, namespace: str) -> None:
+    one = instance(url, namespace, "msgpack", 10)
+    await one.cache.get_or_set("k", value_of(random.randbytes(200)))
+    (raw,) = await one.entries._get([one.entries._entry("k")])
+    assert raw is not None
+    assert b"+zlib" not in raw
+    await one.close()
+
+
+async def test_what_cannot_be_decompressed_counts_as_absent(url: str, namespace: str) -> None:
+    one = instance(url, namespace, "json", 10)
+    await one.cache.get_or_set("k", value_of("long" * 100))
+    (raw,) = await one.entries._get([one.entries._entry("k")])
+    assert raw is not None
+    await one.entries._backend.set(one.entries._entry("k"), raw[:-10])
+    assert await one.cache.read("k", value_of("new")) == Read("new", "miss", True)
+    await one.close()
+
+
 async def test_a_value_without_a_json_form_is_refused_with_a_reason(one: Instance) -> None:
     with pytest.raises(CacheError, match="keeps JSON; this value has no such form"):
         await one.cache.get_or_set("k", value_of(object()))
@@ -295,7 +357,11 @@ async def test_a_value_without_a_json_form_is_refused_with_a_reason(one: Instanc
 
 async def test_what_others_left_under_our_names_is_replaced(one: Instance, url: str) -> None:
     backend = connect(url)
-    for junk in ("nonsense", "{}", json.dumps({"epoch": 1})):
+    stamped = await one.entries.find("k", frozenset(), None)
+    without_value = {
+        "epoch": stamped.epoch, "stamp": stamped.stamp, "stamps": {}, "load_started": 0, "expires_at": 1e12
+    }  # fmt: skip
+    for junk in ("nonsense", "{}", json.dumps({"epoch": 1}), json.dumps(without_value)):
         await backend.set(one.entries._entry("k"), junk)
         assert await one.cache.read("k", value_of(1)) == Read(1, "miss", True)
         await one.evict("k")

@@ -38,6 +38,8 @@ WRONG = [
     ("STALE_WHILE_REVALIDATE", "inf", "finite"),
     ("CACHE_MAX_ENTRIES", "0", "greater than or equal to 1"),
     ("CACHE_MAX_ENTRIES", "1.5", "valid integer"),
+    ("CACHE_SERIALIZER", "yaml", "'json', 'msgpack' or 'pickle'"),
+    ("CACHE_COMPRESS_ABOVE", "-1", "greater than or equal to 0"),
     ("CACHE_LOCAL_ENTRIES", "-1", "greater than or equal to 0"),
     ("CACHE_LOCAL_ENTRIES", "10", "accepted: 0 unless CACHEINVAL_CACHE_URL names"),
     ("MAX_STALENESS", "0", "greater than 0"),
