@@ -301,8 +301,14 @@ class Restarting:
             self.entry, _kept(self.kept), None if self.copy is None else (self.copy[0], _kept(self.copy[1])),
             None if self.kept is None else self.kept[0] == self.mark,
             tuple(self.todo), tuple(self.left.items()), self.marker,
-            c and (tuple(c._seqs.items()), tuple(c._doubts), c._marker, c._marker_passed, str([held for name, held in vars(c.proof).items() if name != "_standing"])),
+            c and (tuple(c._seqs.items()), tuple(c._doubts), c._marker, c._marker_passed, _shown(c.proof)),
         )  # fmt: skip
+
+
+def _shown(proof: Any) -> str:
+    return str(
+        {name: value for name, value in vars(proof).items() if name != "_standing"}
+    )  # that shows where it lies
 
 
 def _is_served(world: Restarting) -> bool:
