@@ -8,7 +8,7 @@ follows its answer are one step as long as the caller awaits nothing in between.
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -123,18 +123,20 @@ class Load:
         """The loads in flight that its loader has begun, or waits for."""
         self.voided = False
 
-    def depends_on(self, other: "Load") -> bool:
-        """Whether this load cannot end before `other` has: then `other` must not wait for it."""
-        seen: set[Load] = set()
+    def whole(self) -> Collection["Load"]:
+        """This load, and those in flight without which it cannot end."""
+        whole: dict[Load, None] = {}
         left = [self]
         while left:
             load = left.pop()
-            if load is other:
-                return True
-            if load not in seen:
-                seen.add(load)
+            if load not in whole:
+                whole[load] = None
                 left += load.parts
-        return False
+        return whole
+
+    def depends_on(self, other: "Load") -> bool:
+        """Whether this load cannot end before `other` has: then `other` must not wait for it."""
+        return other in self.whole()
 
 
 @dataclass(slots=True)
@@ -481,20 +483,24 @@ class Coherence:
         """The load in flight whose value a read of `key` that begins at `now` may share.
 
         Never one that began before an eviction of the key or of a tag, nor one that has hung for longer than a value
-        may be old.
+        may be old; nor one of which that is true of a part, which it is still waiting for.
         """
         load = self._loads.get(key)
-        if (
-            load is None
-            or now - load.started > JOIN_AGE
-            or self._too_old(load.started, now)
-            or not self._stands(load, load.tags | tags)
-        ):
+        if load is None or not self._stands(load, tags):
+            return None
+        if not all(self._may_share(part, now) for part in load.whole()):
             return None
         if load.of_replica and not tags <= load.tags:
             return None  # a replica was asked without regard to when these were evicted
         load.tags |= tags
         return load
+
+    def _may_share(self, load: Load, now: float) -> bool:
+        return (
+            now - load.started <= JOIN_AGE
+            and not self._too_old(load.started, now)
+            and self._stands(load, load.tags)
+        )
 
     def may_give(self, load: Load, now: float) -> bool:
         """Whether the value of `load`, which `joinable` answered, is for a read that begins at `now`.
@@ -502,7 +508,8 @@ class Coherence:
         Where no writer waits for this instance, only if the load began after the read did. The others wait until
         it has ended, and ask again: they all share the one that is begun then.
         """
-        return load.started > now or self.registration.covers(load.started, now)
+        covers = self.registration.covers
+        return all(one.started > now or covers(one.started, now) for one in load.whole())
 
     # Loading and storing
 

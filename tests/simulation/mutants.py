@@ -156,7 +156,10 @@ MUTANTS = [
     Mutant(
         "loads joined whose tag was evicted",
         TAGS,
-        (("or not self._stands(load, load.tags | tags)", ""),),
+        (
+            ("if load is None or not self._stands(load, tags):", "if load is None:"),
+            ("            and self._stands(load, load.tags)\n", ""),
+        ),
     ),
     Mutant("evicting a tag begins no generation", TAGS, (("self._generation += 1", "pass"),)),
     Mutant(
@@ -407,7 +410,7 @@ TIMED_MUTANTS = [
     TimedMutant(
         "a late reader joining a hung load",
         Span(hung_loads=True, readers=2, looks=0, staleness=0, until=3),
-        (("            or self._too_old(load.started, now)\n", ""),),
+        (("            and not self._too_old(load.started, now)\n", ""),),
     ),
     TimedMutant(
         "a hung load stores beside the one that replaced it",

@@ -432,6 +432,43 @@ async def test_a_part_that_is_evicted_while_it_is_loaded_voids_the_whole(
     assert len(cache) == 0
 
 
+@pytest.mark.parametrize("eviction", [Eviction(["part"]), Eviction(tags=["p"])], ids=["key", "tag"])
+async def test_who_comes_after_a_part_was_evicted_does_not_wait_for_the_whole(
+    cache: InProcessCache, evict: Evict, eviction: Eviction
+) -> None:
+    source, began, go = ["old"], asyncio.Event(), asyncio.Event()
+
+    async def part() -> str:
+        value = source[0]
+        began.set()
+        await go.wait()
+        return value
+
+    async def whole() -> str:
+        return await cache.get_or_set("part", part, tags=["p"])
+
+    before = asyncio.create_task(cache.get_or_set("k", whole))
+    await began.wait()
+    source[0] = "new"
+    evict(eviction)
+    after = asyncio.create_task(cache.get_or_set("k", whole))
+    await asyncio.sleep(0)
+    go.set()
+    assert [await before, await after] == ["old", "new"]
+    assert await cache.get_or_set("k", refuse) == "new"
+
+
+async def test_who_comes_later_does_not_wait_for_a_whole_of_which_a_part_is_too_old(clock: SetClock) -> None:
+    coherence = Coherence(5.0, 0.0)
+    coherence.evict(coherence.joined_anew(clock.time), clock.time)
+    coherence.trust()
+    part = coherence.begin_load("part", clock.time)
+    whole = coherence.begin_load("whole", clock.time + 4)
+    whole.parts.append(part)
+    assert coherence.joinable("whole", clock.time + 5) is whole
+    assert coherence.joinable("whole", clock.time + 5.1) is None
+
+
 async def test_a_part_that_another_loads_is_inherited_as_well(cache: InProcessCache, evict: Evict) -> None:
     loader = Loader()
     other = asyncio.create_task(cache.get_or_set("part", loader, tags=["p"]))
