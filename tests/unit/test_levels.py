@@ -154,6 +154,22 @@ async def test_what_neither_has_is_loaded_and_kept_in_both(cache: TwoLevels, out
     assert (cache.second.counters.misses, cache.counters.loads) == (1, 1)
 
 
+async def test_a_refresh_reads_the_source_past_both_and_stores_in_both(
+    cache: TwoLevels, outside: Outside
+) -> None:
+    assert await cache.read("k", refuse) == OUTSIDE
+    assert await cache.read("k", value_of("anew"), refresh=True) == Read("anew", "bypass", True)
+    assert outside.entry is not None
+    assert outside.entry[0] == "anew"
+    assert await cache.read("k", refuse) == Read("anew", "hit", False)
+
+
+@pytest.mark.parametrize("policy", ["stale_if_error", "stale_while_revalidate"])
+async def test_nothing_stale_is_promised_that_is_not_kept(cache: TwoLevels, policy: str) -> None:
+    with pytest.raises(ValueError, match="accepted: 0"):
+        await cache.read("k", refuse, **{policy: 1.0})
+
+
 async def test_who_reads_a_key_at_the_same_time_shares_one_look(cache: TwoLevels, outside: Outside) -> None:
     outside.free["find"].clear()
     readers = [asyncio.create_task(cache.get_or_set("k", refuse)) for _ in range(5)]
