@@ -785,15 +785,15 @@ class Coherence:
         return None
 
     def _received_invalidate(self, message: Invalidate, now: float) -> Eviction | None:
-        if message.origin is None or message.seq is None:
-            return _asked_by(message)
-        own = (message.origin, message.seq) in self._echoes
-        self._echoes.discard((message.origin, message.seq))  # expected once, whatever comes of it
-        if not self._in_sequence(message.origin, message.seq):
-            return self.gap("missing messages", now) or _asked_by(message)
-        if own:
-            self.counters.skipped_echoes += 1
-            return None
+        if message.origin is not None and message.seq is not None:
+            own = (message.origin, message.seq) in self._echoes
+            self._echoes.discard((message.origin, message.seq))  # expected once, whatever comes of it
+            if not self._in_sequence(message.origin, message.seq):
+                gap = self.gap("missing messages", now)
+                return gap or _asked_by(message)
+            if own:
+                self.counters.skipped_echoes += 1
+                return None
         return _asked_by(message)
 
     def _received_tick(self, tick: Tick, now: float) -> Eviction | None:

@@ -153,9 +153,9 @@ async def test_a_load_in_flight_is_overtaken_by_an_invalidation(
     go_on.set()
     async with asyncio.timeout(5):
         assert await asyncio.gather(*loads) == [
-            ("old", "miss", False),
-            ("old", "miss", False),
-            ("old", "miss", True),
+            Read("old", "miss", False),
+            Read("old", "miss", False),
+            Read("old", "miss", True),
         ]
     assert await instance.cache.read("by key", giving("new")) == Read("new", "miss", True)
     assert await instance.cache.read("by tag", giving("new"), tags=["slow"]) == Read("new", "miss", True)

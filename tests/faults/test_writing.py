@@ -38,7 +38,7 @@ KILLED_BEFORE_PUBLISHING = """
 import asyncio, os, signal
 from workload import Working
 
-from cacheinval import Client
+from cacheinval import Client, Read
 from cacheinval.bus.rabbitmq import RabbitBus
 
 async def die(self):
@@ -76,12 +76,12 @@ async def test_the_writer_is_killed_between_commit_and_publish(
         assert await writer.ended() == -signal.SIGKILL
     assert await db.fetchval("SELECT price FROM prices WHERE id = 'a'") == 2
     assert await db.fetchval(OUTBOX) == 1
-    assert [await price(reader, "a") for reader in readers] == [(1, "hit", False)] * 3  # nobody told them
+    assert [await price(reader, "a") for reader in readers] == [Read(1, "hit", False)] * 3  # nobody told them
 
     programs("-m", "cacheinval", "relay", **servers)
     await eventually(lambda: [evicted(reader) for reader in readers] == [1, 1, 1], EVENTUAL)
-    assert [await price(reader, "a") for reader in readers] == [(2, "miss", True)] * 3
-    assert [await price(reader, "b") for reader in readers] == [(1, "hit", False)] * 3
+    assert [await price(reader, "a") for reader in readers] == [Read(2, "miss", True)] * 3
+    assert [await price(reader, "b") for reader in readers] == [Read(1, "hit", False)] * 3
     await eventually(lambda: db.fetchval(f"SELECT ({OUTBOX}) = 0"))
 
 
@@ -167,7 +167,7 @@ WATCHING = """
 import asyncio, gc, json, time
 from workload import Working
 
-from cacheinval import Client
+from cacheinval import Client, Read
 
 held = 0.0
 

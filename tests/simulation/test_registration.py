@@ -89,7 +89,7 @@ MUTANTS = [
         "a load from before the registration shared with late readers",
         HUNG,
         "rules",
-        "return load.started > now or self.registration.covers(load.started, now)",
+        "return all(one.started > now or covers(one.started, now) for one in load.whole())",
         "return True",
     ),
     Mutant(

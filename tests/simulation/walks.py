@@ -112,6 +112,7 @@ def walk(make: Callable[[], World], walks: int, first_seed: int | None = None) -
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
         print_blob=False,
+        report_multiple_bugs=False,
     )
     @given(st.lists(st.integers(0, 99_999), min_size=STEPS, max_size=STEPS))
     def walks_through(numbers: list[int]) -> None:
