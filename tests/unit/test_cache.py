@@ -469,6 +469,20 @@ async def test_who_comes_later_does_not_wait_for_a_whole_of_which_a_part_is_too_
     assert coherence.joinable("whole", clock.time + 5.1) is None
 
 
+async def test_a_whole_is_not_given_to_late_readers_if_a_part_began_before_the_registration(
+    clock: SetClock,
+) -> None:
+    registration = Registration(5.0, 0.0, required=True)
+    coherence = Coherence(5.0, 0.0, registration=registration)
+    part = coherence.begin_load("part", clock.time)
+    registration.sending(clock.time + 1)
+    registration.answered(clock.time + 1, clock.time + 1, clock.time + 1)
+    whole = coherence.begin_load("whole", clock.time + 2)
+    assert coherence.may_give(whole, clock.time + 3)
+    whole.parts.append(part)
+    assert not coherence.may_give(whole, clock.time + 3)
+
+
 async def test_a_part_that_another_loads_is_inherited_as_well(cache: InProcessCache, evict: Evict) -> None:
     loader = Loader()
     other = asyncio.create_task(cache.get_or_set("part", loader, tags=["p"]))
