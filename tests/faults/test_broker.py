@@ -6,7 +6,6 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from decimal import Decimal
-from itertools import pairwise
 from typing import Any
 
 import asyncpg
@@ -272,9 +271,10 @@ async def test_without_a_broker_hits_live_by_their_own_age_and_the_database_by_f
         for one in crowd:
             one.cancel()
     # Who is loaded once by DELTA, whatever the number of readers, is loaded a hundred times by a hundred keys.
+    # Counted, since a loader begins a little later than its load: by the clock two may be nearer than DELTA.
     for key, loads in reader.loads.items():
         outage = [at for at in loads if away < at < back]
-        assert all(later - earlier > DELTA for earlier, later in pairwise(outage)), (key, outage)
+        assert len(outage) <= (back - away) / DELTA + 1, (key, outage)
     await work.check()
 
 
