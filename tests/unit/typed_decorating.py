@@ -1,9 +1,9 @@
-"""What type checkers say about the decorators: each line that ends in `# wrong` is refused, and no other; `assert_type` says
-what is revealed. Checked by `test_decorating.py`, never run."""
+"""What type checkers say about decorators, reads and writes: each line that ends in `# wrong` is refused, and no other;
+`assert_type` says what is revealed. Checked by `test_decorating.py`, never run."""
 
 from typing import Any, assert_type
 
-from cacheinval import Client
+from cacheinval import Client, Read, Receipt, Transaction
 
 
 async def of_functions(client: Client) -> None:
@@ -69,3 +69,22 @@ def decorating(client: Client) -> type[Any]:
         await Prices.read("a")  # wrong
 
     return Prices
+
+
+async def of_reads_and_writes(client: Client) -> None:
+    async def load() -> list[int]:
+        return [1]
+
+    assert_type(await client.cache.get_or_set("k", load, primary=load), list[int])
+    assert_type(await client.cache.read("k", load), Read)
+    await client.cache.get_or_set("k", [1])  # wrong
+    await client.cache.get_or_set("k", load, 300)  # wrong
+
+    assert_type(await client.invalidate("k", wait=1.0), Receipt)
+    await client.invalidate(1)  # wrong
+    async with client.transaction(wait=1.0) as tx:
+        assert_type(tx, Transaction)
+        tx.invalidate("k", versions=[1, None])
+        tx.invalidate("k", versions=1)  # wrong
+    assert_type(tx.receipt, Receipt | None)
+    assert_type(await client.execute("DELETE FROM prices", invalidate=["k"]), str)
