@@ -1,4 +1,8 @@
-"""Keeps the caches of asyncio services honest: commit to Postgres, publish to RabbitMQ, evict everywhere."""
+"""Keeps the caches of asyncio services honest: commit to Postgres, publish to RabbitMQ, evict everywhere.
+
+The examples in the docstrings are as at the prompt of `python -m asyncio`, where `client` is a `Client` that has been
+entered, and which has, where there is a database, a table `prices (id text, price int)`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

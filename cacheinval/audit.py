@@ -99,6 +99,9 @@ class AuditReport:
 
     `settling`: differed, and was evicted, replaced or right when looked at again. `inconsistent`: differed both times.
     `failed`: the source could not be read, or the values not be compared. `examples` are keys of inconsistent entries.
+
+    >>> await client.audit()
+    AuditReport(checked=0, consistent=0, settling=0, inconsistent=0, failed=0, examples=())
     """
 
     checked: int = 0

@@ -53,7 +53,15 @@ Remember = Callable[[str, Factory, Any], None]
 
 
 class Read(NamedTuple):
-    """What a read gave, and how."""
+    """What a read gave, and how.
+
+    >>> async def load():
+    ...     return 99
+
+    >>> read = await client.cache.read("price:abc-123", load)
+    >>> read.value, read.outcome, read.stored
+    (99, 'miss', True)
+    """
 
     value: Any
     outcome: Literal["hit", "miss", "bypass"]
@@ -142,6 +150,11 @@ class CoherentCache(ABC):
 
     Values in the process are handed out as they are, not copied: treat them as frozen.
 
+    >>> async def load():
+    ...     return await client.pool.fetchval("SELECT price FROM prices WHERE id = 'abc-123'")
+    >>> await client.cache.get_or_set("price:abc-123", load)
+    99
+
     Args:
         ttl: seconds that an entry is kept where its reader does not say.
         most_loads: loaders that run at a time; further ones wait.
@@ -186,6 +199,12 @@ class CoherentCache(ABC):
         ttl_jitter: float | None = None,
     ) -> T:
         """The cached value of `key`, else the one that `factory` loads (at most one load of a key at a time).
+
+        >>> async def load():
+        ...     return 99
+
+        >>> await client.cache.get_or_set("price:abc-123", load, ttl=60, tags=["prices"], stale_if_error=600)
+        99
 
         Args:
             key: 1 to 512 bytes of UTF-8 without NUL.
@@ -247,6 +266,14 @@ class CoherentCache(ABC):
     ) -> Read:
         """The same as `get_or_set`, with how the value was come by.
 
+        >>> async def load():
+        ...     return 99
+
+        >>> await client.cache.read("price:abc-123", load)
+        Read(value=99, outcome='miss', stored=True, detail=None)
+        >>> await client.cache.read("price:abc-123", load)
+        Read(value=99, outcome='hit', stored=False, detail=None)
+
         Args:
             refresh: loads in any case, by a load that begins now, and stores over what is there. Others are served what
                 is there until then; nobody else hears of it.
@@ -255,6 +282,14 @@ class CoherentCache(ABC):
     async def withhold(self, *, drop: bool = False) -> None:
         """Called by a factory: what it returns goes to everyone who waits for it, and is not stored, nor is what is built
         from it.
+
+        >>> async def load():
+        ...     price = None  # not there yet
+        ...     if price is None:
+        ...         await client.cache.withhold()
+        ...     return price
+        >>> await client.cache.read("price:abc-123", load)
+        Read(value=None, outcome='miss', stored=False, detail=None)
 
         Args:
             drop: what was stored before goes. Otherwise it stays, and is served if it still may be.
@@ -271,10 +306,29 @@ class CoherentCache(ABC):
 
     @abstractmethod
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:
-        """The entry that a read of `key` would be answered with now, if any; it counts as no read."""
+        """The entry that a read of `key` would be answered with now, if any; it counts as no read.
+
+        >>> async def load():
+        ...     return 99
+
+        >>> await client.cache.get_or_set("price:abc-123", load)
+        99
+        >>> entry = await client.cache.would_serve("price:abc-123")
+        >>> entry.value
+        99
+        """
 
     async def read_source(self, key: str, factory: Factory, model: Any = None) -> Any:
-        """What a read of `key` would give if nothing were cached, nor what `factory` reads; nothing is stored."""
+        """What a read of `key` would give if nothing were cached, nor what `factory` reads; nothing is stored.
+
+        >>> async def load():
+        ...     return 99
+
+        >>> await client.cache.read_source("price:abc-123", load)
+        99
+        >>> print(await client.cache.would_serve("price:abc-123"))
+        None
+        """
         with without_cache():
             return (await self.read(key, factory, model=model)).value
 

@@ -88,6 +88,12 @@ class Client:
     Use it as `async with Client() as client:`. It can be made, and its decorators used, before it is entered; until
     then nothing is known of others' changes, and what is cached is served for a second at most.
 
+    >>> settings = Settings(broker_url="memory://", database_url="")  # no servers; `Client()` takes the environment's
+    >>> async with Client(settings) as client:
+    ...     await client.wait_ready(timeout=5)
+    ...     print(client.state)
+    ready
+
     Args:
         settings: from the environment if None.
         pool: your own asyncpg pool of at least two connections (the relay keeps one), used and never closed; without one the client makes a pool from `DATABASE_URL`.
@@ -320,6 +326,15 @@ class Client:
     def attach(self, cache: "BaseCache", *, may_flush_all: bool = False) -> None:
         """Keeps an aiocache cache of yours honest, too: keys are evicted from it, and no more than that.
 
+        >>> from aiocache import SimpleMemoryCache
+        >>> yours = SimpleMemoryCache()
+        >>> client.attach(yours)
+        >>> await yours.set("price:abc-123", 99)
+        True
+        >>> await client.invalidate("price:abc-123")
+        >>> print(await yours.get("price:abc-123"))
+        None
+
         Args:
             cache: aiocache's memory, Redis (with a namespace) or Memcached cache.
             may_flush_all: allows flushing a whole Memcached server where everything has to go.
@@ -335,6 +350,9 @@ class Client:
     def pool(self) -> "Pool":
         """The asyncpg pool.
 
+        >>> await client.pool.fetchval("SELECT price FROM prices WHERE id = $1", "abc-123")
+        99
+
         Raises:
             NoDatabaseError: there is no database.
         """
@@ -349,6 +367,13 @@ class Client:
         """A database transaction; what it invalidates is evicted here and published when it has committed.
 
         Reads of `client.cache` within it go past the cache, so that they see its changes.
+
+        >>> async with client.transaction(wait=5.0) as tx:
+        ...     await tx.execute("UPDATE prices SET price = 109 WHERE id = $1", "abc-123")
+        ...     tx.invalidate("price:abc-123", tags=["prices"])
+        'UPDATE 1'
+        >>> tx.receipt.complete  # nobody's cache has it any more
+        True
 
         Args:
             wait: seconds; leaving the block then takes until every instance has evicted, at most that long, and
@@ -377,12 +402,21 @@ class Client:
     ) -> str:
         """Executes a statement and records what it makes stale, in one round trip where that is possible.
 
+        >>> await client.execute("UPDATE prices SET price = 109 WHERE id = $1", "abc-123", invalidate=["price:abc-123"])
+        'UPDATE 1'
+
         Args:
             invalidate, tags: keys and tags that are evicted everywhere when it has committed.
             timeout: seconds.
 
         Returns:
             The statement's command tag, for example `UPDATE 1`.
+
+        Raises:
+            InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
+            SchemaMissingError: `cacheinval schema apply` has not been run.
+            NoDatabaseError: there is no database.
+            asyncpg.PostgresError: what the statement itself raises.
         """
         result: str = await self._statement("execute", query, args, invalidate, tags, timeout)
         return result
@@ -395,7 +429,12 @@ class Client:
         tags: Collection[str] = (),
         timeout: float | None = None,
     ) -> list[asyncpg.Record]:
-        """The same as `execute`, for a statement that returns rows."""
+        """The same as `execute`, for a statement that returns rows.
+
+        >>> rows = await client.fetch("UPDATE prices SET price = price + 1 RETURNING id, price", tags=["prices"])
+        >>> [(row["id"], row["price"]) for row in rows]
+        [('abc-123', 100)]
+        """
         result: list[asyncpg.Record] = await self._statement("fetch", query, args, invalidate, tags, timeout)
         return result
 
@@ -407,7 +446,13 @@ class Client:
         tags: Collection[str] = (),
         timeout: float | None = None,
     ) -> asyncpg.Record | None:
-        """The same as `execute`, for a statement that returns at most one row."""
+        """The same as `execute`, for a statement that returns at most one row.
+
+        >>> change = "UPDATE prices SET price = price + 1 WHERE id = $1 RETURNING price"
+        >>> row = await client.fetchrow(change, "abc-123", invalidate=["price:abc-123"])
+        >>> row["price"]
+        100
+        """
         result: asyncpg.Record | None = await self._statement(
             "fetchrow", query, args, invalidate, tags, timeout
         )
@@ -430,6 +475,11 @@ class Client:
 
     async def record(self, connection: "AnyConnection", *keys: str, tags: Collection[str] = ()) -> None:
         """Records an invalidation inside a transaction that you run yourself; the relay publishes it to everyone.
+
+        >>> async with client.pool.acquire() as connection, connection.transaction():
+        ...     await connection.execute("UPDATE prices SET price = 109 WHERE id = 'abc-123'")
+        ...     await client.record(connection, "price:abc-123")
+        'UPDATE 1'
 
         Raises:
             InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
@@ -457,6 +507,8 @@ class Client:
         """Evicts these everywhere, for a change that is not in this database.
 
         With a database it returns when the outbox row is committed: the relay sends it, whatever becomes of the broker.
+
+        >>> await client.invalidate("rate:EUR", tags=["reports"])  # the rate was changed in somebody else's service
 
         Args:
             wait: seconds; it then returns when every instance has evicted, or after that long, with a receipt that says
@@ -545,6 +597,9 @@ class Client:
     async def apply_schema(self) -> None:
         """Makes or updates the schema `cacheinval`; safe to call from any number of processes at once.
 
+        >>> await client.apply_schema()  # as `cacheinval schema apply` does
+        >>> await client.invalidate("price:abc-123")
+
         Raises:
             DatabaseError: it could not be done, and why.
         """
@@ -560,7 +615,11 @@ class Client:
 
     @property
     def bus(self) -> Bus:
-        """Who carries messages."""
+        """Who carries messages.
+
+        >>> client.bus.state["consumer"]
+        'connected'
+        """
         if self._bus is None:  # not before: an `EventBus` belongs to the event loop that runs
             memory = self.settings.broker_url.startswith("memory:")
             self._bus = EventBus.of(self.settings.namespace) if memory else RabbitBus(self.settings)
@@ -708,29 +767,50 @@ class Client:
 
     @property
     def state(self) -> Literal["starting", "ready", "suspect"]:
-        """`suspect` from the moment that something may have been missed until everything has been made good."""
+        """`suspect` from the moment that something may have been missed until everything has been made good.
+
+        >>> client.state
+        'ready'
+        """
         if self._coherence.suspect is None:
             return "ready"
         return "suspect" if self.instance.ever_joined else "starting"
 
     @property
     def ready(self) -> bool:
-        """Whether what is cached can be relied on."""
+        """Whether what is cached can be relied on.
+
+        >>> client.ready
+        True
+        """
         return self._coherence.suspect is None
 
     @property
     def reason(self) -> str | None:
-        """Why the client is not ready."""
+        """Why the client is not ready.
+
+        >>> async with Client(client.settings) as other:
+        ...     print(other.reason)
+        not subscribed yet
+        """
         return self._coherence.suspect
 
     @property
     def watermark_age(self) -> float | None:
-        """Seconds since the moment up to which every commit is known to be evicted here; None before the first tick."""
+        """Seconds since the moment up to which every commit is known to be evicted here; None before the first tick.
+
+        >>> print(client.watermark_age)  # without a database nobody sends ticks
+        None
+        """
         age = self._clock.now() - self._coherence.proof.watermark
         return max(0.0, age) if age < float("inf") else None
 
     async def wait_ready(self, timeout: float) -> None:
         """Waits until what is cached can be relied on.
+
+        >>> await client.wait_ready(timeout=5)
+        >>> client.ready
+        True
 
         Raises:
             TimeoutError: not within `timeout` seconds.
@@ -739,7 +819,12 @@ class Client:
             await self.instance.trusted.wait()
 
     def status(self) -> dict[str, Any]:
-        """What `/status` shows: JSON types, and never a secret."""
+        """What `/status` shows: JSON types, and never a secret.
+
+        >>> status = client.status()
+        >>> status["id"], status["state"], status["cache"]["entries"]
+        ('shop-1', 'ready', 0)
+        """
         reason = self._coherence.suspect
         return {
             "id": self.settings.instance_id,
@@ -769,7 +854,11 @@ class Client:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Every counter, by part; numbers since the start of this process."""
+        """Every counter, by part; numbers since the start of this process.
+
+        >>> client.stats()["cache"]["hits"]
+        0
+        """
         counters: dict[str, Any] = {
             name: {field: getattr(part.counters, field) for field in part.counters.__slots__}
             for name, part in (
@@ -793,6 +882,9 @@ class Client:
     async def ask_instances(self, wait: float = 1.0) -> list[dict[str, Any]]:
         """The status of every instance of the namespace that answers within `wait` seconds, by id.
 
+        >>> [(instance["id"], instance["state"]) for instance in await client.ask_instances(wait=0.5)]
+        [('shop-1', 'ready')]
+
         Raises:
             PublishError: the broker cannot be reached, or nobody has ever subscribed in this namespace.
         """
@@ -803,6 +895,14 @@ class Client:
 
         What differs is looked at again later, and is only then called inconsistent. Compared are entries whose keys were
         loaded here: the loaders of at most 1,000 keys are remembered. One audit runs at a time; another one waits.
+
+        >>> async def load():
+        ...     return 99
+        >>> await client.cache.get_or_set("price:abc-123", load)
+        99
+        >>> report = await client.audit(sample=10)
+        >>> report.checked, report.inconsistent
+        (1, 0)
 
         Args:
             sample: how many entries, at most 1,000.

@@ -24,19 +24,50 @@ Evict = Callable[[Collection[str], Collection[str]], Awaitable[None]]
 
 
 class Cached(Protocol[P, T_co]):
-    """A coroutine function whose results are cached, as `Client.cached` makes it."""
+    """A coroutine function whose results are cached, as `Client.cached` makes it.
+
+    >>> @client.cached("price:{product_id}")
+    ... async def price_of(product_id: str) -> int:
+    ...     return 99
+
+    >>> await price_of("abc-123")
+    99
+    """
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T_co]:
         """The cached result for these arguments, else what the function returns."""
 
     def key(self, *args: P.args, **kwargs: P.kwargs) -> str:
-        """The key under which the result for these arguments is cached."""
+        """The key under which the result for these arguments is cached.
+
+        >>> @client.cached("price:{product_id}")
+        ... async def price_of(product_id: str) -> int:
+        ...     return 99
+
+        >>> price_of.key("abc-123")
+        'price:abc-123'
+        """
 
     def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, None]:
-        """Evicts that result everywhere, as `Client.invalidate` does; within `Client.transaction`, when that commits."""
+        """Evicts that result everywhere, as `Client.invalidate` does; within `Client.transaction`, when that commits.
+
+        >>> @client.cached("price:{product_id}")
+        ... async def price_of(product_id: str) -> int:
+        ...     return 99
+
+        >>> await price_of.invalidate("abc-123")
+        """
 
     def refresh(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T_co]:
-        """Calls the function now, and stores and returns its result. Nobody else hears of it: this is no invalidation."""
+        """Calls the function now, and stores and returns its result. Nobody else hears of it: this is no invalidation.
+
+        >>> @client.cached("price:{product_id}")
+        ... async def price_of(product_id: str) -> int:
+        ...     return 99
+
+        >>> await price_of.refresh("abc-123")
+        99
+        """
 
     @overload
     def __get__(

@@ -14,6 +14,10 @@ class Receipt:
     """What became of a write until its caller stopped waiting: *n of m* instances serve nothing of what it replaced.
 
     The write is committed, whatever stands here.
+
+    >>> receipt = await client.invalidate("rate:EUR", wait=5.0)
+    >>> receipt.confirmed, receipt.total, receipt.missing
+    (1, 1, ())
     """
 
     confirmed: int
@@ -31,7 +35,12 @@ class Receipt:
 
     @property
     def complete(self) -> bool:
-        """Whether nobody is missing: then no registered instance serves the old value, if all have `max_staleness`."""
+        """Whether nobody is missing: then no registered instance serves the old value, if all have `max_staleness`.
+
+        >>> receipt = await client.invalidate("rate:EUR", wait=5.0)
+        >>> receipt.complete
+        True
+        """
         return self.total is not None and self.confirmed == self.total
 
 

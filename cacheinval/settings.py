@@ -104,6 +104,10 @@ class Settings(BaseSettings):
     Each field is read from the keyword argument, else from the environment variable of the same name in upper case with
     the prefix `CACHEINVAL_`, else from a file of that name in `CACHEINVAL_SECRETS_DIR` (default `/run/secrets`).
 
+    >>> settings = Settings(namespace="shop", max_staleness=5)  # everything else from the environment, or the default
+    >>> settings.max_staleness, settings.cache_ttl
+    (5.0, 300)
+
     Raises:
         ConfigurationError: a value cannot be used; one line for each names the variable, the value (secrets masked)
             and what is accepted.
@@ -232,7 +236,11 @@ class Settings(BaseSettings):
 
     @property
     def cache_is_external(self) -> bool:
-        """Whether the cache lives outside this process, and so outlives it."""
+        """Whether the cache lives outside this process, and so outlives it.
+
+        >>> Settings(cache_url="redis://127.0.0.1:6379/0", instance_id="shop-1").cache_is_external
+        True
+        """
         return not self.cache_url.startswith("memory:")
 
     def __repr_args__(self) -> list[tuple[str | None, Any]]:

@@ -69,7 +69,12 @@ class Invalidations:
 
 
 class Transaction:
-    """An asyncpg transaction that knows what it makes stale; every method of the connection can be called on it."""
+    """An asyncpg transaction that knows what it makes stale; every method of the connection can be called on it.
+
+    >>> async with client.transaction() as tx:
+    ...     await tx.executemany("INSERT INTO prices VALUES ($1, $2)", [("lamp", 20), ("chair", 80)])
+    ...     tx.invalidate("price:lamp", "price:chair")
+    """
 
     receipt: Receipt | None = None
     """Who has evicted, once the transaction has committed and the others were waited for (`wait=`)."""
@@ -81,7 +86,13 @@ class Transaction:
 
     @property
     def connection(self) -> "Connection":
-        """asyncpg's connection."""
+        """asyncpg's connection.
+
+        >>> async with client.transaction() as tx:
+        ...     await tx.connection.copy_records_to_table("prices", records=[("lamp", 20)])
+        ...     tx.invalidate("price:lamp")
+        'COPY 1'
+        """
         self._only_statements = False  # whatever is done with it is not seen here
         return self._connection
 
@@ -96,7 +107,13 @@ class Transaction:
     # These four are seen, so that nearly all transactions need no reset of their session.
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """As asyncpg's `Connection.execute`."""
+        """As asyncpg's `Connection.execute`.
+
+        >>> async with client.transaction() as tx:
+        ...     await tx.execute("DELETE FROM prices WHERE id = $1", "abc-123")
+        ...     tx.invalidate("price:abc-123")
+        'DELETE 1'
+        """
         self._note(query)
         return await self._connection.execute(query, *args, timeout=timeout)
 
@@ -107,7 +124,12 @@ class Transaction:
         timeout: float | None = None,
         record_class: type[asyncpg.Record] | None = None,
     ) -> list[asyncpg.Record]:
-        """As asyncpg's `Connection.fetch`."""
+        """As asyncpg's `Connection.fetch`.
+
+        >>> async with client.transaction() as tx:
+        ...     rows = await tx.fetch("UPDATE prices SET price = price + 1 RETURNING id")
+        ...     tx.invalidate(*(f"price:{row['id']}" for row in rows))
+        """
         self._note(query)
         return await self._connection.fetch(query, *args, timeout=timeout, record_class=record_class)
 
@@ -118,12 +140,26 @@ class Transaction:
         timeout: float | None = None,
         record_class: type[asyncpg.Record] | None = None,
     ) -> asyncpg.Record | None:
-        """As asyncpg's `Connection.fetchrow`."""
+        """As asyncpg's `Connection.fetchrow`.
+
+        >>> async with client.transaction() as tx:
+        ...     row = await tx.fetchrow("SELECT price FROM prices WHERE id = $1 FOR UPDATE", "abc-123")
+        ...     await tx.execute("UPDATE prices SET price = $2 WHERE id = $1", "abc-123", row["price"] + 1)
+        ...     tx.invalidate("price:abc-123")
+        'UPDATE 1'
+        """
         self._note(query)
         return await self._connection.fetchrow(query, *args, timeout=timeout, record_class=record_class)
 
     async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
-        """As asyncpg's `Connection.fetchval`."""
+        """As asyncpg's `Connection.fetchval`.
+
+        >>> async with client.transaction() as tx:
+        ...     price = await tx.fetchval("UPDATE prices SET price = price + 1 WHERE id = $1 RETURNING price", "abc-123")
+        ...     tx.invalidate("price:abc-123")
+        >>> price
+        100
+        """
         self._note(query)
         return await self._connection.fetchval(query, *args, column=column, timeout=timeout)
 
@@ -135,6 +171,12 @@ class Transaction:
         everything: bool = False,
     ) -> None:
         """Evicts these everywhere, once the transaction has committed; never if it does not.
+
+        >>> async with client.transaction() as tx:
+        ...     await tx.execute("UPDATE prices SET price = 109 WHERE id = $1", "abc-123")
+        ...     tx.invalidate("price:abc-123", versions=[8])
+        ...     tx.invalidate(tags=["reports"])
+        'UPDATE 1'
 
         Args:
             versions: what the rows have become, one for each key, None where unknown; for a deleted row one more than

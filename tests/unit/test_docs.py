@@ -1,9 +1,6 @@
 """What the README, the protocol and the changelog say is so."""
 
 import ast
-import doctest
-import inspect
-import io
 import json
 import os
 import re
@@ -11,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
 
@@ -112,27 +108,6 @@ def test_the_example_without_servers_prints_what_it_says() -> None:
 @pytest.fixture
 async def client() -> Client:
     return Client(Settings(broker_url="memory://", database_url="postgresql://127.0.0.1:1/x", warm_keys=1))
-
-
-async def run_example(source: str, names: dict[str, Any]) -> str:
-    """What an example prints that is typed at a prompt where `await` is allowed, as `python -m asyncio` has it."""
-    printed = io.StringIO()
-    code = compile(source, "<example>", "single", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    with redirect_stdout(printed):
-        result = eval(code, names)
-        if inspect.isawaitable(result):
-            await result
-    return printed.getvalue()
-
-
-@pytest.mark.parametrize("method", [Client.cached, Client.invalidates], ids=lambda method: method.__name__)
-async def test_examples_in_docstrings_print_what_they_say(method: Any) -> None:
-    examples = doctest.DocTestParser().get_examples(inspect.getdoc(method) or "")
-    assert examples
-    async with Client(Settings(broker_url="memory://", database_url="")) as client:
-        names = {"client": client}
-        for example in examples:
-            assert await run_example(example.source, names) == example.want, example.source
 
 
 async def test_every_method_that_the_readme_names_is_there(client: Client) -> None:
