@@ -224,7 +224,7 @@ def _run(work: "Coroutine[Any, Any, None]") -> None:
         asyncpg.InterfaceError,
     ) as error:  # those of the bus are PublishErrors
         reason = str(error) or "no answer in time"
-        raise DatabaseError(f"the database cannot be used: {reason}") from error
+        raise DatabaseError(f"the database cannot be used (CACHEINVAL_DATABASE_URL): {reason}") from error
 
 
 async def _invalidate(

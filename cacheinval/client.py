@@ -592,7 +592,10 @@ class Client:
             async with asyncio.timeout(2 * self.settings.publish_timeout):
                 await confirmed
         except TimeoutError:
-            raise PublishError from None
+            raise PublishError(
+                f"the broker did not confirm within {2 * self.settings.publish_timeout:g} s (twice "
+                "CACHEINVAL_PUBLISH_TIMEOUT); the message may still arrive"
+            ) from None
 
     async def apply_schema(self) -> None:
         """Makes or updates the schema `cacheinval`; safe to call from any number of processes at once.

@@ -37,7 +37,7 @@ class ConfigurationError(CacheinvalError):
 
     >>> Settings(cache_ttl=0)
     Traceback (most recent call last):
-    cacheinval.errors.ConfigurationError: CACHEINVAL_CACHE_TTL=0: Input should be greater than 0
+    cacheinval.errors.ConfigurationError: CACHEINVAL_CACHE_TTL=0: accepted: greater than 0
     """
 
 
@@ -69,7 +69,7 @@ class BusError(CacheinvalError):
     ...         await client.ask_instances()
     ...     except BusError as error:
     ...         print(error)
-    the broker cannot be reached: ...
+    the broker cannot be reached (CACHEINVAL_BROKER_URL): ...
     """
 
 
@@ -80,7 +80,7 @@ class PublishError(BusError):
     >>> async with Client(alone, subscribe=False) as client:
     ...     await client.invalidate("rate:EUR")
     Traceback (most recent call last):
-    cacheinval.errors.PublishError: not confirmed: the broker cannot be reached: ...
+    cacheinval.errors.PublishError: not confirmed: the broker cannot be reached (CACHEINVAL_BROKER_URL): ...
     """
 
 

@@ -210,7 +210,9 @@ def _check_invalidate(message: Invalidate, may_hold_nul: bool) -> None:
             f"{len(keys) + len(tags)} keys and tags; accepted: at most {MAX_KEYS_ACCEPTED}"
         )
     if message.versions and len(message.versions) != len(keys):
-        raise MalformedMessageError(f"{len(message.versions)} versions for {len(keys)} keys")
+        raise MalformedMessageError(
+            f"{len(message.versions)} versions for {len(keys)} keys; accepted: one for each, or none"
+        )
     for what, names in (("key", keys), ("tag", tags)):
         # Thousands of names arrive at once: a name of at most 128 characters has at most 512 bytes.
         if not may_hold_nul and "" not in names and max(map(len, names), default=0) * 4 <= MAX_NAME_BYTES:

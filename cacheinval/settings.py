@@ -272,6 +272,7 @@ def _secrets_dir() -> str | None:
 
 def _explain(problem: Any, values: dict[str, Any]) -> str:
     text = problem["msg"].removeprefix("Value error, ")
+    text = text.replace("Input should be ", "accepted: ").partition(", unable to parse")[0]
     if not problem["loc"]:  # from the validator of the whole: it names its field itself
         name, _, rest = text.partition("=")
         return f"{PREFIX}{name.upper()}={rest}"

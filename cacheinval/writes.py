@@ -377,8 +377,13 @@ class Writes:
             # A deadline around it, and not `acquire(timeout=)`, which on Python 3.11 runs a task for it.
             async with asyncio.timeout(ACQUIRE_TIMEOUT):
                 connection = await pool.acquire()
-        except BaseException:
+        except BaseException as error:
             self._writing -= 1
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(
+                    f"no connection to the database in time (CACHEINVAL_DATABASE_URL): none can be made, or all "
+                    f"{pool.get_max_size()} of the pool are in use"
+                ) from error
             raise
         alone = False
         try:
@@ -410,5 +415,10 @@ def _spare_reset(connection: "Connection") -> None:
 
 
 async def _commit(transaction: asyncpg.transaction.Transaction) -> None:
-    async with asyncio.timeout(COMMIT_TIMEOUT):
-        await transaction.commit()
+    try:
+        async with asyncio.timeout(COMMIT_TIMEOUT):
+            await transaction.commit()
+    except TimeoutError as error:
+        raise TimeoutError(
+            f"COMMIT was not answered within {COMMIT_TIMEOUT:g} s; it may have been made"
+        ) from error

@@ -50,7 +50,8 @@ class _Typed:
         except (TypeError, ValueError, OverflowError) as error:
             raise CacheError(
                 f"a cache outside the process keeps {self._called}; this value has no such form: {error} (accepted: "
-                "its own types, dataclasses, pydantic models, msgspec structs, Decimal, dates, UUID)"
+                "its own types, dataclasses, pydantic models, msgspec structs, Decimal, dates, UUID; "
+                "CACHEINVAL_CACHE_SERIALIZER names the form)"
             ) from error
 
     def decode(self, written: bytes, model: Any) -> Any:

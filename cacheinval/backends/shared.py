@@ -274,6 +274,7 @@ class SharedEntries:
         except Exception as error:  # each driver has errors of its own
             raise CacheError(
                 f"the {self._backend.NAME} cache failed: {type(error).__name__} {error}".strip()
+                + " (CACHEINVAL_CACHE_URL)"
             ) from error
 
     def _entry(self, key: str) -> str:

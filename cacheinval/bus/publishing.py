@@ -134,7 +134,10 @@ class RabbitChannel:
         if isinstance(error, ChannelNotFoundEntity):
             return f"the exchange {self._exchange} is missing: {explain(error)}"
         if isinstance(error, TimeoutError):
-            return f"the broker did not confirm within {self._timeout:g} s; the message may still arrive"
+            return (
+                f"the broker did not confirm within {self._timeout:g} s (CACHEINVAL_PUBLISH_TIMEOUT); the message may "
+                "still arrive"
+            )
         return f"the broker did not confirm: {explain(error)}"
 
     async def close(self) -> None:
@@ -188,10 +191,14 @@ class Publishing:
             attempt = self._attempt  # shared: whoever stops waiting for it cancels nobody else
             await asyncio.wait({attempt}, timeout=self._timeout)
             if not attempt.done():
-                raise PublishError(f"the broker cannot be reached within {self._timeout:g} s")
+                raise PublishError(
+                    f"the broker cannot be reached within {self._timeout:g} s (CACHEINVAL_BROKER_URL)"
+                )
             error = asyncio.CancelledError() if attempt.cancelled() else attempt.exception()
             if error is not None or self._connection is None:
-                raise PublishError(f"the broker cannot be reached: {explain(error)}") from error
+                raise PublishError(
+                    f"the broker cannot be reached (CACHEINVAL_BROKER_URL): {explain(error)}"
+                ) from error
         return self._connection
 
     def _attempted(self, attempt: asyncio.Task[None]) -> None:

@@ -177,7 +177,9 @@ class RabbitBus:
                 "asking"
             )  # its own: it publishes, and consumes the answers
         except Exception as error:
-            raise PublishError(f"the broker cannot be reached: {explain(error)}") from error
+            raise PublishError(
+                f"the broker cannot be reached (CACHEINVAL_BROKER_URL): {explain(error)}"
+            ) from error
         try:
             return await self._ask(connection, body, wait, Answers(enough))
         except PublishError:

@@ -106,7 +106,10 @@ class Instances:
         apart = max(before - row["told"], row["told"] - time.time())
         if apart > self._max_clock_skew:
             # Whose lease has ended by a clock that is wrong may serve on.
-            raise DatabaseError(f"this clock and the database's differ by {apart:.3f} s")
+            raise DatabaseError(
+                f"this clock and the database's differ by {apart:.3f} s; accepted: at most "
+                f"CACHEINVAL_MAX_CLOCK_SKEW={self._max_clock_skew:g}"
+            )
         return _registered(row)
 
 

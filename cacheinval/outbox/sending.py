@@ -149,7 +149,9 @@ class Sender:
             async with asyncio.timeout(self._deadline):
                 await channel.send(body)
         except TimeoutError:
-            raise PublishError(f"the broker did not confirm within {self._deadline:g} s") from None
+            raise PublishError(
+                f"the broker did not confirm within {self._deadline:g} s (CACHEINVAL_PUBLISH_TIMEOUT)"
+            ) from None
         self.published_messages += 1
         self._confirmed_beyond.add(seq)
         while self._confirmed_to + 1 in self._confirmed_beyond:

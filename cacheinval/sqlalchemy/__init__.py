@@ -80,7 +80,9 @@ def record_changes(
         ) from None
     tags, version = tags or {}, version or {}
     for entity in version.keys() - keys.keys():
-        raise ConfigurationError(f"version= names {entity!r}, for which there is no key template")
+        raise ConfigurationError(
+            f"version= names {entity!r}, for which there is no key template; accepted: classes in keys"
+        )
     rules = [
         rule_for(entity, _several(keys.get(entity, ())), _several(tags.get(entity, ())), version.get(entity))
         for entity in {**keys, **tags}

@@ -524,6 +524,39 @@ async def test_a_statement_that_times_out_is_published_and_its_row_kept(
     assert await number(db) == 1
 
 
+async def test_a_pool_that_is_exhausted_is_named(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writes, "ACQUIRE_TIMEOUT", 0.1)
+    async with AsyncExitStack() as stack:
+        for _ in range(client.pool.get_max_size()):
+            await stack.enter_async_context(client.pool.acquire())
+        with pytest.raises(TimeoutError, match=r"CACHEINVAL_DATABASE_URL.*all 10 of the pool are in use"):
+            await client.execute(UPDATE, "a", invalidate=["k"])
+
+
+async def test_a_commit_that_is_not_answered_is_named(
+    client: Client,
+    db: asyncpg.Connection,
+    heard: Listener,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here it waits for somebody's lock on the row that a deferred constraint has COMMIT look for."""
+    monkeypatch.setattr(writes, "COMMIT_TIMEOUT", 0.2)
+    async with db.transaction():
+        await db.execute("DELETE FROM things WHERE id = 'b'")
+
+        async def write() -> None:
+            async with client.transaction() as tx:
+                await tx.execute("INSERT INTO owners VALUES (1, 'b')")
+                tx.invalidate("k")
+
+        with pytest.raises(
+            TimeoutError, match=r"COMMIT was not answered within 0\.2 s; it may have been made"
+        ):
+            await write()
+    await eventually(lambda: heard.keys == ["k"])
+
+
 async def test_a_statement_that_fails_is_never_heard_of(
     client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
 ) -> None:

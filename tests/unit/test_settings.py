@@ -111,6 +111,7 @@ def test_a_wrong_value_is_refused_in_one_line(
     assert text.startswith(f"CACHEINVAL_{name}=")
     assert value.strip().casefold() in text.casefold()
     assert accepted in text
+    assert "accepted: " in text
     assert len(text.splitlines()) == 1
 
 
