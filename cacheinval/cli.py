@@ -11,7 +11,6 @@ from cacheinval.errors import (
     ConfigurationError,
     DatabaseError,
     InvalidKeyError,
-    PublishError,
 )
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ __all__ = ["app", "main"]
 
 PUBLISH_PATIENCE = 2.0  # seconds that `invalidate` waits for the broker, where the row is the safety
 SILENT_WAIT = 2.0  # seconds for which `invalidate --wait` waits without a word
-WIDEST = 10_000  # columns of a table that is not for a terminal
 
 # What a command needs is imported when it runs: --help must not wait for aio-pika and uvicorn.
 
@@ -139,10 +137,16 @@ def invalidate(
 
 @app.command()
 def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Ask every live instance how it is."""
-    _run(_status(_settings(), as_json))
+    try:
+        _run(_status(_settings(), interval if watch else None, as_json))
+    except KeyboardInterrupt:
+        if not watch:
+            raise
 
 
 @app.command()
@@ -275,25 +279,15 @@ def _evicted_by(receipt: "Receipt") -> str:
     return f"evicted by {receipt.confirmed} of {receipt.total} instances{by_time}"
 
 
-async def _status(settings: "Settings", as_json: bool) -> None:
+async def _status(settings: "Settings", interval: float | None, as_json: bool) -> None:
+    from cacheinval import status_command
     from cacheinval.client import Client
 
-    settings = settings.model_copy(update={"relay": "off", "database_url": ""})
-    async with Client(settings, subscribe=False) as client:
-        try:
-            instances = await client.ask_instances()
-        except PublishError as error:
-            if "no exchange" not in str(error):
-                raise
-            instances = []  # nobody has ever subscribed
-    if as_json:
-        import json
-
-        print(json.dumps({"instances": instances}, ensure_ascii=False, indent=2))
-    elif not instances:
-        print(f"no instance of namespace {settings.namespace} answers")
-    else:
-        _print_table(instances)
+    async with Client(settings.model_copy(update={"relay": "off"}), subscribe=False) as client:
+        if interval is None:
+            await status_command.status(client, as_json=as_json)
+        else:
+            await status_command.watch(client, interval, as_json=as_json)
 
 
 async def _audit(
@@ -305,28 +299,6 @@ async def _audit(
     settings = settings.model_copy(update={"relay": "off", "database_url": ""})
     async with Client(settings, subscribe=False) as client:
         await audit_command.audit(client, sample, delay, wait, as_json=as_json)
-
-
-def _print_table(instances: "list[dict[str, Any]]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("ID", "HOST", "VERSION", "STATE", "WATERMARK AGE", "REASON"):
-        table.add_column(column, no_wrap=True)
-    for instance in sorted(instances, key=lambda instance: str(instance["id"])):
-        state, age = str(instance["state"]), instance.get("watermark_age")
-        table.add_row(
-            Text(str(instance["id"])),
-            Text(str(instance["host"])),
-            Text(str(instance["version"])),
-            Text(state, style="green" if state == "ready" else "yellow"),
-            Text("-" if age is None else f"{age:.1f} s"),
-            Text(str(instance.get("reason") or "")),
-        )
-    # Piped, a line is as long as it has to be: nothing is cut off.
-    Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST).print(table)
 
 
 async def _apply_schema(settings: "Settings") -> None:

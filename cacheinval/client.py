@@ -37,7 +37,7 @@ from cacheinval.errors import (
     NoDatabaseError,
     PublishError,
 )
-from cacheinval.fleet import Respondent, ask_instances
+from cacheinval.fleet import Respondent, ask_instances, silent_among
 from cacheinval.levels import SECOND_LEVEL, TwoLevels
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Database, Instances, Registrar
@@ -74,6 +74,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 VERSION = version("cacheinval")
+
+# Of the settings that are told, those in which the instances of a namespace should agree.
+SHARED_SETTINGS = ("max_staleness", "max_clock_skew", "tick_interval", "max_replica_lag")
 
 # What leaving takes at most, in seconds: with the tasks' time to stop within the 10 s that a supervisor grants.
 FLUSH_TIMEOUT = 1.0
@@ -178,7 +181,7 @@ class Client:
             self.settings.tick_interval,
             self._asking,
         )
-        respondent = Respondent(me.id, lambda: self.bus, self.status, self.auditor, self._tasks.aside)
+        respondent = Respondent(me.id, lambda: self.bus, self._answer_status, self.auditor, self._tasks.aside)
         self.instance = Instance(
             self._coherence,
             self._clock,
@@ -766,6 +769,11 @@ class Client:
             except Exception:
                 log.exception("a cache cannot evict")
 
+    async def _answer_status(self) -> dict[str, Any]:
+        status = self.status()  # first, for it says when it was
+        depth = await self.bus.depth()
+        return status if depth is None else status | {"queue_depth": depth}
+
     # How it is doing
 
     @property
@@ -824,11 +832,16 @@ class Client:
     def status(self) -> dict[str, Any]:
         """What `/status` shows: JSON types, and never a secret.
 
+        `queue_depth` counts the messages that have arrived and are not evicted yet; in what `ask_instances` gives it also
+        counts those that wait in the broker.
+
         >>> status = client.status()
         >>> status["id"], status["state"], status["cache"]["entries"]
         ('shop-1', 'ready', 0)
         """
-        reason = self._coherence.suspect
+        reason, gap = self._coherence.suspect, self._coherence.last_gap
+        broker, cache = getattr(self.bus, "state", None), self.cache.counters
+        reads = cache.hits + cache.misses + cache.bypasses
         return {
             "id": self.settings.instance_id,
             "host": socket.gethostname(),
@@ -839,10 +852,15 @@ class Client:
             "reason": reason,
             "since": self.instance.since,
             "started_at": self._started_at,
+            "now": self._clock.now(),
             "watermark_age": self.watermark_age,
             "tick_refused": self._coherence.proof.refused,
+            "source": self._coherence.proof.source,
+            "last_gap": None if gap is None else {"at": gap.at, "reason": gap.reason},
+            "queue_depth": None if broker is None else broker["unsettled"],
+            "hit_ratio": cache.hits / reads if reads else None,
             "registration": self._registrar.state if self._subscribe and self._has_database else None,
-            "broker": getattr(self.bus, "state", None),
+            "broker": broker,
             "relay": None if self.relay is None else self.relay.state,
             "publisher": {"failing": self.publisher.failing, "waiting": self.publisher.waiting},
             "cache": {
@@ -852,6 +870,7 @@ class Client:
                 "epoch": self._coherence.epoch,
                 "warming": None if self._warmer is None else self._warmer.state,
             },
+            "settings": {name: getattr(self.settings, name) for name in SHARED_SETTINGS},
             "audit": self.auditor.state,
             "counters": self.stats(),
         }
@@ -892,6 +911,22 @@ class Client:
             PublishError: the broker cannot be reached, or nobody has ever subscribed in this namespace.
         """
         return await ask_instances(self.bus, wait)
+
+    async def silent_instances(self, answered: Collection[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Those that are registered in the database and are not among `answered`, what `ask_instances` gave.
+
+        Of each the same names are given as `ask_instances` gives, but only `id`, `state` (`silent`) and `reason` are known.
+        One that has only just registered is left out.
+
+        >>> await client.silent_instances(await client.ask_instances(wait=0.5))
+        []
+
+        Raises:
+            DatabaseError: who is registered cannot be told.
+        """
+        if not self._has_database:
+            return []
+        return silent_among(await self._instances(lambda: self.pool).registered(), answered)
 
     async def audit(self, sample: int = 100, delay: float | None = None) -> AuditReport:
         """Compares up to `sample` cached entries, at random, with what their loaders read now; evicts nothing.

@@ -353,6 +353,13 @@ class Counters:
     gap_reasons: dict[str, int] = field(default_factory=dict)
 
 
+class Gap(NamedTuple):
+    """When messages may have been missed, by the clock of the instance, and why."""
+
+    at: float
+    reason: str
+
+
 class Coherence:
     """Decides for the caches of one instance. Times are seconds of one clock (see `cacheinval.clock`).
 
@@ -385,6 +392,8 @@ class Coherence:
         self._registers = self.registration.required
         self.epoch = 1
         self.counters = Counters()
+        self.last_gap: Gap | None = None
+        """For status: the last one, be it that the subscription was lost and a new one made."""
         self._max_staleness, self._max_clock_skew = max_staleness, max_clock_skew
         self._doubts: dict[str, str] = {"subscription": "not subscribed yet"}
         if self.registration.required:
@@ -404,6 +413,7 @@ class Coherence:
         self._origins_told = 0
         self._echoes: set[tuple[str, int]] = set()
         self._subscribed = False
+        self._lost: str | None = None
         self._marker: str | None = None
         self._marker_passed = False
         self._tick_passed: Tick | None = None
@@ -697,12 +707,15 @@ class Coherence:
     def lost(self, reason: str) -> None:
         """The subscription is lost: connection, channel, consumer or queue."""
         self._subscribed = False
+        self._lost = self._lost or reason  # what follows from the first one explains nothing
         self._marker, self._marker_passed = None, False
         self._tick_passed = None
-        self.doubt("subscription", reason)
+        self.doubt("subscription", self._lost)
 
     def joined_anew(self, now: float) -> Eviction:
         """A new queue receives from now on; what was published before may have been missed. Evict, then `trust`."""
+        if self._lost is not None:
+            self.last_gap, self._lost = Gap(now, f"new subscription: {self._lost}"), None
         self._subscribed = True
         self._heard_at = now
         self._seqs.clear()
@@ -718,7 +731,7 @@ class Coherence:
         this process holds in front of that cache is refused in any case, as are its loads: another process of the same
         name may have had the queue meanwhile, and has evicted outside, but not here.
         """
-        self._subscribed = True
+        self._subscribed, self._lost = True, None
         if self._in_front:
             self._begin_epoch()
         self._heard_at = now
@@ -856,8 +869,7 @@ class Coherence:
 
     def gap(self, reason: str, now: float) -> Eviction | None:
         """Messages may have been missed: everything has to go; None where it is put off (see `gap_due_at`)."""
-        self.counters.gaps += 1
-        self.counters.gap_reasons[reason] = self.counters.gap_reasons.get(reason, 0) + 1
+        self._note_gap(reason, now)
         if now - self._last_gap < self._between_gaps:
             self.put_off_gap(reason)
             return None
@@ -866,8 +878,7 @@ class Coherence:
 
     def clock_stepped(self, now: float) -> Eviction:
         """The clock by which everything here was judged was set to `now`: nothing that was judged by it counts any more."""
-        self.counters.gaps += 1
-        self.counters.gap_reasons["clock stepped"] = self.counters.gap_reasons.get("clock stepped", 0) + 1
+        self._note_gap("clock stepped", now)
         self._last_gap = self._heard_at = -math.inf
         self._ages_since = self.epoch + 1
         self._tick_passed = None
@@ -875,6 +886,11 @@ class Coherence:
         self._floors.forget(now)
         self.registration.forget()
         return Eviction(everything=True, reason="clock stepped")
+
+    def _note_gap(self, reason: str, now: float) -> None:
+        self.counters.gaps += 1
+        self.counters.gap_reasons[reason] = self.counters.gap_reasons.get(reason, 0) + 1
+        self.last_gap = Gap(now, reason)
 
     def put_off_gap(self, reason: str) -> None:
         """An epoch has yet to begin for this gap; suspect until then."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -12,8 +12,9 @@ from cacheinval.audit import AuditAnswer, Auditor
 from cacheinval.bus import Bus
 from cacheinval.errors import PublishError
 from cacheinval.messages import Ask, Audit, encode
+from cacheinval.registration import Registered
 
-__all__ = ["Respondent", "ask_instances"]
+__all__ = ["Respondent", "ask_instances", "silent_among"]
 
 MOST_ANSWERS = 100  # under way at a time
 
@@ -35,6 +36,20 @@ def _status_in(body: bytes) -> dict[str, Any] | None:
     return status if "id" in status else None
 
 
+def silent_among(
+    registered: Iterable[Registered], answered: Collection[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """See `Client.silent_instances`."""
+    heard = {(one["id"], (one.get("registration") or {}).get("session")) for one in answered}
+    unknown = dict.fromkeys(("host", "version", "watermark_age"))
+    reason = "registered in the database, and does not answer"
+    return [
+        {"id": one.id, **unknown, "state": "silent", "reason": reason}
+        for one in registered
+        if (one.id, one.session) not in heard and (one.id, None) not in heard
+    ]
+
+
 class Respondent:
     """One instance, as it answers.
 
@@ -49,7 +64,7 @@ class Respondent:
         self,
         instance_id: str,
         bus: Callable[[], Bus],
-        status: Callable[[], dict[str, Any]],
+        status: Callable[[], Awaitable[dict[str, Any]]],
         auditor: Auditor,
         aside: "Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]",
     ) -> None:
@@ -79,7 +94,7 @@ class Respondent:
         return task
 
     async def _send_status(self, delivery: Any) -> None:
-        await self._send(delivery, self._status())
+        await self._send(delivery, await self._status())
 
     async def _audit_for(self, delivery: Any, message: Audit) -> None:
         loaders = self._auditor.state["loaders"]

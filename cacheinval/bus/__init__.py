@@ -104,5 +104,11 @@ class Bus(Protocol):
             PublishError: the broker cannot be reached, or the exchange is missing.
         """
 
+    async def depth(self) -> int | None:
+        """How many messages wait in the queue of this instance, those not counted that are evicted; None if unknown.
+
+        Asks the broker. Never raises, and ends within a second.
+        """
+
     async def close(self) -> None:
         """Closes every connection. Never raises, and ends within seconds."""

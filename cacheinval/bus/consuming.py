@@ -23,6 +23,7 @@ __all__ = ["Subscription"]
 
 FORGET_WITHIN = 10.0  # seconds for the receiver to forget what it knew of an older queue
 ACKNOWLEDGE_WITHIN = 0.01  # seconds
+DEPTH_WITHIN = 1.0  # seconds
 STAND_BY = 1.0  # seconds between attempts to consume a queue that another process consumes
 
 DURABLE_QUEUE: FieldTable = {"x-expires": 86_400_000, "x-max-length": 1_000_000, "x-overflow": "drop-head"}
@@ -153,6 +154,27 @@ class Subscription:
         Cancelling this ends it gently: what the receiver has in hand is finished and acknowledged.
         """
         await self._reception.run(self._stop_consuming, resumed=self.resumed)
+
+    @property
+    def unsettled(self) -> int:
+        """Deliveries that arrived and are not evicted yet."""
+        return self._last_arrived - self._last_settled
+
+    async def depth(self) -> int | None:
+        """How many messages wait, in the broker and here; None if the broker does not say. Never raises."""
+        try:
+            return await within(DEPTH_WITHIN, self._ready()) + self.unsettled
+        except Exception:  # the subscription has ended, or is about to
+            return None
+
+    async def _ready(self) -> int:
+        # On a channel of its own, since what fails closes it; on no other connection is an exclusive queue to be seen.
+        channel = await self._new_channel()
+        try:
+            found = await channel.declare_queue(self.queue, passive=True)
+        finally:
+            await channel.close()
+        return found.declaration_result.message_count or 0
 
     async def _stop_consuming(self) -> None:
         with suppress(Exception):  # then the connection, which is closed next, takes the consumer with it

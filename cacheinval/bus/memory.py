@@ -45,6 +45,7 @@ class EventBus:
             "queue": None,
             "since": self._since,
             "reason": None,
+            "unsettled": sum(reception.waiting for reception in self._receptions),
             "sessions": len(self._receptions),
             "deliveries": self._deliveries,
             "rejected": self._rejected,
@@ -115,6 +116,10 @@ class EventBus:
             self._listeners.pop(address, None)
         else:
             self._listeners[address] = answered
+
+    async def depth(self) -> int | None:
+        """None: the clients of this bus share it, and each has a queue of its own."""
+        return None
 
     async def close(self) -> None:
         """Does nothing: other clients may hold the same bus."""

@@ -47,6 +47,7 @@ class RabbitBus:
             f"{self._broker.exchange}.{settings.instance_id}" if settings.cache_is_external else None
         )
         self._queue = self._durable_queue
+        self._subscription: Subscription | None = None
         self._consumer = "idle"
         self._since = time.time()
         self._reason: str | None = None
@@ -65,6 +66,7 @@ class RabbitBus:
             "queue": self._queue,
             "since": self._since,
             "reason": self._reason,
+            "unsettled": 0 if self._subscription is None else self._subscription.unsettled,
             **asdict(self._counts),
         }
 
@@ -98,7 +100,7 @@ class RabbitBus:
         )
         try:
             await subscription.open(self._stand_by)
-            self._queue = subscription.queue
+            self._queue, self._subscription = subscription.queue, subscription
             self._counts.sessions += 1
             self._become("connected", None)
             self._tell(
@@ -119,6 +121,7 @@ class RabbitBus:
                 self._tell(logging.ERROR, "subscription refused, retrying", explain(error))
             _log.debug("no subscription", exc_info=error)
         finally:
+            self._subscription = None
             await subscription.close()
 
     def _stand_by(self) -> None:
@@ -205,6 +208,10 @@ class RabbitBus:
         await within(ANSWER_WITHIN, underlay.basic_consume(queue.name, arrive, no_ack=True))
         await channel.send(body, reply_to=queue.name, correlation_id=question)
         return await answers.wait(wait)
+
+    async def depth(self) -> int | None:
+        """How many messages wait in the queue of this instance, in the broker and here; None if that is unknown."""
+        return None if self._subscription is None else await self._subscription.depth()
 
     async def close(self) -> None:
         """Closes every connection. Never raises, and ends within seconds."""

@@ -23,6 +23,7 @@ RETRY = 1.0
 LEAVE_WITHIN = 1.0
 COUNT_WITHIN = 5.0
 FORGET_EVERY = 100  # renewals
+SETTLED_AFTER = 3.0  # seconds
 
 # `since` is when the row surely was seen by everybody: not when it was written, for it may have been committed later, but
 # when another statement found it. It stays only while more than half the lease is left. So it is known of each renewal but the last
@@ -54,6 +55,18 @@ _COUNT = """
             AS sessions,
         ARRAY(SELECT max_staleness FROM cacheinval.instances
             WHERE namespace = $1 AND expires_at > now() ORDER BY id, session) AS stalenesses
+"""
+
+
+# Those that have been there for a while, and so should have subscribed.
+_SETTLED = """
+    WITH settled AS (
+        SELECT * FROM cacheinval.instances
+        WHERE namespace = $1 AND expires_at > now() AND since < now() - make_interval(secs => $2::float8)
+    )
+    SELECT ARRAY(SELECT id FROM settled ORDER BY id, session) AS ids,
+        ARRAY(SELECT session FROM settled ORDER BY id, session) AS sessions,
+        ARRAY(SELECT max_staleness FROM settled ORDER BY id, session) AS stalenesses
 """
 
 
@@ -111,6 +124,13 @@ class Instances:
                 f"CACHEINVAL_MAX_CLOCK_SKEW={self._max_clock_skew:g}"
             )
         return _registered(row)
+
+    async def registered(self) -> list[Registered]:
+        """Who is registered, and has been for so long that an answer of it can be expected."""
+        query = self._database().fetchrow
+        return _registered(
+            await _answer(COUNT_WITHIN, lambda: query(_SETTLED, self._namespace, SETTLED_AFTER))
+        )
 
 
 def _registered(row: Mapping[str, Any]) -> list[Registered]:

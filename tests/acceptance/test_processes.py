@@ -523,7 +523,7 @@ class TestCommands:
         code, out, err = await run("status", **settings)
         header, *rows = out.splitlines()
         assert (code, err, len(rows)) == (0, "", 2)
-        assert header.split()[:4] == ["ID", "HOST", "VERSION", "STATE"]
+        assert header.split()[:4] == ["INSTANCE", "HOST", "VERSION", "STATE"]
         for number, row in enumerate(rows):
             assert row.startswith(f"an-instance-with-a-name-of-more-than-forty-characters-{number} ")
             assert row.index("ready") == header.index("STATE")
@@ -533,6 +533,15 @@ class TestCommands:
         assert (code, err, len(instances)) == (0, "", 2)
         for instance in instances:
             assert {"id", "host", "version", "state", "watermark_age"} <= set(instance)
+
+    async def test_status_watches_until_it_is_interrupted(
+        self, started: Started, settings: dict[str, object], eventually: Any
+    ) -> None:
+        process = started.start("status", "--watch", "--interval", "0.2", **settings)
+        await eventually(lambda: process.said.count("no instance") >= 2, 30)
+        process.signal(signal.SIGINT)
+        assert await process.ended(10) == 0
+        assert "Traceback" not in process.said
 
     async def test_status_without_instances_says_so(
         self, started: Started, settings: dict[str, object]

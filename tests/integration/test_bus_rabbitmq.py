@@ -233,8 +233,29 @@ async def test_no_more_than_the_prefetch_is_under_way(
         await channel.send(body)
     await eventually(lambda: bus.state["deliveries"] == 3)
     assert await waiting(operator, str(bus.state["queue"])) == 7
+    assert (bus.state["unsettled"], await bus.depth()) == (3, 10)
     receiver.open.set()
     await eventually(lambda: receiver.bodies == sent)
+    await eventually(lambda: bus.state["unsettled"] == 0)
+    assert await bus.depth() == 0
+
+
+async def test_how_much_waits_in_a_queue_of_its_own_is_known_until_the_subscription_ends(
+    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+) -> None:
+    bus, receiver = instances(prefetch=1), Recorder()
+    assert await bus.depth() is None
+    receiver.open.clear()
+    task = subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    channel = await bus.open_channel()
+    for _ in range(3):
+        await channel.send(b"{}")
+    await eventually(lambda: bus.state["unsettled"] == 1)
+    assert await bus.depth() == 3
+    assert receiver.ready, "and asking costs no subscription"
+    await stop(task)
+    assert await bus.depth() is None
 
 
 async def test_malformed_messages_are_dead_lettered_and_their_neighbours_acknowledged(

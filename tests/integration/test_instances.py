@@ -118,6 +118,19 @@ class TestCounting:
         await is_left(db, -0.001)
         assert await instances.count() == []
 
+    async def test_whoever_has_been_there_for_a_while_is_expected_to_answer(
+        self, instances: Instances, db: asyncpg.Connection
+    ) -> None:
+        await since(instances)  # nobody has seen it yet
+        assert await instances.registered() == []
+        await since(instances)
+        assert await instances.registered() == []
+        await db.execute("UPDATE cacheinval.instances SET since = since - interval '1 minute'")
+        assert await instances.registered() == [ONE]
+        assert await Instances(lambda: db, "another", 0.5).registered() == []
+        await is_left(db, -0.001)
+        assert await instances.registered() == []
+
     async def test_rows_that_ended_long_ago_are_taken_away(
         self, instances: Instances, db: asyncpg.Connection
     ) -> None:

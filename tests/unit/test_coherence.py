@@ -733,16 +733,21 @@ def test_the_first_number_of_an_origin_is_a_baseline_and_a_jump_a_gap() -> None:
     assert eviction is not None
     assert eviction.everything
     assert coherence.counters.gap_reasons == {"missing messages": 1}
+    assert coherence.last_gap == (100.0, "missing messages")
 
 
 def test_a_new_subscription_has_baselines_of_its_own() -> None:
     coherence = ready()
+    assert coherence.last_gap is None
     coherence.received(numbered(7), 100.0)
     coherence.lost("cut")
-    coherence.evict(coherence.joined_anew(0.0), 0.0)
+    coherence.lost("stopped")  # as whoever subscribes anew stops the old subscription first
+    assert coherence.suspect == "cut"
+    coherence.evict(coherence.joined_anew(100.0), 100.0)
     coherence.trust()
     assert coherence.received(numbered(20), 100.0) == Eviction(["k"], [], False)
     assert coherence.counters.gaps == 0
+    assert coherence.last_gap == (100.0, "new subscription: cut")
 
 
 @pytest.mark.parametrize("seq", [1, 4, 5])

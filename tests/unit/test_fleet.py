@@ -35,7 +35,11 @@ async def test_answers_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch, ev
     monkeypatch.setattr(fleet, "MOST_ANSWERS", 10)
     bus: Any = Bus()
     auditor: Any = None
-    respondent = Respondent("one", lambda: bus, dict, auditor, asyncio.create_task)
+
+    async def status() -> dict[str, Any]:
+        return {}
+
+    respondent = Respondent("one", lambda: bus, status, auditor, asyncio.create_task)
     for _ in range(15):
         respondent.answer(None, ASK)
     await eventually(lambda: bus.begun == 10)

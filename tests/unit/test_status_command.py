@@ -1,0 +1,220 @@
+"""`cacheinval status`: what its table says, once, again and again, and where something cannot be found out."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+from waiting import Eventually
+
+from cacheinval import Client, Settings, status_command
+from cacheinval.errors import DatabaseError, PublishError, SchemaMissingError
+from cacheinval.fleet import silent_among
+from cacheinval.registration import Registered
+from cacheinval.status_command import ago, status, watch
+
+Answer = dict[str, Any]
+
+READY: Answer = {
+    "id": "shop-1",
+    "host": "left",
+    "version": "0.1.0",
+    "state": "ready",
+    "reason": None,
+    "now": 1000.0,
+    "watermark_age": 0.74,
+    "queue_depth": 3,
+    "hit_ratio": 0.975,
+    "last_gap": {"at": 865.0, "reason": "missing messages"},
+    "counters": {"cache": {"evicted_entries": 12}},
+}
+OF_AN_OLDER_VERSION: Answer = {
+    "id": "shop-0",
+    "host": "right",
+    "version": "0.0.9",
+    "state": "suspect",
+    "reason": "silence",
+}
+
+
+class Asked:
+    """What the instances answer; where it is an error, that is raised."""
+
+    def __init__(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers: list[Answer] | Exception = []
+        self.silent: list[Answer] | Exception = []
+        self.times = 0
+        monkeypatch.setattr(client, "ask_instances", self._ask)
+        monkeypatch.setattr(client, "silent_instances", self._find_silent)
+
+    async def _ask(self, wait: float = 1.0) -> list[Answer]:
+        self.times += 1
+        if isinstance(self.answers, Exception):
+            raise self.answers
+        return list(self.answers)
+
+    async def _find_silent(self, answered: Any) -> list[Answer]:
+        if isinstance(self.silent, Exception):
+            raise self.silent
+        return self.silent
+
+
+@pytest.fixture
+async def client(namespace: str) -> AsyncIterator[Client]:
+    settings = Settings(broker_url="memory://", database_url="", namespace=namespace)
+    async with Client(settings, subscribe=False) as client:
+        yield client
+
+
+@pytest.fixture
+def asked(client: Client, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return Asked(client, monkeypatch)
+
+
+Said = Callable[[], tuple[str, str]]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    return lambda: tuple(capsys.readouterr())
+
+
+async def test_the_table_says_how_each_one_is(client: Client, asked: Asked, said: Said) -> None:
+    asked.answers = [READY, OF_AN_OLDER_VERSION]
+    await status(client, as_json=False)
+    out, err = said()
+    header, older, ready = out.splitlines()
+    assert err == ""
+    for title, value in {
+        "INSTANCE": "shop-1",
+        "HOST": "left",
+        "VERSION": "0.1.0",
+        "STATE": "ready",
+        "LAST GAP": "2 min ago: missing messages",
+    }.items():
+        assert ready.startswith(value, header.index(title)), title
+    assert ready.split()[4:9] == ["0.7", "s", "3", "97.5%", "12"]
+    # What an older version does not tell is not made up.
+    assert older.split() == ["shop-0", "right", "0.0.9", "suspect", "-", "-", "-", "-", "-", "silence"]
+
+
+async def test_who_is_registered_and_does_not_answer_is_silent(
+    client: Client, asked: Asked, said: Said
+) -> None:
+    asked.answers = [READY]
+    asked.silent = silent_among([Registered("shop-0", "s", None)], asked.answers)
+    await status(client, as_json=False)
+    _, silent, ready = said()[0].splitlines()
+    assert silent.split()[:4] == ["shop-0", "-", "-", "silent"]
+    assert silent.endswith("registered in the database, and does not answer")
+    assert ready.startswith("shop-1")
+    await status(client, as_json=True)
+    instances = json.loads(said()[0])["instances"]
+    assert [one["state"] for one in instances] == ["silent", "ready"]
+    assert {"id", "host", "version", "state", "watermark_age"} <= set(instances[0])
+
+
+def test_who_answers_is_told_from_who_is_silent_by_its_session() -> None:
+    answered = [
+        {"id": "a", "registration": {"session": "one"}},
+        {"id": "without a database", "registration": None},
+    ]
+    registered = [Registered("a", "one", 1.0), Registered("a", "two", 1.0), Registered("b", "", None)]
+    assert [one["id"] for one in silent_among(registered, answered)] == ["a", "b"]
+    assert silent_among([Registered("without a database", "x", None)], answered) == []
+
+
+async def test_a_database_that_is_away_costs_a_line_and_no_more(
+    client: Client, asked: Asked, said: Said
+) -> None:
+    asked.answers, asked.silent = [READY], DatabaseError("refused")
+    await status(client, as_json=True)
+    out, err = said()
+    assert [one["id"] for one in json.loads(out)["instances"]] == ["shop-1"]
+    assert err == "cacheinval: which instances are registered is unknown: refused\n"
+    asked.silent = SchemaMissingError()  # nobody can be registered
+    await status(client, as_json=True)
+    assert said()[1] == ""
+
+
+async def test_nobody_and_a_broker_that_is_away(client: Client, asked: Asked, said: Said) -> None:
+    await status(client, as_json=False)
+    assert said()[0] == f"no instance of namespace {client.settings.namespace} answers\n"
+    asked.answers = PublishError("the broker cannot be reached")
+    with pytest.raises(PublishError):
+        await status(client, as_json=False)
+
+
+async def test_watching_goes_on_without_the_broker(
+    client: Client, asked: Asked, said: Said, eventually: Eventually
+) -> None:
+    asked.answers = PublishError("the broker cannot be reached")
+    watching = asyncio.create_task(watch(client, 0.01, as_json=True))
+    await eventually(lambda: asked.times > 1)
+    asked.answers = [READY]
+    seen = asked.times + 1
+    await eventually(lambda: asked.times > seen)
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    looks = [json.loads(line) for line in said()[0].splitlines()]
+    assert (looks[0]["instances"], looks[0]["problem"]) == (None, "the broker cannot be reached")
+    assert [one["id"] for one in looks[-1]["instances"]] == ["shop-1"]
+    assert looks[-1]["problem"] is None
+    assert [look["at"] for look in looks] == sorted(look["at"] for look in looks)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+async def test_watching_appends_where_it_is_piped_and_stays_in_place_on_a_terminal(
+    client: Client, asked: Asked, monkeypatch: pytest.MonkeyPatch, eventually: Eventually, terminal: bool
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=200, highlight=False)
+    monkeypatch.setattr(status_command, "_console", lambda: console)
+    asked.answers = [READY]
+    watching = asyncio.create_task(watch(client, 0.01, as_json=False))
+    await eventually(lambda: screen.getvalue().count("shop-1") >= 3)
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    up = "\x1b[1A"  # moves to the line above
+    assert (up in screen.getvalue()) == terminal
+    if terminal:
+        assert "\x1b[?25l" in screen.getvalue()  # hides the cursor
+        assert screen.getvalue().rstrip().endswith("\x1b[?25h")  # and gives it back
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-0.2, "0 s"), (0.4, "0 s"), (59.9, "59 s"), (60, "1 min"), (7199, "1 h"), (200_000, "2 d")],
+)
+def test_durations_are_told_in_the_largest_unit(seconds: float, text: str) -> None:
+    assert ago(seconds) == text
+
+
+# What the instances tell
+
+
+async def test_an_instance_tells_its_hit_ratio_its_last_gap_and_its_own_time(
+    namespace: str, eventually: Eventually
+) -> None:
+    async def load() -> int:
+        return 1
+
+    settings = Settings(broker_url="memory://", database_url="", namespace=namespace, max_staleness=9.0)
+    async with Client(settings) as client:
+        await client.wait_ready(5)
+        assert (client.status()["hit_ratio"], client.status()["last_gap"]) == (None, None)
+        for _ in range(4):
+            await client.cache.get_or_set("k", load)
+        client.instance.lost("cut")
+        client._resubscribe("cut")
+        await eventually(lambda: client.ready)
+        told = client.status()
+        assert told["hit_ratio"] == 0.75
+        assert told["last_gap"]["reason"] == "new subscription: cut"
+        assert told["started_at"] <= told["last_gap"]["at"] <= told["now"]
+        assert told["settings"]["max_staleness"] == 9.0
