@@ -16,7 +16,7 @@ def exploring(record_property: Callable[[str, object], None]) -> Exploring:
     """Explores a world and records, under a name, what was seen; where `caught` is asked for, a fault has to be found."""
 
     def exploring(name: str, world: World, most: int, *, caught: bool = False) -> Explored:
-        began = time.perf_counter()
+        began = time.process_time()
         explored = explore(world, most)
         if caught:
             assert explored.broken is not None, f"the mutant survived {explored.states} states"
@@ -29,7 +29,7 @@ def exploring(record_property: Callable[[str, object], None]) -> Exploring:
                 "name": name,
                 "states": explored.states,
                 "transitions": explored.transitions,
-                "seconds": time.perf_counter() - began,
+                "seconds": time.process_time() - began,
                 "caught": explored.broken,
                 "trace": explored.trace or [],
             },

@@ -21,7 +21,12 @@ class World(Protocol):
 
     def key(self) -> Hashable: ...
     def actions(self) -> Iterator[tuple[str, Callable[[Any], None]]]: ...
-    def check(self) -> None: ...
+
+    def arrive(self) -> None:
+        """Ends each action: what depends on the way to this state, too, is asked here, and noted for the next one."""
+
+    def check(self) -> None:
+        """Asks what must hold in a state; once for each of them, so it changes nothing and looks at what the key tells."""
 
 
 @dataclass
@@ -47,20 +52,23 @@ def explore(world: World, most: int) -> Explored:
     with _without_collecting():
         while frontier:
             number, state = frontier.popleft()
-            for label, act in list(state.actions()):
-                successor = copied(state)
+            actions = list(state.actions())
+            for left, (label, act) in enumerate(actions, 1 - len(actions)):
+                successor = copied(state) if left else state  # nobody needs it after its last action
                 transitions += 1
                 try:
                     act(successor)
+                    successor.arrive()
+                    key = _digest(successor.key())
+                    if key in seen:
+                        continue
                     successor.check()
                 except BrokenError as broken:
                     return Explored(len(seen), transitions, [*_trace(steps, number), label], str(broken))
-                key = _digest(successor.key())
-                if key not in seen:
-                    seen.add(key)
-                    frontier.append((len(steps), successor))
-                    steps.append((number, label))
-                    assert len(seen) <= most, f"more than {most} states"
+                seen.add(key)
+                frontier.append((len(steps), successor))
+                steps.append((number, label))
+                assert len(seen) <= most, f"more than {most} states"
     return Explored(len(seen), transitions)
 
 

@@ -810,11 +810,13 @@ class Timed:
         if limit is not None and replaced is not None and began - replaced > limit:
             raise BrokenError(f"a {how} of a read that began at {began} gave what was replaced at {replaced}")
 
+    def arrive(self) -> None:
+        if not self.span.durable:
+            for entry in self.entries.values():
+                rely_on(self.coherence, entry, self.now)
+
     def check(self) -> None:
         c, now, span = self.coherence, self.now, self.span
-        if not span.durable:
-            for entry in self.entries.values():
-                rely_on(c, entry, now)
         if c.proof.watermark > now + span.skew:
             raise BrokenError(f"at {now} the watermark is {c.proof.watermark}")
         if c.gap_due_at is not None:

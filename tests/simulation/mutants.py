@@ -305,12 +305,16 @@ TIMED_MUTANTS = [
         (
             # The first tick of the new subscription tells numbers, as ever; but the proof of the old one stays.
             (
+                "        self._gap_due: str | None = None\n",
+                "        self._gap_due = None\n        self._first = False\n",
+            ),
+            (
                 '        self.proof.start_over()\n        self.doubt("subscription", "new',
                 '        self._first = True\n        self.doubt("subscription", "new',
             ),
             (
                 "if any(behind):",
-                'if not self.__dict__.pop("_first", False) and any(behind):',
+                "first, self._first = self._first, False\n        if not first and any(behind):",
             ),
         ),
     ),

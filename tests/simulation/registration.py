@@ -233,8 +233,11 @@ class Registering:
             self._returned(self.loaded, self.joined[1], "joined load")
         self.load = self.loaded = self.joined = None
 
-    def check(self) -> None:
+    def arrive(self) -> None:
         self._settle()
+
+    def check(self) -> None:
+        """Nothing but what a read gives, which is asked where it ends."""
 
     def key(self) -> Hashable:
         r, q = self.coherence.registration, self.question

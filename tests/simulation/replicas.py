@@ -228,9 +228,7 @@ class Replicated:
     # Reading
 
     def read(self) -> None:
-        entry = self.entry
-        if entry is not None and self.span.restarts:  # as a cache outside the process does
-            entry.epoch, entry.generation = self.coherence.moment[:2]
+        entry = self._found()
         if entry is not None and self.coherence.may_serve(entry, self.now):
             self._returned(entry.value, self.evicted, "hit")
             return
@@ -239,6 +237,15 @@ class Replicated:
         if not at_replica:
             self.coherence.turn_to_primary(load, self.now)
         self.load = Loading(load, self.evicted, at_replica)
+
+    def _found(self) -> Any:
+        entry = self.entry
+        if entry is None or not self.span.restarts:
+            return entry
+        # As a cache outside the process has it: with the epoch of this moment.
+        return sys.modules[self.rules].Entry(
+            entry.value, entry.load_started, *self.coherence.moment[:2], entry.expires_at, entry.tags
+        )
 
     def _turns_to_replica(self, load: Any) -> bool:
         asked: bool = self.coherence.turn_to_replica(load, self.now, shared=bool(self.span.restarts))
@@ -287,13 +294,14 @@ class Replicated:
                     f"at {self.now} a hit gave state {state}, which was replaced at {replaced_at}"
                 )
 
+    def arrive(self) -> None:
+        """Nothing depends on the way."""
+
     def check(self) -> None:
         waits = self.queue or self.unheard or not self.joined
-        if waits or self.coherence.suspect is not None or self.entry is None:
+        entry = self._found()
+        if waits or self.coherence.suspect is not None or entry is None:
             return
-        entry = self.entry
-        if self.span.restarts:
-            entry.epoch, entry.generation = self.coherence.moment[:2]
         if self.coherence.may_serve(entry, self.now) and entry.value != len(self.committed_at):
             raise BrokenError(f"all is settled, and state {entry.value} is served")
 
@@ -304,7 +312,8 @@ class Replicated:
             self.now, tuple(self.committed_at), self.seq, self.joined, self.evicted, self.unheard,
             tuple((type(m).__name__, getattr(m, "at", 0), getattr(m, "as_of", 0), getattr(m, "seq", 0)) for m in self.queue),
             tuple(self.left.items()),
-            None if e is None else (e.value, e.load_started, c.epoch - e.epoch, c._generation - e.generation),
+            None if e is None else (e.value, e.load_started),
+            None if e is None or self.span.restarts else (c.epoch - e.epoch, c._generation - e.generation),
             None if load is None else (
                 load.least, load.at_replica, load.value, load.token.started, load.token.voided, load.token.floor,
                 c.epoch - load.token.epoch, c._generation - load.token.generation, load.token.of_replica,

@@ -21,7 +21,7 @@ def lines(seen: Sequence[Seen], full: bool) -> Iterator[str]:
     if worlds:
         states, transitions = (sum(one[what] for one in worlds) for what in ("states", "transitions"))
         seconds = sum(one["seconds"] for one in seen)
-        yield f"{len(worlds)} worlds: {states:,} states, {transitions:,} transitions; {seconds:.0f} s with the mutants"
+        yield f"{len(worlds)} worlds: {states:,} states, {transitions:,} transitions; {seconds:.0f} s of processor with the mutants"
     if mutants:
         longest = max(len(one["trace"]) for one in mutants)
         yield f"{len(mutants)} mutants caught, by traces of at most {longest} steps"

@@ -439,6 +439,9 @@ class Sharing:
 
     # What must hold
 
+    def arrive(self) -> None:
+        """Nothing depends on the way."""
+
     def check(self) -> None:
         """When all is evicted and a value has had the time to grow too old, nobody would be served anything else than what
         the database has: neither now, nor when those have stored who were about to."""

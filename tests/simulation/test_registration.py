@@ -9,7 +9,7 @@ import cacheinval.coherence as rules
 import cacheinval.receipts as receipts
 import cacheinval.registration as registration
 
-from .explore import explore
+from .conftest import Exploring
 from .mutants import changed
 from .registration import Waiting, registering
 
@@ -154,21 +154,16 @@ MUTANTS = [
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", SPANS)
-def test_nobody_serves_the_old_value_after_a_complete_receipt(name: str) -> None:
-    explored = explore(registering(rules, registration, receipts, SPANS[name]), most=200_000)
-    print(f"{name}: {explored.states} states, {explored.transitions} transitions")
-    assert explored.broken is None, f"{explored.broken}, after: {explored.trace}"
-    assert explored.states > 100
+def test_nobody_serves_the_old_value_after_a_complete_receipt(exploring: Exploring, name: str) -> None:
+    exploring(name, registering(rules, registration, receipts, SPANS[name]), 200_000)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_changed_line_is_caught(mutant: Mutant) -> None:
+def test_a_changed_line_is_caught(exploring: Exploring, mutant: Mutant) -> None:
     modules = {"rules": rules, "registration": registration, "receipts": receipts}
     if mutant.line:
         change = ((mutant.line, mutant.instead),)
         modules[mutant.module] = changed(modules[mutant.module], change, f"waiting: {mutant.name}")
     world = registering(modules["rules"], modules["registration"], modules["receipts"], mutant.span)
-    explored = explore(world, most=200_000)
-    assert explored.broken is not None, f"the mutant survived {explored.states} states"
-    print(f"{mutant.name}: {explored.broken}, after: {'; '.join(explored.trace or [])}")
+    exploring(mutant.name, world, 200_000, caught=True)

@@ -70,6 +70,7 @@ def follow(world: World, numbers: Sequence[int]) -> list[str]:
             label, act = _pick(actions, number)
             trace.append(label)
             act(world)
+            world.arrive()
             world.check()
     except BrokenError as broken:
         raise BrokenError(f"{broken}, after {len(trace)} steps: {'; '.join(trace)}") from None

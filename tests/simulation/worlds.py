@@ -400,9 +400,11 @@ class World:
                 f"a read of {key} begun after version {least} was evicted returned {value} by a {how}"
             )
 
-    def check(self) -> None:
+    def arrive(self) -> None:
         for entry in self.entries.values():
             rely_on(self.coherence, entry, self.now)
+
+    def check(self) -> None:
         settled = (
             self.joined
             and not (
