@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from cacheinval.receipts import Receipt
     from cacheinval.settings import Settings
-    from cacheinval.writes import Transaction
+    from cacheinval.transactions import Transaction
 
 __all__ = [
     "AuditReport",
@@ -62,7 +62,7 @@ _HOMES = {
     "Read": "cache",
     "Receipt": "receipts",
     "Settings": "settings",
-    "Transaction": "writes",
+    "Transaction": "transactions",
 }
 
 

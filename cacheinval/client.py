@@ -58,13 +58,15 @@ from cacheinval.registration import Registered, Registration
 from cacheinval.reloading import Warmer
 from cacheinval.settings import Settings, mask_url
 from cacheinval.tasks import STOP_TIMEOUT, Tasks
+from cacheinval.transactions import Invalidations, Transaction
 from cacheinval.versions import VersionOf
-from cacheinval.writes import Invalidations, Transaction, Writes
+from cacheinval.writes import Writes
 
 if TYPE_CHECKING:
     from aiocache.base import BaseCache
 
-    from cacheinval.writes import AnyConnection, Pool
+    from cacheinval.transactions import AnyConnection
+    from cacheinval.writes import Pool
 
 __all__ = ["Client"]
 

@@ -2,9 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -13,182 +12,21 @@ from cacheinval.asking import Asking
 from cacheinval.cache import running_transaction, without_cache
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
 from cacheinval.errors import DatabaseError
-from cacheinval.messages import check_names
 from cacheinval.outbox import Outbox, Row, combine, explain, leaves_session
 from cacheinval.publisher import Publisher, Unpublished
-from cacheinval.receipts import Question, Receipt
+from cacheinval.receipts import Question
+from cacheinval.transactions import Invalidations, Transaction
 
 if TYPE_CHECKING:
-    from asyncpg.pool import PoolConnectionProxy
+    from cacheinval.transactions import Connection
 
-    Connection = PoolConnectionProxy[asyncpg.Record]
-    AnyConnection = asyncpg.Connection[asyncpg.Record] | Connection
     Pool = asyncpg.Pool[asyncpg.Record]
 
-__all__ = ["Invalidations", "Transaction", "Writes"]
+__all__ = ["Writes"]
 
 ACQUIRE_TIMEOUT = 10.0
 COMMIT_TIMEOUT = 30.0
 RELEASE_TIMEOUT = 5.0
-
-
-@dataclass(slots=True)
-class Invalidations:
-    """What a write makes stale."""
-
-    keys: list[str] = field(default_factory=list)
-    versions: list[int | None] = field(default_factory=list)
-    tags: list[str] = field(default_factory=list)
-    everything: bool = False
-
-    def add(
-        self,
-        keys: Collection[str] = (),
-        tags: Collection[str] = (),
-        versions: Sequence[int | None] | None = None,
-        everything: bool = False,
-    ) -> None:
-        """Notes more of it.
-
-        Raises:
-            InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
-            ValueError: there are not as many versions as keys.
-        """
-        checked, checked_tags = check_names(keys), check_names(tags, "tag")
-        if versions is not None and len(versions) != len(checked):
-            raise ValueError(
-                f"{len(versions)} versions for {len(checked)} keys; accepted: one for each, or None"
-            )
-        self.keys += checked
-        self.versions += [None] * len(checked) if versions is None else versions
-        self.tags += checked_tags
-        self.everything |= everything
-
-    def __bool__(self) -> bool:
-        return bool(self.keys or self.tags or self.everything)
-
-
-class Transaction:
-    """An asyncpg transaction that knows what it makes stale; every method of the connection can be called on it.
-
-    >>> async with client.transaction() as tx:
-    ...     await tx.executemany("INSERT INTO prices VALUES ($1, $2)", [("lamp", 20), ("chair", 80)])
-    ...     tx.invalidate("price:lamp", "price:chair")
-    """
-
-    receipt: Receipt | None = None
-    """Who has evicted, once the transaction has committed and the others were waited for (`wait=`)."""
-
-    def __init__(self, connection: "Connection") -> None:
-        self._connection = connection
-        self._only_statements = True
-        self.invalidations = Invalidations()
-
-    @property
-    def connection(self) -> "Connection":
-        """asyncpg's connection.
-
-        >>> async with client.transaction() as tx:
-        ...     await tx.connection.copy_records_to_table("prices", records=[("lamp", 20)])
-        ...     tx.invalidate("price:lamp")
-        'COPY 1'
-        """
-        self._only_statements = False  # whatever is done with it is not seen here
-        return self._connection
-
-    @property
-    def leaves_session(self) -> bool:
-        """Whether what was done here surely lasts no longer than the transaction in the connection's session."""
-        return self._only_statements
-
-    def _note(self, query: str) -> None:
-        self._only_statements = self._only_statements and leaves_session(query)
-
-    # These four are seen, so that nearly all transactions need no reset of their session.
-
-    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """As asyncpg's `Connection.execute`.
-
-        >>> async with client.transaction() as tx:
-        ...     await tx.execute("DELETE FROM prices WHERE id = $1", "abc-123")
-        ...     tx.invalidate("price:abc-123")
-        'DELETE 1'
-        """
-        self._note(query)
-        return await self._connection.execute(query, *args, timeout=timeout)
-
-    async def fetch(
-        self,
-        query: str,
-        *args: Any,
-        timeout: float | None = None,
-        record_class: type[asyncpg.Record] | None = None,
-    ) -> list[asyncpg.Record]:
-        """As asyncpg's `Connection.fetch`.
-
-        >>> async with client.transaction() as tx:
-        ...     rows = await tx.fetch("UPDATE prices SET price = price + 1 RETURNING id")
-        ...     tx.invalidate(*(f"price:{row['id']}" for row in rows))
-        """
-        self._note(query)
-        return await self._connection.fetch(query, *args, timeout=timeout, record_class=record_class)
-
-    async def fetchrow(
-        self,
-        query: str,
-        *args: Any,
-        timeout: float | None = None,
-        record_class: type[asyncpg.Record] | None = None,
-    ) -> asyncpg.Record | None:
-        """As asyncpg's `Connection.fetchrow`.
-
-        >>> async with client.transaction() as tx:
-        ...     row = await tx.fetchrow("SELECT price FROM prices WHERE id = $1 FOR UPDATE", "abc-123")
-        ...     await tx.execute("UPDATE prices SET price = $2 WHERE id = $1", "abc-123", row["price"] + 1)
-        ...     tx.invalidate("price:abc-123")
-        'UPDATE 1'
-        """
-        self._note(query)
-        return await self._connection.fetchrow(query, *args, timeout=timeout, record_class=record_class)
-
-    async def fetchval(self, query: str, *args: Any, column: int = 0, timeout: float | None = None) -> Any:
-        """As asyncpg's `Connection.fetchval`.
-
-        >>> async with client.transaction() as tx:
-        ...     price = await tx.fetchval("UPDATE prices SET price = price + 1 WHERE id = $1 RETURNING price", "abc-123")
-        ...     tx.invalidate("price:abc-123")
-        >>> price
-        100
-        """
-        self._note(query)
-        return await self._connection.fetchval(query, *args, column=column, timeout=timeout)
-
-    def invalidate(
-        self,
-        *keys: str,
-        tags: Collection[str] = (),
-        versions: Sequence[int | None] | None = None,
-        everything: bool = False,
-    ) -> None:
-        """Evicts these everywhere, once the transaction has committed; never if it does not.
-
-        >>> async with client.transaction() as tx:
-        ...     await tx.execute("UPDATE prices SET price = 109 WHERE id = $1", "abc-123")
-        ...     tx.invalidate("price:abc-123", versions=[8])
-        ...     tx.invalidate(tags=["reports"])
-        'UPDATE 1'
-
-        Args:
-            versions: what the rows have become, one for each key, None where unknown; for a deleted row one more than
-                its last. Loads with `version=` store nothing older.
-
-        Raises:
-            InvalidKeyError: a key or tag is not 1 to 512 bytes of UTF-8 without NUL.
-        """
-        self.invalidations.add(keys, tags, versions, everything)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.connection, name)
 
 
 class Writes:
@@ -228,18 +66,18 @@ class Writes:
             transaction = connection.transaction(**options)
             async with asyncio.timeout(ACQUIRE_TIMEOUT):
                 await transaction.start()
-            tx = Transaction(connection)
+            tx = Transaction(connection, self._rows)
             try:
                 with without_cache((self, tx)):
                     yield tx
-                rows = self._rows(tx.invalidations)
+                rows = tx.unrecorded
                 await self._outbox.record(connection, rows, timeout=COMMIT_TIMEOUT)
             except BaseException:
                 with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
                     async with asyncio.timeout(RELEASE_TIMEOUT):
                         await transaction.rollback()
                 raise
-            await self._settle(lambda: _commit(transaction), tx.invalidations, rows, question)
+            await self._settle(lambda: _commit(transaction), tx.named, [*tx.rows, *rows], question)
             if tx.leaves_session:
                 _spare_reset(connection)
 

@@ -20,6 +20,8 @@ WITHOUT_EXAMPLE = {
     "CoherentCache.evict_now",
     "CoherentCache.hit",
     "Transaction.leaves_session",
+    "Transaction.named",
+    "Transaction.unrecorded",
     # Seen in logs and states only, or where a broker's alarm is on.
     "BlockedError",
     "EvictionError",

@@ -14,7 +14,15 @@ from proxy import Proxy
 from recorder import Recorder
 from waiting import Eventually
 
-from cacheinval import Client, InvalidKeyError, PublishError, SchemaMissingError, Settings, writes
+from cacheinval import (
+    Client,
+    InvalidKeyError,
+    PublishError,
+    SchemaMissingError,
+    Settings,
+    Transaction,
+    writes,
+)
 from cacheinval.bus.memory import EventBus, EventChannel
 from cacheinval.cache import Read
 from cacheinval.messages import Invalidate, decode
@@ -631,6 +639,134 @@ async def test_a_statement_with_2500_keys(
     await eventually(lambda: rows_are(db, 0))
 
 
+# A statement within a transaction that says what it makes stale
+
+
+async def test_what_a_statement_of_a_transaction_makes_stale(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    async with client.transaction() as tx:
+        assert await tx.execute(UPDATE, "a", invalidate=["k"], tags=["t"]) == "UPDATE 1"
+        row = await tx.fetchrow(f"{UPDATE} RETURNING n", "a", invalidate=["l"])
+        assert row is not None
+        assert row["n"] == 2
+        assert await tx.fetchval(f"{UPDATE} RETURNING n", "a", invalidate=["m"]) == 3
+        assert len(await tx.fetch("UPDATE things SET n = 3 RETURNING id", invalidate=["n"])) == 2
+        tx.invalidate("o", versions=[8])
+        assert await client.cache.would_serve("k"), "not committed yet"
+        assert heard.messages == []
+    assert await outcome(client) == "miss", "evicted here before it returns"
+    await eventually(lambda: heard.keys == ["k", "l", "m", "n", "o"])
+    assert (heard.messages[0].tags, heard.messages[0].versions) == (["t"], [None, None, None, None, 8])
+    await eventually(lambda: rows_are(db, 0))
+    assert client.stats()["coherence"]["skipped_echoes"] == 1
+
+
+async def test_its_row_goes_along_with_the_statement(client: Client, db: asyncpg.Connection) -> None:
+    """So that the COMMIT needs no round trip before it."""
+    async with client.transaction() as tx:
+        before = await tx.fetchval("SELECT count(*) FROM cacheinval.outbox")
+        await tx.execute(UPDATE, "a", invalidate=["k"])
+        assert await tx.fetchval("SELECT count(*) FROM cacheinval.outbox") - before == 1
+        assert tx.unrecorded == []
+        await tx.execute(UPDATE, "a", invalidate=[f"k{n}" for n in range(2_000)])
+        assert await tx.fetchval("SELECT count(*) FROM cacheinval.outbox") - before == 1
+        assert [len(row.arguments[2]) for row in tx.unrecorded] == [1_000, 1_000]
+        await tx.execute(
+            "MERGE INTO things USING things AS new ON false WHEN MATCHED THEN DELETE", invalidate=["l"]
+        )
+        assert {"k", "l"} <= {key for row in tx.unrecorded for key in row.arguments[2]}, (
+            "both are written then"
+        )
+
+
+@pytest.mark.parametrize("how", ["tx", "connection", "nested"])
+async def test_a_row_that_was_rolled_back_to_a_savepoint_is_written_again(
+    client: Client,
+    db: asyncpg.Connection,
+    heard: Listener,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    """What is named stays named, as by `tx.invalidate`: another statement may have changed it, too."""
+    release = asyncio.Event()
+    send = EventChannel.send
+
+    async def wait(self: EventChannel, body: bytes) -> None:
+        await release.wait()
+        await send(self, body)
+
+    monkeypatch.setattr(EventChannel, "send", wait)
+    async with client.transaction() as tx:
+        connection = tx.connection if how == "connection" else tx
+        if how == "nested":
+            with suppress(LookupError):
+                async with tx.transaction():
+                    await tx.execute(UPDATE, "a", invalidate=["k"])
+                    fail()
+        else:
+            await connection.execute("SAVEPOINT here")
+            await tx.execute(UPDATE, "a", invalidate=["k"])
+            await connection.execute("ROLLBACK TO here")
+        await tx.execute(UPDATE, "a")
+    recorded = await db.fetch("SELECT keys FROM cacheinval.outbox")
+    assert ["k"] in [row["keys"] for row in recorded]
+    release.set()
+    await eventually(lambda: heard.keys == ["k"])
+    await eventually(lambda: rows_are(db, 0))
+
+
+async def test_a_statement_that_fails_before_it_is_sent_is_recorded_at_commit(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    """The transaction can go on; who has caught the error may have done the change in another way."""
+    await keep(client)
+    async with client.transaction() as tx:
+        with pytest.raises(asyncpg.DataError):
+            await tx.execute(UPDATE, 5, invalidate=["k"])
+        assert len(tx.unrecorded) == 1
+        await tx.execute(UPDATE, "a")
+    assert await outcome(client) == "miss"
+    await eventually(lambda: heard.keys == ["k"])
+    await eventually(lambda: rows_are(db, 0))
+
+
+async def test_a_rollback_takes_the_row_of_its_statement_along(
+    client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(client)
+    with suppress(LookupError):
+        async with client.transaction() as tx:
+            await tx.execute(UPDATE, "a", invalidate=["k"])
+            fail()
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        async with client.transaction() as tx:
+            await tx.execute("UPDATE things SET n = 1 / 0", invalidate=["k"])
+    with pytest.raises(InvalidKeyError):
+        async with client.transaction() as tx:
+            await tx.execute(UPDATE, "a", invalidate=[""])
+    assert await outcome(client) == "hit"
+    assert (await number(db), await rows(db)) == (0, 0)
+    await nothing_else_was_heard(client, heard, eventually)
+
+
+async def test_after_a_lost_commit_the_row_of_a_statement_is_kept(
+    far_client: Client, db: asyncpg.Connection, proxy: Proxy, heard: Listener, eventually: Eventually
+) -> None:
+    await keep(far_client)
+    cut = proxy.cut_reply_after(b"COMMIT")
+    with pytest.raises(CONNECTION_LOST):
+        async with far_client.transaction() as tx:
+            await tx.execute(UPDATE, "a", invalidate=["k"])
+    assert cut.is_set()
+    await eventually(lambda: heard.keys == ["k"])
+    assert await outcome(far_client) == "miss"
+    assert await far_client.publisher.flush(5)
+    assert (await number(db), await rows(db)) == (1, 1)
+
+
 # Other ways
 
 
@@ -726,6 +862,9 @@ async def test_without_the_schema_nothing_is_changed(
             await write(client, "k")
         with pytest.raises(SchemaMissingError):
             await client.execute(UPDATE, "a", invalidate=["k"])
+        with pytest.raises(SchemaMissingError):
+            async with client.transaction() as tx:
+                await tx.execute(UPDATE, "a", invalidate=["k"])
         with pytest.raises(SchemaMissingError):
             await client.invalidate("k")
         with pytest.raises(SchemaMissingError):
@@ -826,7 +965,9 @@ def test_a_transaction_takes_the_arguments_that_asyncpg_takes(name: str) -> None
         parameters = inspect.signature(getattr(owner, name)).parameters
         return {one.name: (one.kind, one.default) for one in parameters.values()}
 
-    assert taken(writes.Transaction) == taken(asyncpg.Connection)
+    ours = taken(Transaction)
+    assert (ours.pop("invalidate"), ours.pop("tags")) == 2 * ((inspect.Parameter.KEYWORD_ONLY, ()),)
+    assert ours == taken(asyncpg.Connection)
 
 
 async def test_what_asyncpg_is_asked_for_in_a_transaction_is_what_it_gives(client: Client) -> None:
