@@ -43,7 +43,8 @@ def main(given: Sequence[str] | None = None) -> int:
     for name in arguments.names or BENCHMARKS:
         module = importlib.import_module(f".{name}", __package__)
         print(f"\n== {name}: {BENCHMARKS[name]}", flush=True)
-        uvloop.run(module.run(report, arguments.rounds))
+        with report.part(name):
+            uvloop.run(module.run(report, arguments.rounds))
     if arguments.json is not None:
         report.write(arguments.json, machine())
     if arguments.pictures is not None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import asyncpg
 
 from cacheinval import Client, Settings
+from cacheinval.cache import InProcessCache
 
 from .servers import Urls
 
@@ -22,6 +23,7 @@ __all__ = [
     "many",
     "name",
     "names",
+    "note_evictions",
     "settings",
 ]
 
@@ -159,6 +161,26 @@ async def gone(client: Client) -> None:
             await asyncio.sleep(LOOK_AGAIN)
     if client.status()["cache"]["epoch"] != epoch:
         raise AssertionError("a new epoch has emptied the cache, not the invalidations")
+
+
+def note_evictions(client: Client, evicted: Callable[[str], None]) -> None:
+    """From now on `evicted` is called with each key that leaves the cache.
+
+    The client then raises AssertionError where a message evicts nothing.
+    """
+    cache = client.cache
+    assert isinstance(cache, InProcessCache)
+    evict = cache.evict_now
+
+    def noting(eviction: Any) -> None:
+        before = len(cache)
+        evict(eviction)
+        if before - len(cache) != len(eviction.keys):
+            raise AssertionError(f"{before - len(cache)} of {len(eviction.keys)} keys were evicted")
+        for key in eviction.keys:
+            evicted(key)
+
+    cache.evict_now = noting  # type: ignore[method-assign]
 
 
 async def many(work: Iterable[Callable[[], Awaitable[Any]]], at_a_time: int = WRITERS) -> None:

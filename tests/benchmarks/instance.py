@@ -1,22 +1,29 @@
-"""One instance in a process of its own: python -m benchmarks.instance VARIANT NAMESPACE RABBITMQ_URL POSTGRES_URL
+"""Instances in processes of their own: python -m benchmarks.instance SIZE RABBITMQ_URL POSTGRES_URL REDIS_URL
 
-For each line of its input, a number, it takes as many keys into its cache and says "filled"; when all of them are evicted it
-says at what time (that of `time.perf_counter`, which all processes share on Linux), and how much processor time that took.
+As many processes are forked once everything is imported, so that sixty-four are there as fast as one, and small. Each line
+of input goes to all of them, and each line of output is a JSON list of what they answer:
+
+    open VARIANT NAMESPACE   subscribes, as cacheinval or as one of the peers
+    fill COUNT               takes as many keys into the cache
+    wait                     waits until all of them are evicted: see `Emptied`
+    close                    ends the subscription
 """
 
 import asyncio
+import json
+import os
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import IO, Any, Protocol
 
 import uvloop
 
 from cacheinval import Client
 
-from .fleet import LOOK_AGAIN, fill, gone, names, settings
-from .peers import AioPika
+from .fleet import LOOK_AGAIN, fill, gone, names, note_evictions, settings
+from .peers import PEERS
 from .servers import Urls
 
 OURS = "cacheinval"
@@ -28,52 +35,130 @@ class _Cache(Protocol):
 
 
 class _Ours:
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, evicted: Callable[[str], None]) -> None:
         self._client = client
+        self._evicted = evicted
+        self._notes = False
 
     async def fill(self, keys: list[str]) -> None:
         await fill(self._client, keys)
+        if not self._notes:  # what was evicted before was nothing that a cache held
+            note_evictions(self._client, self._evicted)
+        self._notes = True
 
     async def gone(self) -> None:
         await gone(self._client)
 
 
 class _Dictionary:
-    def __init__(self) -> None:
-        self.entries: dict[str, str] = {}
+    def __init__(self, evicted: Callable[[str], None]) -> None:
+        self._entries: dict[str, str] = {}
+        self._evicted = evicted
+
+    def evict(self, key: str) -> None:
+        del self._entries[key]
+        self._evicted(key)
 
     async def fill(self, keys: list[str]) -> None:
-        self.entries.update(dict.fromkeys(keys, "value"))
+        self._entries.update(dict.fromkeys(keys, "value"))
 
     async def gone(self) -> None:
-        while self.entries:
+        while self._entries:
             await asyncio.sleep(LOOK_AGAIN)
 
 
 @asynccontextmanager
-async def _subscribed(variant: str, namespace: str, urls: Urls) -> AsyncIterator[_Cache]:
+async def _subscribed(
+    variant: str, namespace: str, urls: Urls, evicted: Callable[[str], None]
+) -> AsyncIterator[_Cache]:
     if variant == OURS:
         async with Client(settings(urls, namespace, relay="off")) as client:
             await client.wait_ready(30)
-            yield _Ours(client)
+            yield _Ours(client, evicted)
     else:
-        cache = _Dictionary()
-        async with AioPika(urls) as peer:
-            await peer.subscribe(cache.entries.__delitem__)
+        cache = _Dictionary(evicted)
+        async with PEERS[variant](urls, publishes=False) as peer:
+            await peer.subscribe(cache.evict)
             yield cache
 
 
-async def _main() -> None:
-    variant, namespace, *urls = sys.argv[1:]
-    async with _subscribed(variant, namespace, Urls(*urls)) as cache:
-        print("subscribed", flush=True)
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            await cache.fill(names(int(line)))
-            used = time.process_time()
-            print("filled", flush=True)
-            await cache.gone()
-            print(time.perf_counter(), time.process_time() - used, flush=True)
+class _Process:
+    def __init__(self, urls: Urls) -> None:
+        self._urls = urls
+        self._stack = AsyncExitStack()
+        self._times: dict[str, float] = {}
+        self._cache: _Cache
+        self._gone: asyncio.Task[float]
+        self._used = 0.0
+
+    async def open(self, variant: str, namespace: str) -> str:
+        subscribed = _subscribed(variant, namespace, self._urls, self._note)
+        self._cache = await self._stack.enter_async_context(subscribed)
+        return "subscribed"
+
+    def _note(self, key: str) -> None:
+        self._times[key] = time.perf_counter()
+
+    async def fill(self, count: str) -> str:
+        await self._cache.fill(names(int(count)))
+        self._times.clear()
+        self._used = time.process_time()
+        self._gone = asyncio.create_task(self._until_gone())
+        return "filled"
+
+    async def _until_gone(self) -> float:
+        await self._cache.gone()
+        return time.process_time() - self._used
+
+    async def wait(self) -> dict[str, Any]:
+        return {"processor": await self._gone, "times": self._times}
+
+    async def close(self) -> str:
+        await self._stack.aclose()
+        return "closed"
+
+
+async def _serve(urls: Urls, asked: IO[str], answers: IO[str]) -> None:
+    process = _Process(urls)
+    while line := await asyncio.to_thread(asked.readline):
+        command, *arguments = line.rstrip("\n").split("\t")
+        print(json.dumps(await getattr(process, command)(*arguments)), file=answers, flush=True)
+
+
+def _fork(urls: Urls, others: list[IO[str]]) -> tuple[IO[str], IO[str]]:
+    """One more process; what it reads and what it writes."""
+    (asked, ask), (answer, answers) = os.pipe(), os.pipe()
+    if os.fork():
+        os.close(asked)
+        os.close(answers)
+        return os.fdopen(ask, "w"), os.fdopen(answer)
+    try:
+        for theirs in others:  # else nobody sees the end of its input
+            theirs.close()
+        for mine in (ask, answer):
+            os.close(mine)
+        uvloop.run(_serve(urls, os.fdopen(asked), os.fdopen(answers, "w")))
+    except BaseException as error:
+        print(f"{error!r}", file=sys.stderr)
+        raise
+    finally:
+        os._exit(0)
+
+
+def _main() -> None:
+    size, *urls = sys.argv[1:]
+    processes: list[tuple[IO[str], IO[str]]] = []
+    for _ in range(int(size)):
+        processes.append(_fork(Urls(*urls), [end for process in processes for end in process]))
+    for line in sys.stdin:
+        for ask, _ in processes:
+            print(line, end="", file=ask, flush=True)
+        print(json.dumps([json.loads(answer.readline() or "null") for _, answer in processes]), flush=True)
+    for ask, _ in processes:
+        ask.close()
+    for _ in processes:
+        os.wait()
 
 
 if __name__ == "__main__":
-    uvloop.run(_main())
+    _main()

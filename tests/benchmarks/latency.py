@@ -1,38 +1,37 @@
 """Latency at a low rate: from COMMIT until the key is evicted in each of N instances, at 200 writes a second.
 
 For cacheinval the time begins when COMMIT has returned, for the peers when they begin to publish, as they know of no commit.
-It ends when the last instance has evicted the key. Everything runs in one process; writes come at their time, whether those
-before them have arrived or not.
+It ends when the last instance has evicted the key. All instances run in this process, or each in a process of its own;
+writes come at their time, whether those before them have arrived or not.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 from cacheinval import Client
-from cacheinval.cache import InProcessCache
+from cacheinval.sandbox import Sandbox
 
-from .fleet import Fleet, make_items, names
+from .crowd import Crowd
+from .fleet import Fleet, make_items, names, note_evictions
 from .measuring import Figures, Variant, percentile, take_turns
-from .peers import AioPika, ListenNotify, Peer, RedisPubSub
-from .reporting import Report
-from .servers import Urls, private_servers
+from .peers import FLOOR, PEERS
+from .reporting import Cell, Report
+from .servers import PARTS, Processor, Urls, private_servers
 
 __all__ = ["run"]
 
 RATE = 200
 WRITES = 300
-SIZES = (1, 4, 16)
+SIZES = (1, 4, 16, 64)
+APART = (4, 16)
 
 OURS = "cacheinval"
 RIVAL = "aio-pika"
-PEERS: dict[str, type[Peer]] = {
-    RIVAL: AioPika,
-    "Redis pub/sub": RedisPubSub,
-    "LISTEN/NOTIFY": ListenNotify,
-}
+RIVALS = (FLOOR, RIVAL, "Redis pub/sub", "LISTEN/NOTIFY")
 
 Samples = dict[str, list[float]]
 
@@ -43,15 +42,20 @@ async def run(report: Report, rounds: int) -> None:
         urls = Urls.of(servers)
         await make_items(urls)
         found: dict[int, Figures] = {}
+        apart: dict[int, Figures] = {}
         samples: dict[int, Samples] = {}
         for size in SIZES:
             raw = samples[size] = {}
-            variants: dict[str, Variant] = {OURS: partial(_ours, urls, size, raw)}
-            variants |= {name: partial(_peer, urls, name, size, raw) for name in PEERS}
-            found[size] = await take_turns(
-                variants, rounds, lambda text, n=size: report.progress(f"N={n} {text}")
-            )
-    _report(report, found, samples)
+            variants: dict[str, Variant] = {OURS: partial(_ours, servers, urls, size, raw)}
+            variants |= {name: partial(_peer, servers, urls, name, size, raw) for name in RIVALS}
+            with report.part(f"N = {size}"):
+                found[size] = await take_turns(
+                    variants, rounds, lambda text, n=size: report.progress(f"N={n} {text}")
+                )
+        for size in APART:
+            with report.part(f"{size} processes"):
+                apart[size] = await _apart(report, servers, urls, size, rounds)
+    _report(report, found, apart, samples)
 
 
 class _Watch:
@@ -93,48 +97,33 @@ async def _write(write: Callable[[str], Awaitable[Any]], key: str) -> None:
     await write(key)
 
 
-async def _ours(urls: Urls, size: int, raw: Samples) -> dict[str, float]:
+async def _ours(servers: Sandbox, urls: Urls, size: int, raw: Samples) -> dict[str, float]:
     keys = names(WRITES)
     watch = _Watch(keys, size)
     async with Fleet(urls, size) as fleet:
         await fleet.fill(keys)
-        _note_commits(fleet.writer, watch)
+        _note_commits(fleet.writer, watch.begin)
         for client in fleet.instances:
-            _note_evictions(client, watch)
+            note_evictions(client, watch.evicted)
+        processor = Processor(servers, "rabbitmq", "postgres")
         await _at_their_time(fleet.change, keys)
         await fleet.gone()
-        return _judged(OURS, await watch.milliseconds(), raw)
+        return _judged(OURS, await watch.milliseconds(), raw) | processor.milliseconds(WRITES)
 
 
-def _note_commits(writer: Client, watch: _Watch) -> None:
+def _note_commits(writer: Client, committed: Callable[[str], None]) -> None:
     # Handing over what is to be published is the first thing that happens when COMMIT has returned.
     submit = writer.publisher.submit
 
     def noting(unpublished: Any) -> None:
         for key in unpublished.keys:
-            watch.begin(key)
+            committed(key)
         submit(unpublished)
 
     writer.publisher.submit = noting  # type: ignore[method-assign]
 
 
-def _note_evictions(client: Client, watch: _Watch) -> None:
-    cache = client.cache
-    assert isinstance(cache, InProcessCache)
-    evict = cache.evict_now
-
-    def noting(eviction: Any) -> None:
-        before = len(cache)
-        evict(eviction)
-        if before - len(cache) != len(eviction.keys):
-            raise AssertionError(f"{before - len(cache)} of {len(eviction.keys)} keys were evicted")
-        for key in eviction.keys:
-            watch.evicted(key)
-
-    cache.evict_now = noting  # type: ignore[method-assign]
-
-
-async def _peer(urls: Urls, name: str, size: int, raw: Samples) -> dict[str, float]:
+async def _peer(servers: Sandbox, urls: Urls, name: str, size: int, raw: Samples) -> dict[str, float]:
     keys = names(WRITES)
     watch = _Watch(keys, size)
     caches = [dict.fromkeys(keys, "value") for _ in range(size)]
@@ -146,8 +135,9 @@ async def _peer(urls: Urls, name: str, size: int, raw: Samples) -> dict[str, flo
             watch.begin(key)
             await peer.publish(key)
 
+        processor = Processor(servers, peer.server)
         await _at_their_time(write, keys)
-        return _judged(name, await watch.milliseconds(), raw)
+        return _judged(name, await watch.milliseconds(), raw) | processor.milliseconds(WRITES)
 
 
 def _evict(cache: dict[str, str], watch: _Watch, key: str) -> None:
@@ -155,25 +145,76 @@ def _evict(cache: dict[str, str], watch: _Watch, key: str) -> None:
     watch.evicted(key)
 
 
+async def _apart(report: Report, servers: Sandbox, urls: Urls, size: int, rounds: int) -> Figures:
+    """Each instance in a process of its own."""
+    namespace = f"latency-{size}"
+    keys = names(WRITES)
+    async with AsyncExitStack() as stack:
+        crowd = await stack.enter_async_context(Crowd(size, urls))
+        async with crowd.subscribed(OURS, namespace):  # which makes the exchange
+            fleet = await stack.enter_async_context(Fleet(urls, 0, namespace))
+        began: dict[str, float] = {}
+
+        def begin(key: str) -> None:
+            began[key] = time.perf_counter()
+
+        _note_commits(fleet.writer, begin)
+
+        async def watched(write: Callable[[str], Awaitable[Any]], *services: str) -> dict[str, float]:
+            await crowd.fill(WRITES)
+            processor = Processor(servers, *services)
+            await _at_their_time(write, keys)
+            emptied = await crowd.emptied()
+            milliseconds = [(at - began[key]) * 1e3 for key, at in emptied.times.items()]
+            return _judged(OURS, milliseconds, {}) | processor.milliseconds(WRITES, emptied.processor)
+
+        async def ours() -> dict[str, float]:
+            async with crowd.subscribed(OURS, namespace):
+                return await watched(fleet.change, "rabbitmq", "postgres")
+
+        async def theirs(name: str) -> dict[str, float]:
+            async with PEERS[name](urls) as peer, crowd.subscribed(name, ""):
+
+                async def write(key: str) -> None:
+                    begin(key)
+                    await peer.publish(key)
+
+                return await watched(write, peer.server)
+
+        variants: dict[str, Variant] = {OURS: ours} | {name: partial(theirs, name) for name in RIVALS}
+        return await take_turns(variants, rounds, lambda text: report.progress(f"{size} processes, {text}"))
+
+
 def _judged(name: str, milliseconds: list[float], raw: Samples) -> dict[str, float]:
     raw.setdefault(name, []).extend(milliseconds)
     return {"p50": percentile(milliseconds, 0.5), "p99": percentile(milliseconds, 0.99)}
 
 
-def _report(report: Report, found: dict[int, Figures], samples: dict[int, Samples]) -> None:
-    report.table(
-        f"Milliseconds until a key is evicted in all of N instances, at {RATE} writes a second",
-        [f"N = {size}, {what}" for size in found for what in ("p50", "p99")],
-        {
-            name: [each[name][what] for each in found.values() for what in ("p50", "p99")]
-            for name in (OURS, *PEERS)
-        },
-        f"{OURS}: from when COMMIT has returned; the others: from when publishing begins. Each figure is the median of the "
-        f"rounds, of {WRITES} writes each.",
-    )
+def _report(
+    report: Report, found: Mapping[int, Figures], apart: Mapping[int, Figures], samples: Mapping[int, Samples]
+) -> None:
+    for each, where in ((found, "one process"), (apart, "a process of its own for each")):
+        report.table(
+            f"Milliseconds until a key is evicted in all of N instances, at {RATE} writes a second, in {where}",
+            [f"N = {size}, {what}" for size in each for what in ("p50", "p99")],
+            _cells(each, ("p50", "p99")),
+            f"{OURS}: from when COMMIT has returned; the others: from when publishing begins. Each figure is the median of "
+            f"the rounds, of {WRITES} writes each.",
+        )
+        report.table(
+            f"Processor milliseconds for a thousand keys evicted at that rate in all of N instances, in {where}",
+            [f"N = {size}, {part}" for size in each for part in PARTS],
+            _cells(each, PARTS),
+        )
     for size, limit in ((1, 1.0), (4, 1.0), (16, 0.5)):
         for what in ("p50", "p99"):
             ratio = found[size][OURS][what] / found[size][RIVAL][what]
             report.at_most(f"N = {size}: {what} of the latency, against {RIVAL}", ratio, limit)
     for size, values in samples.items():
         report.pictures[f"latency N = {size}"] = values
+
+
+def _cells(found: Mapping[int, Figures], whats: tuple[str, ...]) -> dict[str, list[Cell]]:
+    return {
+        name: [each[name].get(what) for each in found.values() for what in whats] for name in (OURS, *RIVALS)
+    }

@@ -21,14 +21,17 @@ from faststream.rabbit import Channel, ExchangeType, RabbitBroker, RabbitExchang
 from pamqp.commands import Basic
 from pika.adapters.asyncio_connection import AsyncioConnection
 
+from .bare import BareConnection
 from .servers import Urls
 
-__all__ = ["PEERS", "AioPika", "Peer"]
+__all__ = ["CALLERS", "FLOOR", "PEERS", "Peer"]
 
 logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 EXCHANGE = "benchmark"
 PREFETCH = 100
+CALLERS = 500
+"""Who wait for a confirm at a time, where that is all that bounds them."""
 
 Evict = Callable[[str], None]
 
@@ -38,15 +41,19 @@ class Peer:
 
     writers = 16
     """How many publish at a time: one or sixteen, whichever was faster."""
+    server = "rabbitmq"
+    """Who passes it on: a service of the sandbox."""
 
-    def __init__(self, urls: Urls) -> None:
+    def __init__(self, urls: Urls, *, publishes: bool = True) -> None:
         self.urls = urls
+        self._publishes = publishes
         self.stack = AsyncExitStack()
         self.publish: Callable[[str], Awaitable[Any]]
 
     async def __aenter__(self) -> Self:
         try:
-            await self.open()
+            if self._publishes:
+                await self.open()
         except BaseException:
             await self.stack.aclose()
             raise
@@ -227,6 +234,8 @@ async def _answer(ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 class RedisPubSub(Peer):
     """redis-py, with a pool of connections for whoever publishes."""
 
+    server = "redis"
+
     def client(self) -> redis.asyncio.Redis:
         client = redis.asyncio.Redis.from_url(self.urls.redis)
         self.stack.push_async_callback(client.aclose)
@@ -262,6 +271,8 @@ class RedisPubSub(Peer):
 class ListenNotify(Peer):
     """asyncpg's LISTEN, and NOTIFY in a transaction each, without any other change in it."""
 
+    server = "postgres"
+
     async def open(self) -> None:
         pool = await asyncpg.create_pool(self.urls.postgres, min_size=self.writers, max_size=self.writers)
         self.stack.push_async_callback(pool.close)
@@ -277,7 +288,33 @@ class ListenNotify(Peer):
         await connection.add_listener("benchmark", lambda _, __, ___, key: evict(key))
 
 
+class Bare(Peer):
+    """The protocol with nothing on top of it, each message confirmed."""
+
+    writers = CALLERS
+
+    async def connect(self, evict: Evict = lambda key: None) -> BareConnection:
+        connection = await BareConnection.connect(self.urls.rabbitmq, lambda body: evict(body.decode()))
+        self.stack.push_async_callback(connection.close)
+        return connection
+
+    async def open(self) -> None:
+        connection = await self.connect()
+        await connection.publish_to(EXCHANGE)
+
+        async def publish(key: str) -> None:
+            await connection.publish(key.encode())
+
+        self.publish = publish
+
+    async def subscribe(self, evict: Evict) -> None:
+        await (await self.connect(evict)).consume(EXCHANGE, prefetch=CALLERS)
+
+
+FLOOR = "the bare protocol, confirmed"
+
 PEERS: dict[str, type[Peer]] = {
+    FLOOR: Bare,
     "aio-pika": AioPika,
     "aio-pika, confirmed": ConfirmedAioPika,
     "aiormq": Aiormq,

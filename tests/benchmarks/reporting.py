@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,13 @@ class Report:
         limit = f"{'<=' if target.at_most else '>='} {target.limit:g} {target.unit}"
         self._say(f"{verdict} {target.what}: {_shown(target.figure)} {target.unit} ({limit})")
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Says in the end how long this part of a run took."""
+        began = time.monotonic()
+        yield
+        self._say(f"   {name}: {time.monotonic() - began:.0f} s")
+
     def progress(self, text: str) -> None:
         """Tells somebody who watches what is going on; nobody who reads the output later."""
         if sys.stderr.isatty():
@@ -115,7 +123,7 @@ class Report:
 
 def _plain(cell: Cell) -> Any:
     if isinstance(cell, Figure):
-        return {"median": cell.median, "values": list(cell.values)}
+        return {"median": cell.median, "low": cell.low, "high": cell.high, "values": list(cell.values)}
     return cell
 
 

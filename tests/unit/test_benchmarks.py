@@ -186,13 +186,23 @@ def test_everything_is_in_the_json(report: Report, tmp_path: Path) -> None:
         {
             "title": "Rates",
             "columns": ["a second"],
-            "rows": {"cacheinval": [{"median": 2.0, "values": [1.0, 2.0, 3.0]}], "peer": [None]},
+            "rows": {
+                "cacheinval": [{"median": 2.0, "low": 1.0, "high": 3.0, "values": [1.0, 2.0, 3.0]}],
+                "peer": [None],
+            },
             "note": "A note.",
         }
     ]
     target = {"what": "a target", "limit": 4.5, "at_most": True, "unit": "ms", "holds": False}
-    assert found["targets"] == [{**target, "median": 5.0, "values": [4.0, 6.0]}]
+    assert found["targets"] == [{**target, "median": 5.0, "low": 4.0, "high": 6.0, "values": [4.0, 6.0]}]
     assert found["pictures"] == {"scaling": {"cacheinval": {"1": 2.0}}}
+
+
+def test_each_part_says_how_long_it_took(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", iter([10.0, 17.4]).__next__)
+    with report.part("N = 4"):
+        pass
+    assert report.out.getvalue() == "   N = 4: 7 s\n"
 
 
 # The command
