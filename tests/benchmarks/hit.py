@@ -61,9 +61,12 @@ async def run(report: Report, rounds: int) -> None:
         )
         client = await stack.enter_async_context(Client(settings))
         await client.wait_ready(30)
-        await _hits(report, rounds, client)
-        await _misses(report, rounds, client)
-    await _memory(report, rounds)
+        with report.part("hits"):
+            await _hits(report, rounds, client)
+        with report.part("misses"):
+            await _misses(report, rounds, client)
+    with report.part("memory"):
+        await _memory(report, rounds)
 
 
 # Hits

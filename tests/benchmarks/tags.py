@@ -1,4 +1,4 @@
-"""Evicting a tag, and clearing: how long the event loop is held, what garbage collection costs, when memory is back.
+"""Evicting a tag, and clearing, and what grows with the number of entries: how long the event loop is held, what garbage collection costs, when memory is back.
 
 Each variant proves before that its entries were served, and afterwards that none is.
 """
@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any, Self
 
 import aiocache
@@ -28,16 +29,36 @@ from .reporting import Report
 
 TAGGED = (100, 1_000, 10_000, 100_000)
 CLEARED = (10_000, 100_000, 1_000_000)
+CACHED = (1_000, 100_000, 1_000_000)
+READ = 1_000  # entries, from all over the cache
+EVICTED = 100  # of these, by one message
 PATIENCE = 15.0  # seconds that a cleared cache has to give its memory back
 
 
 async def run(report: Report, rounds: int) -> None:
     gc.freeze()  # what is there anyway is not to be collected again and again
     try:
-        await _evict_tags(report, rounds)
-        await _clear(report, rounds)
+        for name, part in (("growing", _grow), ("tags", _evict_tags), ("clearing", _clear)):
+            with report.part(name):
+                await part(report, rounds)
     finally:
         gc.unfreeze()
+
+
+async def _grow(report: Report, rounds: int) -> None:
+    found = await _turns(report, rounds, dict.fromkeys((Cacheinval, Moka, Aiocache), CACHED), _read_and_evict)
+    for what, title in (
+        ("hit", "A hit while so many entries are cached, ns"),
+        (
+            "eviction",
+            f"Evicting a key of {EVICTED} that are named together while so many entries are cached, ns",
+        ),
+    ):
+        report.table(
+            title,
+            [f"{size:,} entries" for size in CACHED],
+            {kind.title: _row(found, kind, CACHED, what) for kind in (Cacheinval, Moka, Aiocache)},
+        )
 
 
 async def _evict_tags(report: Report, rounds: int) -> None:
@@ -108,6 +129,26 @@ def _row(found: Figures, kind: Any, sizes: Sequence[int], what: str) -> list[Fig
 
 
 # What is measured
+
+
+async def _read_and_evict(kind: "type[Cache]", size: int) -> dict[str, float]:
+    keys = [f"product:{n}" for n in range(0, size, size // READ)]
+    async with kind.open(size) as cache:
+        await cache.fill(_entries(size, asyncio.Event()))
+        await _prove_there(cache, keys)
+        hits, evictions = [], []
+        for at in range(0, READ, EVICTED):
+            some = keys[at : at + EVICTED]
+            began = time.perf_counter()
+            for key in some:
+                await cache.read(key)
+            read = time.perf_counter()
+            await cache.evict(some)
+            evictions.append(time.perf_counter() - read)
+            hits.append(read - began)
+            await _prove_gone(cache, some)
+            await asyncio.sleep(0)
+    return {name: median(each) / EVICTED * 1e9 for name, each in (("hit", hits), ("eviction", evictions))}
 
 
 async def _evict_tag(kind: "type[Cache]", size: int) -> dict[str, float]:
@@ -227,6 +268,14 @@ class Cache(ABC):
     async def has(self, key: str) -> bool:
         """Whether a read of `key` would be answered from the cache."""
 
+    async def read(self, key: str) -> None:
+        """Reads what is there."""
+        await self.has(key)
+
+    async def evict(self, keys: Sequence[str]) -> None:
+        """Evicts these."""
+        await self.evict_tag("", keys)
+
     async def evict_tag(self, tag: str, keys: Sequence[str]) -> None:
         """`keys` is what a user has noted of `tag`, where the cache itself knows no tags."""
         raise NotImplementedError
@@ -241,6 +290,10 @@ class Arriving:
 
     body: bytes
     reply_to: str | None = None
+
+
+async def _never() -> Any:
+    raise AssertionError("a miss, where a hit was to be measured")
 
 
 class Cacheinval(Cache):
@@ -274,6 +327,12 @@ class Cacheinval(Cache):
 
     async def has(self, key: str) -> bool:
         return await self.client.cache.would_serve(key) is not None
+
+    async def read(self, key: str) -> None:
+        await self.client.cache.get_or_set(key, _never)
+
+    async def evict(self, keys: Sequence[str]) -> None:
+        await self.client.instance.receive([Arriving(encode(Invalidate(v=1, keys=list(keys))))])
 
     async def evict_tag(self, tag: str, keys: Sequence[str]) -> None:
         await self.client.instance.receive([Arriving(encode(Invalidate(v=1, tags=[tag])))])

@@ -227,11 +227,11 @@ async def run(report: Report, rounds: int) -> None:
     """Runs it."""
     async with private_servers("rabbitmq", "postgres") as sandbox:
         used = UsedOutbox(sandbox.postgres.url)
-        await used.use(report)
-        await beside_bare(
-            report, sandbox, rounds
-        )  # while autovacuum comes to the other database in its own time
-        await used.compare(sandbox, report, rounds)
+        with report.part(f"{OUTBOX_ROWS:,} rows through an outbox"):
+            await used.use(report)
+        await beside_bare(report, sandbox, rounds)  # while autovacuum comes to that one in its own time
+        with report.part("an outbox that is new beside one that is not"):
+            await used.compare(sandbox, report, rounds)
 
 
 async def beside_bare(report: Report, sandbox: Sandbox, rounds: int) -> None:
@@ -246,7 +246,9 @@ async def beside_bare(report: Report, sandbox: Sandbox, rounds: int) -> None:
         await client.wait_ready(10)
         scene = Scene(sandbox, client, pool, *bound)
         for writers in WRITERS:
-            show(report, writers, await take_turns(variants(scene, writers), rounds, report.progress))
+            with report.part(f"{writers} writers"):
+                found = await take_turns(variants(scene, writers), rounds, report.progress)
+            show(report, writers, found)
     await pool.close()
 
 
