@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from cacheinval import logs
 from cacheinval.clock import Clock
-from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load, Moment
+from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load, Matter, Moment
 from cacheinval.errors import CacheError
 from cacheinval.messages import check_names
 from cacheinval.places import Places
@@ -22,6 +22,7 @@ from cacheinval.versions import VersionOf, version_of
 from cacheinval.warming import LOOK_EVERY, Hot, Warming
 
 __all__ = [
+    "BypassReason",
     "CacheCounters",
     "CoherentCache",
     "InProcessCache",
@@ -85,10 +86,16 @@ class Policies(NamedTuple):
     """Seconds between two such loads of one key."""
 
 
+BypassReason = Literal[Matter, "age", "refresh", "transaction"]
+"""Why a read goes past the cache: what the instance is in doubt about, that what is cached is older than is proven, or
+that the reader wants it so."""
+
+
 class CacheCounters:
     """What the cache did, counted since the start."""
 
     __slots__ = (
+        "bypass_reasons",
         "bypasses",
         "evicted_entries",
         "hits",
@@ -104,9 +111,15 @@ class CacheCounters:
 
     def __init__(self) -> None:
         self.hits = self.misses = self.bypasses = 0
+        self.bypass_reasons: dict[BypassReason, int] = {}
         self.loads = self.primary_loads = self.queued_loads = self.load_errors = 0
         self.not_stored = self.evicted_entries = 0
         self.stale_if_error = self.stale_while_revalidate = 0
+
+    def bypassed(self, reason: BypassReason) -> None:
+        """Counts a read past the cache."""
+        self.bypasses += 1
+        self.bypass_reasons[reason] = self.bypass_reasons.get(reason, 0) + 1
 
 
 # What the code that runs now is part of: a load (whose value inherits what it reads), or a transaction (which must see
@@ -359,12 +372,12 @@ class CoherentCache(ABC):
         entry: Entry | None,
         refresh: bool,
     ) -> Read:
-        bypassing = refresh or self._coherence.bypassing(entry, now)
-        if bypassing:
-            self.counters.bypasses += 1
+        reason: BypassReason | None = "refresh" if refresh else self._coherence.bypassing(entry, now)
+        if reason is not None:
+            self.counters.bypassed(reason)
         else:
             self.counters.misses += 1
-        outcome: Literal["miss", "bypass"] = "bypass" if bypassing else "miss"
+        outcome: Literal["miss", "bypass"] = "miss" if reason is None else "bypass"
         began = now
         while not refresh and (load := self._coherence.joinable(key, now, tags)) is not None:
             shared = self._coherence.may_give(load, began)
@@ -612,6 +625,7 @@ class InProcessCache(CoherentCache):
         """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
         within = _running_within()
         if type(within) is _Transaction and within.open:
+            self.counters.bypassed("transaction")
             return Read(await factory(), "bypass", False)
         now = self._now()
         entry = self._backend.peek(key)
@@ -849,6 +863,7 @@ class SharedCache(CoherentCache):
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
         within = _running_within()
         if type(within) is _Transaction and within.open:
+            self.counters.bypassed("transaction")
             _, value = self.as_stored(await factory(), model)
             return Read(value, "bypass", False)
         refuse_stale(stale_if_error, stale_while_revalidate)

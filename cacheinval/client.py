@@ -815,7 +815,10 @@ class Client:
         >>> print(client.watermark_age)  # without a database nobody sends ticks
         None
         """
-        age = self._clock.now() - self._coherence.proof.watermark
+        return self._age(self._coherence.proof.watermark)
+
+    def _age(self, moment: float) -> float | None:
+        age = self._clock.now() - moment
         return max(0.0, age) if age < float("inf") else None
 
     async def wait_ready(self, timeout: float) -> None:
@@ -856,6 +859,8 @@ class Client:
             "started_at": self._started_at,
             "now": self._clock.now(),
             "watermark_age": self.watermark_age,
+            "tick_age": self._age(self._coherence.proof.checked_until),
+            "max_staleness": self.settings.max_staleness,
             "tick_refused": self._coherence.proof.refused,
             "source": self._coherence.proof.source,
             "last_gap": None if gap is None else {"at": gap.at, "reason": gap.reason},
@@ -884,7 +889,7 @@ class Client:
         0
         """
         counters: dict[str, Any] = {
-            name: {field: getattr(part.counters, field) for field in part.counters.__slots__}
+            name: _counted(part.counters)
             for name, part in (
                 ("cache", self.cache),
                 ("coherence", self._coherence),
@@ -894,8 +899,7 @@ class Client:
             )
         }
         if self._warmer is not None:
-            slots = self._warmer.counters.__slots__
-            counters["warming"] = {field: getattr(self._warmer.counters, field) for field in slots}
+            counters["warming"] = _counted(self._warmer.counters)
         if isinstance(self.cache, TwoLevels):
             second = self.cache.second.counters
             counters["second_level"] = {field: getattr(second, field) for field in SECOND_LEVEL}
@@ -951,3 +955,8 @@ class Client:
                 nor more than 600.
         """
         return await self.auditor.audit(sample, delay)
+
+
+def _counted(counters: object) -> dict[str, Any]:
+    fields = [field for kind in type(counters).__mro__ for field in getattr(kind, "__slots__", ())]
+    return {field: getattr(counters, field) for field in sorted(fields)}

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -23,7 +23,9 @@ __all__ = [
     "Coherence",
     "Entry",
     "Eviction",
+    "GapReason",
     "Load",
+    "Matter",
     "Owed",
     "ProofState",
     "WriteOutcome",
@@ -50,6 +52,21 @@ MAX_ORIGINS_KEPT = 1_000
 MAX_EVICTED_TAGS = 100_000
 
 NO_TAGS: frozenset[str] = frozenset()
+
+Matter = Literal["subscription", "silence", "gap", "eviction", "registration"]
+"""What an instance may be in doubt about."""
+
+GapReason = Literal[
+    "missing messages",
+    "messages missing before a tick",
+    "messages missing before a beat",
+    "malformed message",
+    "no tick for too long",
+    "ticks of another database than before",
+    "nothing kept with the cache",
+    "the cache lost what it kept",
+    "clock stepped",
+]
 
 
 class Entry(msgspec.Struct, eq=False, gc=False):
@@ -285,7 +302,7 @@ class Proof:
         self.checked_until, self.extends = state.checked_until, state.extends
         self._source_before = state.source
 
-    def breaks_off(self, tick: Tick) -> str | None:
+    def breaks_off(self, tick: Tick) -> GapReason | None:
         """Why nothing can be told from `tick` about what was missed since the tick before it; None where it can."""
         if self._source_before not in (None, tick.source):
             return "ticks of another database than before"
@@ -350,7 +367,7 @@ class Counters:
     below_floor: int = 0
     ticks: int = 0
     refused_ticks: int = 0
-    gap_reasons: dict[str, int] = field(default_factory=dict)
+    gap_reasons: dict[GapReason, int] = field(default_factory=dict)
 
 
 class Gap(NamedTuple):
@@ -395,7 +412,7 @@ class Coherence:
         self.last_gap: Gap | None = None
         """For status: the last one, be it that the subscription was lost and a new one made."""
         self._max_staleness, self._max_clock_skew = max_staleness, max_clock_skew
-        self._doubts: dict[str, str] = {"subscription": "not subscribed yet"}
+        self._doubts: dict[Matter, str] = {"subscription": "not subscribed yet"}
         if self.registration.required:
             self._doubts["registration"] = NOT_YET
         self._age_limit = 0.0
@@ -589,18 +606,17 @@ class Coherence:
         """Whether nothing has evicted what `load` read; store at once, with no await in between."""
         return self._stands(load, load.tags)
 
-    def bypassing(self, entry: Entry | None, now: float) -> bool:
-        """Whether a load is made because freshness cannot be proven, rather than because nothing is cached."""
-        if self._doubts or now >= self.registration.until:
-            return True
-        return (
-            entry is not None
-            and entry.epoch == self.epoch
-            and (
-                self._too_old(entry.load_started, now)
-                or not self.registration.covers(entry.load_started, now)
-            )
-        )
+    def bypassing(self, entry: Entry | None, now: float) -> "Matter | Literal['age'] | None":
+        """What keeps freshness from being proven, where a load is made for that; None: because nothing is cached."""
+        if self._doubts:
+            return next(iter(self._doubts))
+        if now >= self.registration.until:
+            return "registration"
+        if entry is None or entry.epoch != self.epoch:
+            return None
+        if self._too_old(entry.load_started, now):
+            return "age"
+        return None if self.registration.covers(entry.load_started, now) else "registration"
 
     def end_load(self, load: Load) -> None:
         """The load has ended, however it did."""
@@ -684,12 +700,12 @@ class Coherence:
         """Why this instance may have missed something, or None."""
         return next(iter(self._doubts.values()), None)
 
-    def doubt(self, about: str, reason: str) -> None:
+    def doubt(self, about: Matter, reason: str) -> None:
         """From now on this instance is suspect, until `settle` is called for the same matter."""
         self._doubts[about] = reason
         self._set_age_limit()
 
-    def settle(self, about: str) -> None:
+    def settle(self, about: Matter) -> None:
         """The doubt about this matter is over."""
         if self._doubts.pop(about, None) is not None:
             self._set_age_limit()
@@ -867,7 +883,7 @@ class Coherence:
         """Whether nothing has arrived for `limit` seconds, although the subscription stands: anything may be missing."""
         return self._subscribed and now - self._heard_at > limit
 
-    def gap(self, reason: str, now: float) -> Eviction | None:
+    def gap(self, reason: GapReason, now: float) -> Eviction | None:
         """Messages may have been missed: everything has to go; None where it is put off (see `gap_due_at`)."""
         self._note_gap(reason, now)
         if now - self._last_gap < self._between_gaps:
@@ -887,7 +903,7 @@ class Coherence:
         self.registration.forget()
         return Eviction(everything=True, reason="clock stepped")
 
-    def _note_gap(self, reason: str, now: float) -> None:
+    def _note_gap(self, reason: GapReason, now: float) -> None:
         self.counters.gaps += 1
         self.counters.gap_reasons[reason] = self.counters.gap_reasons.get(reason, 0) + 1
         self.last_gap = Gap(now, reason)

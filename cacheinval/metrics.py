@@ -1,8 +1,8 @@
 """What Prometheus is told of an instance: its status, turned into metrics when somebody asks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -14,7 +14,10 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from cacheinval.receiver import LATENCY_BUCKETS
+from cacheinval.cache import BypassReason
+from cacheinval.coherence import GapReason
+from cacheinval.latencies import BUCKETS, Latencies
+from cacheinval.outbox.relay import State
 
 __all__ = ["Metrics", "Observed"]
 
@@ -28,7 +31,7 @@ class Observed(Protocol):
 _HELP = {
     "cache_hits": "Reads answered from the cache.",
     "cache_misses": "Reads of what was not in the cache.",
-    "cache_bypasses": "Reads past what was in the cache, because its freshness could not be proven.",
+    "cache_bypasses": "Reads past the cache: because the freshness of what is in it could not be proven, or on purpose.",
     "cache_loads": "Calls of loaders.",
     "cache_load_errors": "Loaders that failed.",
     "cache_primary_loads": "Those that read the primary, because a replica may lag behind.",
@@ -44,12 +47,13 @@ _HELP = {
     "second_level_evicted_entries": "Keys evicted there.",
     "coherence_epochs": "Whole-cache resets.",
     "coherence_gaps": "Occasions on which messages may have been missed.",
-    "coherence_gap_reasons": "The same, by reason.",
     "coherence_voided_loads": "Loads in flight that an eviction voided.",
     "coherence_skipped_echoes": "Messages of this instance's own that needed no eviction when they came back.",
     "coherence_unknown_messages": "Messages of a kind that this version does not know.",
     "coherence_below_floor": "Loaded values whose version, or absence, is older than what was evicted.",
     "coherence_duplicates": "Messages that had arrived before.",
+    "coherence_ticks": "Ticks of a relay that arrived.",
+    "coherence_refused_ticks": "Ticks that were not believed: of another database, or from the future.",
     "receiver_messages": "Messages that arrived.",
     "receiver_malformed": "Messages that could not be understood, and were dead-lettered.",
     "receiver_evictions": "Evictions done because of messages.",
@@ -58,6 +62,7 @@ _HELP = {
     "publisher_confirmed_messages": "Messages that the broker confirmed.",
     "publisher_deleted_rows": "Rows of the outbox deleted after their confirm.",
     "publisher_failures": "Publishes that failed.",
+    "publisher_timeouts": "Those that the broker did not answer in time.",
     "publisher_left_to_relay": "Writes whose invalidation was left to the relay.",
     "warming_loads": "Loads of hot keys after they were evicted.",
     "warming_stored": "Those whose value was stored.",
@@ -71,13 +76,35 @@ _HELP = {
     "inconsistent_entries": "Entries that differed from their source, and still did when looked at again.",
     "relay_published_rows": "Rows of the outbox that the relay published.",
     "relay_published_messages": "Messages that the relay published.",
+    "relay_ticks": "Ticks that the relay sent.",
     "relay_bad_rows": "Rows that could not be encoded, for which everything was invalidated.",
     "relay_errors": "Failures of the database or the broker that the relay met.",
 }
 
-
 _NAMES = {"audit_inconsistent": "inconsistent_entries"}
 """Metrics whose name is not that of part and counter."""
+
+_REASONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cache_bypasses": ("bypass_reasons", get_args(BypassReason)),
+    "coherence_gaps": ("gap_reasons", get_args(GapReason)),
+}
+"""Counters that are told by reason: where the counts are, and every reason there is. Each is told from the start, since
+Prometheus cannot see a counter grow that it first sees with its first count."""
+
+_BROKER = {
+    "deliveries": ("broker_deliveries", "Messages that the broker delivered."),
+    "rejected": ("broker_dead_letters", "Messages handed back to the broker for its dead letters."),
+    "confirmed": ("broker_confirms", "Messages of this process that the broker confirmed, of whatever kind."),
+    "unrouted": ("broker_unrouted", "Those confirmed while nobody was subscribed."),
+}
+
+_LATENCIES = {
+    "receiver": (
+        "eviction_latency_seconds",
+        "From a commit to its eviction here, or from its publish where that is all that is known.",
+    ),
+    "publisher": ("publish_latency_seconds", "From the beginning of a publish to its last confirm."),
+}
 
 
 class Metrics(Collector):
@@ -89,13 +116,23 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         status = self._observed.status()
         yield _info(status)
-        yield from _gauges(status)
+        yield _states("state", "1 for the state that the instance is in.", _STATES, status["state"])
+        if status["relay"] is not None:
+            text = "1 for what the relay in this process does."
+            yield _states("relay_state", text, get_args(State), status["relay"]["state"])
+        for name, (value, text) in _gauges(status).items():
+            if value is not None:
+                yield GaugeMetricFamily(f"cacheinval_{name}", text, value=float(value))
+        for name, (metric, text) in _BROKER.items():
+            if (count := (status["broker"] or {}).get(name)) is not None:
+                yield CounterMetricFamily(f"cacheinval_{metric}", text, value=count)
         for part, counters in status["counters"].items():
-            for name, value in counters.items():
-                if not name.startswith("latenc"):
-                    yield _counter(f"{part}_{name}", value)
-        receiver = status["counters"]["receiver"]
-        yield _latency(receiver["latencies"], receiver["latency_sum"])
+            yield from _counters(part, counters)
+        for part, (name, text) in _LATENCIES.items():
+            yield _histogram(name, text, status["counters"][part])
+
+
+_STATES = ("starting", "ready", "suspect")
 
 
 def _info(status: Mapping[str, Any]) -> Metric:
@@ -103,55 +140,74 @@ def _info(status: Mapping[str, Any]) -> Metric:
     return InfoMetricFamily("cacheinval_instance", "What runs here.", value=about)
 
 
-def _gauges(status: Mapping[str, Any]) -> Iterator[Metric]:
-    state = GaugeMetricFamily(
-        "cacheinval_state", "1 for the state that the instance is in.", labels=["state"]
-    )
-    for one in ("starting", "ready", "suspect"):
-        state.add_metric([one], float(status["state"] == one))
-    yield state
-    broker, relay = status["broker"] or {}, status["relay"]
+def _states(name: str, text: str, states: tuple[str, ...], present: str) -> Metric:
+    family = GaugeMetricFamily(f"cacheinval_{name}", text, labels=["state"])
+    for state in states:
+        family.add_metric([state], float(state == present))
+    return family
+
+
+def _gauges(status: Mapping[str, Any]) -> dict[str, tuple[float | None, str]]:
+    broker, registration, relay = status["broker"] or {}, status["registration"], status["relay"]
     cache, publisher = status["cache"], status["publisher"]
-    values: dict[str, tuple[float | None, str]] = {
+    gauges: dict[str, tuple[float | None, str]] = {
         "start_time_seconds": (status["started_at"], "When the instance started, in seconds since 1970."),
-        "state_since_seconds": (status["since"], "When the state last changed, in seconds since 1970."),
+        "state_since_timestamp_seconds": (
+            status["since"],
+            "When the state last changed, in seconds since 1970.",
+        ),
         "watermark_age_seconds": (status["watermark_age"], "Age of the newest proof of freshness."),
+        "last_tick_age_seconds": (
+            status["tick_age"],
+            "Age of what the last tick said, whether or not it proved anything.",
+        ),
+        "max_staleness_seconds": (
+            status["max_staleness"],
+            "The setting: how old a value may be that is served without proof.",
+        ),
         "cache_entries": (cache["entries"], "Entries in the cache of this process."),
         "cache_epoch": (cache["epoch"], "Number of the present epoch."),
         "broker_subscribed": (broker.get("consumer") == "connected", "Whether the subscription stands."),
         "publisher_failing": (publisher["failing"], "Whether the last publish failed."),
-        "publisher_waiting": (publisher["waiting"], "Names that wait to be published."),
+        "publisher_waiting": (publisher["waiting"], "Writes that wait to be published."),
     }
-    registration = status.get("registration")
     if registration is not None:
         registered = registration["state"] == "registered"
-        values["registered"] = (registered, "Whether writers that wait for the others count this instance.")
+        gauges["registered"] = (registered, "Whether writers that wait for the others count this instance.")
     if relay is not None:
         leads = relay["state"] in ("leader", "blocked")
-        values["relay_leader"] = (leads, "Whether this process relays the outbox.")
-        values["outbox_oldest_row_age_seconds"] = (
-            relay["oldest_row_age"],
-            "Age of the oldest row that is due.",
+        gauges["relay_leader"] = (leads, "Whether this process relays the outbox.")
+        gauges["outbox_rows"] = (
+            relay["rows"],
+            "Rows in the outbox, as its leader counts them: every five seconds, no further than 100,000.",
         )
-    for name, (value, text) in values.items():
-        if value is not None:
-            yield GaugeMetricFamily(f"cacheinval_{name}", text, value=float(value))
+        gauges["outbox_oldest_row_age_seconds"] = (
+            relay["oldest_row_age"] or 0.0 if leads else None,
+            "Age of the oldest row that is due and not published, as the leader sees it; 0 where there is none.",
+        )
+    return gauges
 
 
-def _counter(name: str, value: float | Mapping[str, float]) -> Metric:
-    name = _NAMES.get(name, name)
-    text = _HELP.get(name, name.replace("_", " ").capitalize() + ".")
-    if not isinstance(value, Mapping):
-        return CounterMetricFamily(f"cacheinval_{name}", text, value=value)
-    family = CounterMetricFamily(f"cacheinval_{name}", text, labels=["reason"])
-    for reason, count in value.items():
-        family.add_metric([reason], count)
-    return family
+def _counters(part: str, counters: Mapping[str, Any]) -> Iterator[Metric]:
+    told_by_reason = {field for field, _ in _REASONS.values()}
+    for field, value in counters.items():
+        if field in told_by_reason or field in Latencies.__slots__:
+            continue
+        name = _NAMES.get(f"{part}_{field}", f"{part}_{field}")
+        text = _HELP.get(name, name.replace("_", " ").capitalize() + ".")
+        if name not in _REASONS:
+            yield CounterMetricFamily(f"cacheinval_{name}", text, value=value)
+            continue
+        family = CounterMetricFamily(f"cacheinval_{name}", text, labels=["reason"])
+        counts, reasons = counters[_REASONS[name][0]], _REASONS[name][1]
+        for reason in reasons:
+            family.add_metric([reason], counts.get(reason, 0))
+        yield family
 
 
-def _latency(counts: Sequence[int], total: float) -> Metric:
-    bounds = [*map(floatToGoString, LATENCY_BUCKETS), "+Inf"]
-    buckets = list(zip(bounds, accumulate(counts), strict=True))
+def _histogram(name: str, text: str, counters: Mapping[str, Any]) -> Metric:
+    bounds = [*map(floatToGoString, BUCKETS), "+Inf"]
+    buckets = list(zip(bounds, accumulate(counters["latencies"]), strict=True))
     return HistogramMetricFamily(
-        "cacheinval_eviction_latency_seconds", "From commit to eviction.", buckets=buckets, sum_value=total
+        f"cacheinval_{name}", text, buckets=buckets, sum_value=counters["latency_sum"]
     )

@@ -15,6 +15,7 @@ import msgspec
 from cacheinval import logs
 from cacheinval.coherence import Coherence, higher
 from cacheinval.errors import PublishError
+from cacheinval.latencies import Latencies
 from cacheinval.messages import Beat, Invalidate, encode, split
 
 __all__ = ["Publisher", "PublisherCounters", "Unpublished"]
@@ -86,14 +87,22 @@ class Unpublished:
         return len(self.keys) + len(self.tags) + 1
 
 
-class PublisherCounters:
-    """What was published, counted since the start."""
+class PublisherCounters(Latencies):
+    """What was published, and how long each publish took with its confirms, counted since the start."""
 
-    __slots__ = ("confirmed_messages", "confirmed_writes", "deleted_rows", "failures", "left_to_relay")
+    __slots__ = (
+        "confirmed_messages",
+        "confirmed_writes",
+        "deleted_rows",
+        "failures",
+        "left_to_relay",
+        "timeouts",
+    )
 
     def __init__(self) -> None:
+        super().__init__()
         self.confirmed_writes = self.confirmed_messages = self.deleted_rows = 0
-        self.failures = self.left_to_relay = 0
+        self.failures = self.timeouts = self.left_to_relay = 0
 
 
 class Publisher:
@@ -257,17 +266,21 @@ class Publisher:
             batch = [one for one in batch if one.confirmed is not None]
             if not batch:
                 return
+        began = loop.time()
         try:
             self._sending = True
             async with asyncio.timeout(self._timeout):
                 await self._send(batch)
         except (PublishError, TimeoutError) as error:
+            # A channel keeps the same time, and says so itself.
+            self.counters.timeouts += isinstance(error.__cause__ or error, TimeoutError)
             await self._failed(batch, str(error) or f"no confirm within {self._timeout:g} s")
         except BaseException:
             for one in batch:
                 self._leave(one, "stopped")
             raise
         else:
+            self.counters.observe(loop.time() - began)
             self._succeeded(batch)
         finally:
             self._sending = False

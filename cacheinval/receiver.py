@@ -5,7 +5,6 @@ import logging
 import random
 import secrets
 import time
-from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -14,16 +13,14 @@ from cacheinval import logs
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, ProofState
 from cacheinval.errors import BlockedError, BusError, CacheError, EvictionError, MalformedMessageError
+from cacheinval.latencies import Latencies
 from cacheinval.messages import Ask, Audit, Invalidate, Message, Probe, Unknown, decode, encode
 
-__all__ = ["LATENCY_BUCKETS", "Instance", "ReceiverCounters"]
+__all__ = ["Instance", "ReceiverCounters"]
 
 log = logging.getLogger("cacheinval.receiver")
 
 T = TypeVar("T")
-
-LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Seconds from commit to eviction, upper bounds."""
 
 SILENT_TICKS = 3
 """Tick intervals without any message after which a subscription has to prove that it hears."""
@@ -66,20 +63,14 @@ class Keeper(Protocol):
         """From now on nothing is kept."""
 
 
-class ReceiverCounters:
-    """What arrived, counted since the start."""
+class ReceiverCounters(Latencies):
+    """What arrived, and how long after its commit it was evicted, counted since the start."""
 
-    __slots__ = ("evictions", "latencies", "latency_sum", "malformed", "messages", "retries")
+    __slots__ = ("evictions", "malformed", "messages", "retries")
 
     def __init__(self) -> None:
+        super().__init__()
         self.messages = self.malformed = self.evictions = self.retries = 0
-        self.latencies = [0] * (len(LATENCY_BUCKETS) + 1)
-        self.latency_sum = 0.0
-
-    def observe(self, latency: float) -> None:
-        """Counts one message that was evicted `latency` seconds after its commit."""
-        self.latencies[bisect_left(LATENCY_BUCKETS, latency)] += 1
-        self.latency_sum += latency
 
 
 class _Batch:

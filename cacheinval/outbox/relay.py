@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "State"]
 
 log = logging.getLogger("cacheinval.relay")
 _T = TypeVar("_T")
@@ -34,6 +34,7 @@ PAUSES = (0.2, 5.0)  # seconds: the first and the longest between two attempts
 PATIENCE = (5.0, 300.0)
 """Seconds that a leader waits for the broker before it lets others try: at first, and at most."""
 FORGET_EVERY = 60  # ticks
+COUNT_EVERY = 5.0  # seconds; for whoever looks at the metrics, and nothing else
 MOST_ORIGINS = 20_000  # that are told in a tick, which would be too large a message with many more
 REASONS_SAID = 5
 
@@ -84,6 +85,8 @@ class Relay:
         self._reason: str | None = None
         self._said: set[str | None] = set()
         self._oldest: float | None = None
+        self._rows: int | None = None
+        self._count_at = 0.0
         self._errors = 0
 
     @property
@@ -93,9 +96,19 @@ class Relay:
 
     @property
     def state(self) -> dict[str, Any]:
-        """For status: what the relay is doing, since when (seconds since 1970) and why; `oldest_row_age` in seconds."""
+        """For status: what the relay is doing, since when (seconds since 1970) and why.
+
+        `oldest_row_age`, in seconds, is that of the oldest row that is due and not published yet; `rows` is how many the
+        outbox holds, counted every five seconds and no further than 100,000. Both are None where this does not lead.
+        """
         age = None if self._oldest is None else max(0.0, time.time() - self._oldest)
-        return {"state": self._state, "since": self._since, "reason": self._reason, "oldest_row_age": age}
+        return {
+            "state": self._state,
+            "since": self._since,
+            "reason": self._reason,
+            "oldest_row_age": age,
+            "rows": self._rows,
+        }
 
     @property
     def counters(self) -> dict[str, int]:
@@ -138,7 +151,6 @@ class Relay:
                 await asyncio.sleep(self._tick_interval)
             await self._lead(session)
         finally:
-            self._oldest = None
             self._ticks = Ticks(self._tick_interval)
             try:
                 await session.close()  # first of all, since it frees the lock
@@ -168,6 +180,9 @@ class Relay:
     async def _round(self, session: Session) -> bool:
         """Publishes and deletes what is due; returns whether there is probably more of it."""
         await self._look(session)
+        if time.monotonic() >= self._count_at:
+            self._rows = await session.count()
+            self._count_at = time.monotonic() + COUNT_EVERY
         rows = await session.due()
         self._oldest = min((row["recorded_at"] for row in rows), default=None)
         if self._state in ("starting", "standby", "disconnected"):
@@ -249,6 +264,9 @@ class Relay:
         if state != self._state:
             self._state, self._since = state, time.time()
             self._said.clear()
+            if not self.leads:
+                self._oldest = self._rows = None
+                self._count_at = 0.0
         self._reason = reason
         most = REASONS_SAID if state in ("unready", "blocked") else 1
         if state in _TEXTS and reason not in self._said and len(self._said) < most:

@@ -70,6 +70,7 @@ _LEFT = """
         ARRAY(SELECT origin FROM cacheinval.origins WHERE namespace = $1 ORDER BY origin) AS origins,
         ARRAY(SELECT seq FROM cacheinval.origins WHERE namespace = $1 ORDER BY origin) AS seqs
 """
+_COUNT = "SELECT count(*) FROM (SELECT FROM cacheinval.outbox WHERE namespace = $1 LIMIT $2) AS counted"
 _FORGET = "DELETE FROM cacheinval.origins WHERE namespace = $1 AND confirmed_at < now() - interval '1 hour'"
 
 # A database whose encoding is not UTF8 may hold names that cannot be sent to anybody.
@@ -124,12 +125,13 @@ class Session:
             connection.prepare(_DUE.format(names="NULL AS keys, NULL AS versions, NULL AS tags"))
         )
         self._delete = await _answer(connection.prepare(DELETE))
-        for statement in (_TIME, _LOOK, _LEFT, _FORGET):
+        for statement in (_TIME, _LOOK, _LEFT, _COUNT, _FORGET):
             self._others[statement] = await _answer(connection.prepare(statement))
         await self.due(rows=0)
         await self.delete([UUID(int=0)], {})
         await self.look()
         await self.left(set())
+        await self.count()
         await _answer(self._others[_FORGET].fetch(""))
 
     async def lead(self) -> bool:
@@ -170,6 +172,10 @@ class Session:
         row = await _answer(self._others[_LEFT].fetchrow(self._namespace, list(ids)))
         assert row is not None
         return set(row["ids"]), dict(zip(row["origins"], row["seqs"], strict=True))
+
+    async def count(self) -> int:
+        """How many rows the outbox holds, due or not; no more than `MOST_WAITING` are counted."""
+        return int(await _answer(self._others[_COUNT].fetchval(self._namespace, MOST_WAITING)))
 
     async def forget_old_origins(self) -> None:
         """Removes the numbers of channels that have long been silent: every instance has been told them."""

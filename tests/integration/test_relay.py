@@ -325,7 +325,8 @@ async def test_rows_are_deleted_only_when_confirmed(
         broker.confirms.set()
         await eventually(empty(db))
         assert len(broker.messages) == 1
-        assert {relay.state["state"], other.state["state"]} == {"leader", "standby"}
+        rows = {one.state["state"]: one.state["rows"] for one in (relay, other)}
+        assert rows == {"leader": 1, "standby": None}  # as it was counted last
         assert await db.fetchval(LEADER) == session
 
 
@@ -347,7 +348,7 @@ async def test_what_the_broker_refuses_stays(
         assert relay.leads
         assert relay.state["reason"] == ("cannot be reached" if trouble == "no channel" else trouble)
         assert relay.state["oldest_row_age"] > 0.5
-        assert await left(db)() == 1
+        assert relay.state["rows"] == await left(db)() == 1
         assert all(channel.closed for channel in broker.channels)
         broker.refuses = None
         await eventually(empty(db))

@@ -9,7 +9,7 @@ import pytest
 from waiting import Eventually
 
 from cacheinval import coherence as rules
-from cacheinval import receiver
+from cacheinval import latencies, receiver
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, ProofState
 from cacheinval.errors import BlockedError, CacheError, EvictionError, PublishError
@@ -369,7 +369,7 @@ async def test_latency_is_counted_from_the_commit(joined: House) -> None:
         [invalidate("a", at=999.9, committed_at=999.0), invalidate("b", at=999.996)]
     )
     counters = joined.instance.counters
-    seen = dict(zip(receiver.LATENCY_BUCKETS, counters.latencies, strict=False))
+    seen = dict(zip(latencies.BUCKETS, counters.latencies, strict=False))
     assert seen[1.0] == seen[0.005] == 1
     assert sum(counters.latencies) == 2
     assert counters.latency_sum == pytest.approx(1.004)
