@@ -10,7 +10,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */\1	/p' Makefile | expand -t 14
 
 setup: .venv/installed  ## the virtual environment, and the programs for private servers
-	@config/setup.sh servers rabbitmq postgres redis memcached openssl
+	@config/setup.sh servers rabbitmq postgres redis memcached prometheus openssl
 
 demo: .venv/installed  ## the story, told with real servers in under a minute
 	@config/setup.sh servers rabbitmq postgres

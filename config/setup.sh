@@ -3,7 +3,8 @@
 #
 #   config/setup.sh python              .venv with the package, its extras and the tools, at the pinned versions
 #   config/setup.sh peers               what `make bench` compares with, into .venv
-#   config/setup.sh servers NAME...     programs for private servers: rabbitmq postgres redis memcached openssl
+#   config/setup.sh servers NAME...     programs for private servers: rabbitmq postgres redis memcached
+#                                       prometheus openssl
 #   config/setup.sh constraints         config/constraints.txt again, with the newest versions of everything
 set -eu
 cd "$(dirname "$0")/.."

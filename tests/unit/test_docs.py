@@ -14,11 +14,12 @@ from typing import Any, get_args
 import click
 import pytest
 import typer
+from exported import exposition, leading, samples
 
 from cacheinval import Client, Settings, messages
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE, DURABLE_QUEUE
 from cacheinval.cli import app
-from cacheinval.monitoring import PATHS, Monitoring, Readiness
+from cacheinval.monitoring import PATHS
 from cacheinval.outbox import SCHEMA_VERSION, schema_sql
 from cacheinval.settings import PREFIX
 
@@ -31,7 +32,13 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DOCUMENTS = {"README.md": README, "cacheinval/PROTOCOL.md": PROTOCOL, "CHANGELOG.md": CHANGELOG}
 FILES = {
     name: (ROOT / name).read_text()
-    for name in ("config/prometheus.yml", "config/rabbitmq.conf", "config/example.env", "docker/compose.yaml")
+    for name in (
+        "config/alerts.yml",
+        "config/prometheus.yml",
+        "config/rabbitmq.conf",
+        "config/example.env",
+        "docker/compose.yaml",
+    )
 }
 
 
@@ -192,24 +199,8 @@ def test_links_lead_to_files(name: str) -> None:
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-async def test_every_metric_that_is_named_exists(client: Client) -> None:
-    class Observed:
-        def status(self) -> dict[str, Any]:
-            status = client.status()
-            assert status["relay"] is not None
-            return status | {"watermark_age": 1.0, "relay": status["relay"] | {"oldest_row_age": 1.0}}
-
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> Any:
-        raise AssertionError("a GET has no body")
-
-    scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": []}
-    await Monitoring(Observed(), lambda: Readiness(True, "ready"))(scope, receive, send)
-    exposed = set(re.findall(r"^(\w+)", sent[1]["body"].decode(), re.MULTILINE))
+def test_every_metric_that_is_named_exists(namespace: str) -> None:
+    exposed = set(samples(exposition(leading(namespace))))
     exposed |= {name.removesuffix("_bucket") for name in exposed}
     text = "\n".join([README, PROTOCOL, *FILES.values()])
     named = set(re.findall(r"\b(cacheinval_\w+)", text)) - {"cacheinval_database_url", "cacheinval_recorded"}
