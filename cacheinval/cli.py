@@ -171,6 +171,14 @@ def audit(
     _run(_audit(_settings(), sample, delay, wait, as_json))
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Look at all that has to be right, and say what to do about what is not; 1 if anything failed."""
+    _run(_doctor(_settings(), as_json))
+
+
 @schema_app.command("show")
 def show_schema() -> None:
     """Print the SQL of the schema."""
@@ -299,6 +307,13 @@ async def _audit(
     settings = settings.model_copy(update={"relay": "off", "database_url": ""})
     async with Client(settings, subscribe=False) as client:
         await audit_command.audit(client, sample, delay, wait, as_json=as_json)
+
+
+async def _doctor(settings: "Settings", as_json: bool) -> None:
+    from cacheinval import doctor
+
+    if not await doctor.doctor(settings, as_json=as_json):
+        raise typer.Exit(1)
 
 
 async def _apply_schema(settings: "Settings") -> None:

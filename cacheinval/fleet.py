@@ -14,7 +14,7 @@ from cacheinval.errors import PublishError
 from cacheinval.messages import Ask, Audit, encode
 from cacheinval.registration import Registered
 
-__all__ = ["Respondent", "ask_instances", "silent_among"]
+__all__ = ["Respondent", "ask_instances", "silent_among", "silent_registered", "status_in"]
 
 MOST_ANSWERS = 100  # under way at a time
 
@@ -24,11 +24,12 @@ log = logging.getLogger("cacheinval.client")
 async def ask_instances(bus: Bus, wait: float) -> list[dict[str, Any]]:
     """See `Client.ask_instances`."""
     answers = await bus.ask(encode(Ask(v=1)), wait)
-    instances = [answer for body in answers if (answer := _status_in(body)) is not None]
+    instances = [answer for body in answers if (answer := status_in(body)) is not None]
     return sorted(instances, key=lambda instance: str(instance["id"]))
 
 
-def _status_in(body: bytes) -> dict[str, Any] | None:
+def status_in(body: bytes) -> dict[str, Any] | None:
+    """The status that `body` is; None if it is none."""
     try:
         status = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError:
@@ -40,14 +41,20 @@ def silent_among(
     registered: Iterable[Registered], answered: Collection[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """See `Client.silent_instances`."""
-    heard = {(one["id"], (one.get("registration") or {}).get("session")) for one in answered}
     unknown = dict.fromkeys(("host", "version", "watermark_age"))
     reason = "registered in the database, and does not answer"
     return [
         {"id": one.id, **unknown, "state": "silent", "reason": reason}
-        for one in registered
-        if (one.id, one.session) not in heard and (one.id, None) not in heard
+        for one in silent_registered(registered, answered)
     ]
+
+
+def silent_registered(
+    registered: Iterable[Registered], answered: Collection[Mapping[str, Any]]
+) -> list[Registered]:
+    """Those of `registered` that are not among `answered`."""
+    heard = {(one["id"], (one.get("registration") or {}).get("session")) for one in answered}
+    return [one for one in registered if (one.id, one.session) not in heard and (one.id, None) not in heard]
 
 
 class Respondent:

@@ -73,6 +73,8 @@ def explain(error: BaseException | None) -> str:
         return SILENT
     words = [str(word) for word in error.args if word not in (None, "")]
     text = words[-1] if isinstance(error, AMQPError) and words else str(error)
+    if "Connection.OpenOk" in text:  # what aiormq expected, where the broker said why in what it got instead
+        return "the broker refuses the vhost: it is missing, or this user may not use it"
     text = re.sub(r"\s+", " ", re.sub(r"^\[Errno -?\d+\] ", "", text)).strip()
     return mask_url(text) if "://" in text else text or type(error).__name__
 

@@ -29,7 +29,13 @@ README = (ROOT / "README.md").read_text()
 PROTOCOL = (ROOT / "cacheinval/PROTOCOL.md").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-DOCUMENTS = {"README.md": README, "cacheinval/PROTOCOL.md": PROTOCOL, "CHANGELOG.md": CHANGELOG}
+OPERATING = (ROOT / "config/OPERATING.md").read_text()
+DOCUMENTS = {
+    "README.md": README,
+    "cacheinval/PROTOCOL.md": PROTOCOL,
+    "CHANGELOG.md": CHANGELOG,
+    "config/OPERATING.md": OPERATING,
+}
 FILES = {
     name: (ROOT / name).read_text()
     for name in (
@@ -206,6 +212,14 @@ def test_every_metric_that_is_named_exists(namespace: str) -> None:
     named = set(re.findall(r"\b(cacheinval_\w+)", text)) - {"cacheinval_database_url", "cacheinval_recorded"}
     assert len(named) >= 4
     assert named - exposed == set()
+
+
+def test_what_to_do_is_written_down_for_each_check_of_the_doctor() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "cacheinval/doctor").glob("*.py"))
+    checks = set(re.findall(r'\b(?:ok|warning|failed|_checks\.run)\(\s*"([a-z ]+)"', sources))
+    assert len(checks) > 15
+    told = set(re.findall(r"^\| `([a-z ]+)` \|", section(OPERATING, "When `doctor` is red"), re.MULTILINE))
+    assert told == checks
 
 
 def test_the_paths_of_monitoring_are_all_told() -> None:

@@ -1,0 +1,103 @@
+"""What `cacheinval doctor` does: looks at all that has to be right, and says what to do about what is not."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.text import Text
+
+from cacheinval.doctor.broker import BrokerSeen, HeardTick
+from cacheinval.doctor.checking import Checks
+from cacheinval.doctor.database import DatabaseSeen
+from cacheinval.doctor.findings import Finding, of_instances, of_settings, of_tick, warning
+from cacheinval.fleet import silent_registered
+from cacheinval.settings import Settings, unknown_variables
+
+__all__ = ["Finding", "doctor", "examine"]
+
+WIDEST = 10_000  # columns where it is not for a terminal
+STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+LOOK_WITHIN = 10.0  # seconds
+
+
+async def doctor(settings: Settings, *, as_json: bool) -> bool:
+    """Runs every check, and prints what they find; returns whether nothing failed."""
+    found = await examine(settings)
+    if as_json:
+        count = {level: sum(one.level == level for one in found) for level in STYLES}
+        print(
+            json.dumps(
+                {"findings": [asdict(one) for one in found], "count": count}, ensure_ascii=False, indent=2
+            )
+        )
+    else:
+        _print(found)
+    return all(one.level != "failed" for one in found)
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """Runs every check. Nothing that they find is raised, and nothing stays behind in broker or database."""
+    checks = Checks()
+    checks.add(of_settings(settings))
+    checks.add(
+        warning("settings", text, "correct or unset it: nothing reads it") for text in unknown_variables()
+    )
+    # Each has its own, so that their findings come in one order.
+    of_database, of_broker = Checks(), Checks()
+    database = DatabaseSeen(settings, of_database) if settings.database_url else None
+    broker = None if settings.broker_url.startswith("memory:") else BrokerSeen(settings, of_broker)
+    async with checks.progress_of(of_database, of_broker):
+        try:
+            _, tick = await asyncio.gather(
+                database.examine() if database is not None else _nothing(),
+                broker.examine() if broker is not None else _nothing(),
+            )
+            checks.add(of_broker.found)
+            checks.add(of_database.found)
+            await _judge_together(settings, checks, broker, database, tick)
+        finally:
+            if database is not None:
+                database.close()
+            if broker is not None:
+                await broker.close()
+    return checks.found
+
+
+async def _nothing() -> None:
+    return None
+
+
+async def _judge_together(
+    settings: Settings,
+    checks: Checks,
+    broker: BrokerSeen | None,
+    database: DatabaseSeen | None,
+    tick: HeardTick | None,
+) -> None:
+    """What can be told only by broker and database together."""
+    if broker is None:
+        return
+    if broker.listens and database is not None:
+        age, source = tick or (None, None)
+        checks.add(of_tick(age, 3 * settings.tick_interval, source, database.source))
+    if broker.answered is None:
+        return
+    silent = silent_registered(database.registered if database is not None else [], broker.answered)
+    checks.add(of_instances(broker.answered, silent, settings.namespace, settings.max_clock_skew))
+    if silent:
+        await checks.run("queues", LOOK_WITHIN, lambda: broker.look_for_queues(silent))
+
+
+def _print(found: Sequence[Finding]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST)
+    level, check = (max(len(getattr(one, name)) for one in found) for name in ("level", "check"))
+    for one in found:
+        line = Text()
+        line.append(f"{one.level:{level}}  ", style=STYLES[one.level])
+        line.append(f"{one.check:{check}}  {one.text}")
+        console.print(line, soft_wrap=True)
+        if one.remedy is not None:
+            console.print(Text(" " * (level + check + 4) + f"→ {one.remedy}"), soft_wrap=True)

@@ -1,0 +1,348 @@
+"""What can be seen of the broker over AMQP alone, as the user that the settings name."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from aio_pika import ExchangeType
+from aio_pika.abc import AbstractChannel, AbstractQueue
+from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+from aiormq.abc import DeliveredMessage
+from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
+from pamqp.commands import Basic
+
+from cacheinval.bus.connecting import Broker, explain, within
+from cacheinval.bus.consuming import DEAD_LETTER_QUEUE
+from cacheinval.bus.rabbitmq import RabbitBus
+from cacheinval.bus.wire import Connection
+from cacheinval.doctor.checking import Checks
+from cacheinval.doctor.findings import (
+    Finding,
+    failed,
+    of_dead_letters,
+    of_refusal,
+    of_unreachable_broker,
+    ok,
+    set_permissions,
+    warning,
+)
+from cacheinval.errors import MalformedMessageError
+from cacheinval.fleet import status_in
+from cacheinval.messages import MESSAGE_TYPE, Ask, Probe, Tick, decode, encode
+from cacheinval.registration import Registered
+from cacheinval.settings import Settings
+
+__all__ = ["BrokerSeen", "HeardTick"]
+
+CONNECT_WITHIN = 8.0  # seconds
+ANSWER_WITHIN = 4.0
+CONFIRM_WITHIN = 3.0
+ANSWERS_WITHIN = 1.5
+DEPENDENT = ("exchange", "dead letters", "permissions", "round trip", "ticks", "instances")
+
+
+class HeardTick(NamedTuple):
+    """A tick, and how old it was by the clock here when it was heard."""
+
+    age: float
+    source: str | None
+
+
+class BrokerSeen:
+    """The checks of the broker; `checks` is told what they find.
+
+    Args:
+        settings: how the broker is reached, and as whom.
+    """
+
+    def __init__(self, settings: Settings, checks: Checks) -> None:
+        self._settings = settings
+        self._checks = checks
+        self._broker = Broker(settings)
+        self._url = settings.broker_url
+        self._connection: Connection | None = None
+        self._heard: asyncio.Queue[bytes] = asyncio.Queue()
+        self._ear: AbstractQueue | None = None
+        self.listens = False
+        """Whether ticks could be heard."""
+        self.answered: list[dict[str, Any]] | None = None
+        """What instances told of themselves; None if they could not be asked."""
+
+    async def examine(self) -> HeardTick | None:
+        """Runs the checks, those of which each needs the one before it; returns the first tick that is heard."""
+        if not await self._checks.run("broker", CONNECT_WITHIN + 1, self._reach):
+            self._checks.add(self._not_checked("the broker cannot be used"))
+            return None
+        if not await self._checks.run("exchange", ANSWER_WITHIN, self._exchange):
+            self._checks.add(self._not_checked("the exchange cannot be used", 1))
+            return None
+        await self._checks.run("dead letters", ANSWER_WITHIN, self._dead_letters)
+        if await self._checks.run("permissions", ANSWER_WITHIN + CONFIRM_WITHIN, self._listen):
+            await self._checks.run("round trip", 2 * CONFIRM_WITHIN + 1, self._round_trip)
+        _, tick = await asyncio.gather(
+            self._checks.run("instances", ANSWERS_WITHIN + 2 * CONNECT_WITHIN, self._ask),
+            self._tick() if self.listens else _none(),
+        )
+        return tick
+
+    def _not_checked(self, why: str, start: int = 0) -> Finding:
+        names = ", ".join(DEPENDENT[start:])
+        return warning("not checked", f"{names}: {why}", "put that right, and run this again")
+
+    async def close(self) -> None:
+        """Leaves the broker; what was made for the examination goes with the connection."""
+        if self._connection is not None:
+            await self._broker.leave(self._connection)
+        await self._broker.close()
+
+    async def _reach(self) -> Finding:
+        try:
+            self._connection = await within(CONNECT_WITHIN, self._broker.connect("doctor"))
+        except Exception as error:
+            return of_unreachable_broker(self._broker.url, explain(error))
+        assert self._connection.transport is not None
+        server = self._connection.transport.connection.server_properties
+        return ok("broker", f"{_told(server, 'product')} {_told(server, 'version')} at {self._broker.url}")
+
+    async def _exchange(self) -> Finding:
+        name = self._broker.exchange
+        channel = await self._channel()
+        try:
+            await channel.declare_exchange(name, passive=True)
+        except ChannelNotFoundEntity:
+            return failed(
+                "exchange",
+                f"{name} is missing: nobody has subscribed since it went, and nothing can be published",
+                "start an instance, which declares it; one that runs does so within 3 ticks. Is CACHEINVAL_NAMESPACE right?",
+            )
+        try:
+            # It is there, so that this makes nothing, and only compares.
+            await channel.declare_exchange(name, ExchangeType.FANOUT, durable=True)
+        except ChannelPreconditionFailed as error:
+            return failed(
+                "exchange",
+                f"{name} is no durable fanout: {explain(error)}",
+                "delete it, at best while nothing else uses it: instances declare it as it has to be",
+            )
+        except ChannelAccessRefused as error:
+            return of_refusal(self._url, f"configure on {name}", explain(error))
+        await channel.close()
+        return ok("exchange", f"{name} is a durable fanout")
+
+    async def _dead_letters(self) -> list[Finding]:
+        name = self._broker.dead_letters
+        channel = await self._channel()
+        try:
+            await channel.declare_exchange(name, passive=True)
+            queue = await channel.declare_queue(name, passive=True)
+            found = [of_dead_letters(name, queue.declaration_result.message_count or 0)]
+            await channel.declare_queue(name, durable=True, arguments=DEAD_LETTER_QUEUE)
+            await channel.close()
+        except ChannelNotFoundEntity as error:
+            remedy = "the next instance that subscribes makes it; until then what is malformed is dropped"
+            return [warning("dead letters", explain(error), remedy)]
+        except ChannelPreconditionFailed as error:
+            remedy = f"`rabbitmqctl delete_queue {name}` once it is empty: instances make it as it has to be"
+            return [*found, warning("dead letters", f"set up differently: {explain(error)}", remedy)]
+        except ChannelAccessRefused as error:
+            return [of_refusal(self._url, f"configure on {name}", explain(error))]
+        return found
+
+    async def _listen(self) -> list[Finding]:
+        """Subscribes as an instance does, but with a queue of its own that nobody misses."""
+        channel = await self._channel()
+        arguments = {"x-dead-letter-exchange": self._broker.dead_letters}
+        steps: list[tuple[str, Any]] = [
+            ("configure (and read, for its dead letters) on amq.gen-…", self._declare(channel, arguments)),
+            (f"read on {self._broker.exchange}, or write on amq.gen-…", self._bind()),
+            ("read on amq.gen-…", self._consume(channel)),
+        ]
+        try:
+            for permission, step in steps:
+                try:
+                    await step
+                except ChannelAccessRefused as error:
+                    return [of_refusal(self._url, permission, explain(error))]
+        finally:
+            for _, step in steps:
+                step.close()
+        found = [await self._may_publish(self._broker.exchange), await self._may_publish("")]
+        if self._settings.cache_is_external:
+            found.append(await self._may_use_durable())
+        refused = [finding for finding in found if finding is not None]
+        return refused or [ok("permissions", "all that an instance and a relay need")]
+
+    async def _declare(self, channel: AbstractChannel, arguments: Any) -> None:
+        self._ear = await channel.declare_queue(exclusive=True, auto_delete=True, arguments=arguments)
+
+    async def _bind(self) -> None:
+        assert self._ear is not None
+        await self._ear.bind(self._broker.exchange, "")
+
+    async def _consume(self, channel: AbstractChannel) -> None:
+        async def hear(message: DeliveredMessage) -> None:
+            self._heard.put_nowait(message.body)
+
+        assert self._ear is not None
+        underlay = await channel.get_underlay_channel()
+        await underlay.basic_consume(self._ear.name, hear, no_ack=True)
+        self.listens = True
+
+    async def _may_publish(self, exchange: str) -> Finding | None:
+        """Publishes to `exchange` what reaches nobody: to the default one by a name that no queue has."""
+        channel = await self._channel(confirms=True)
+        if exchange:
+            # A fanout would reach everybody: a message of a kind that is ignored, and only once.
+            return await self._publish_probe(channel)
+        try:
+            underlay = await channel.get_underlay_channel()
+            async with asyncio.timeout(CONFIRM_WITHIN):
+                await underlay.basic_publish(b"", routing_key=secrets.token_hex(16))
+        except ChannelAccessRefused as error:
+            return of_refusal(self._url, "write on amq.default (for answers)", explain(error))
+        except TimeoutError:
+            return None  # `_round_trip` says that better
+        return None
+
+    async def _publish_probe(self, channel: AbstractChannel) -> Finding | None:
+        underlay = await channel.get_underlay_channel()
+        self._probe = secrets.token_hex(8)
+        properties = Basic.Properties(content_type="application/json", message_type=MESSAGE_TYPE)
+        body = encode(Probe(v=1, id=self._probe))
+        self._began = time.monotonic()
+        try:
+            async with asyncio.timeout(CONFIRM_WITHIN / 2):
+                await underlay.basic_publish(body, exchange=self._broker.exchange, properties=properties)
+        except ChannelAccessRefused as error:
+            return of_refusal(self._url, f"write on {self._broker.exchange}", explain(error))
+        except TimeoutError:
+            return None  # `_round_trip` says that better
+        return None
+
+    async def _may_use_durable(self) -> Finding | None:
+        """Looks at the queue of the cache outside the process; 405 or not, that it answers is enough."""
+        name = f"{self._broker.exchange}.{self._settings.instance_id}"
+        channel = await self._channel()
+        try:
+            await channel.declare_queue(name, passive=True)
+        except (ChannelNotFoundEntity, ChannelLockedResource):
+            return None
+        except ChannelAccessRefused as error:
+            return of_refusal(self._url, f"configure and read on {name}", explain(error))
+        return None
+
+    async def _round_trip(self) -> Finding:
+        """Whether the probe comes back: that the exchange routes, and that nothing blocks publishers."""
+        try:
+            async with asyncio.timeout(CONFIRM_WITHIN):
+                while not _is_probe(await self._heard.get(), self._probe):
+                    pass
+        except TimeoutError:
+            if await self._blocked():
+                return failed(
+                    "alarms",
+                    "the broker blocks publishers: an alarm, of memory or disk",
+                    "`rabbitmq-diagnostics alarms` says which: free disk or memory. Writes go on meanwhile, their rows wait",
+                )
+            remedy = "see whether the broker is overloaded (`rabbitmq-diagnostics status`)"
+            return failed("round trip", f"a message did not come back within {CONFIRM_WITHIN:g} s", remedy)
+        took = (time.monotonic() - self._began) * 1e3
+        return ok("round trip", f"no alarm; a message came back after {took:.0f} ms")
+
+    async def _blocked(self) -> bool:
+        assert self._connection is not None
+        assert self._connection.transport is not None
+        try:
+            await within(0.1, self._connection.transport.ready())
+        except TimeoutError:
+            return True
+        return False
+
+    async def _tick(self) -> HeardTick | None:
+        """The first tick that is heard within three intervals."""
+        try:
+            async with asyncio.timeout(3 * self._settings.tick_interval):
+                while True:
+                    message = _understood(await self._heard.get())
+                    if isinstance(message, Tick):
+                        return HeardTick(time.time() - message.as_of, message.source)
+        except TimeoutError:
+            return None
+
+    async def _ask(self) -> list[Finding]:
+        asked, arrivals = time.time(), list[float]()
+
+        def note(bodies: Sequence[bytes]) -> bool:
+            arrivals.append(time.time())
+            return False
+
+        bus = RabbitBus(self._settings)
+        try:
+            bodies = await bus.ask(encode(Ask(v=1)), ANSWERS_WITHIN, note)
+        except Exception as error:
+            remedy = f"see what failed above; {set_permissions(self._url)}"
+            return [failed("instances", f"they cannot be asked: {explain(error)}", remedy)]
+        finally:
+            await bus.close()
+        told = ((status_in(body), arrived) for body, arrived in zip(bodies, arrivals, strict=True))
+        self.answered = [
+            status | {"asked": asked, "arrived": arrived} for status, arrived in told if status is not None
+        ]
+        return []
+
+    async def look_for_queues(self, silent: Sequence[Registered]) -> list[Finding]:
+        """What can be seen of the queues of those that do not answer."""
+        found = []
+        for one in silent:
+            if one.session:  # the broker has named the queue, and only its own connection may look at it
+                continue
+            name = f"{self._broker.exchange}.{one.id}"
+            channel = await self._channel()
+            try:
+                queue = (await channel.declare_queue(name, passive=True)).declaration_result
+            except ChannelLockedResource:
+                continue
+            except ChannelNotFoundEntity:
+                text = f"{name} is gone: what was published meanwhile is a gap for {one.id}"
+                found.append(
+                    warning("queues", text, f"restart {one.id}: it makes its queue, and starts empty")
+                )
+            else:
+                text = (
+                    f"{name} holds {queue.message_count} messages and has {queue.consumer_count} consumers: {one.id} "
+                    "catches up when it is back"
+                )
+                found.append(
+                    warning("queues", text, f"start {one.id} within 24 h of its end, or it starts empty")
+                )
+                await channel.close()
+        return found
+
+    async def _channel(self, *, confirms: bool = False) -> AbstractChannel:
+        assert self._connection is not None
+        channel = self._connection.channel(publisher_confirms=confirms)
+        await within(ANSWER_WITHIN, channel.initialize())
+        return channel
+
+
+async def _none() -> None:
+    return None
+
+
+def _told(properties: Any, name: str) -> str:
+    value = properties.get(name, "")
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _understood(body: bytes) -> Any:
+    try:
+        return decode(body)
+    except MalformedMessageError:
+        return None
+
+
+def _is_probe(body: bytes, id_: str) -> bool:
+    message = _understood(body)
+    return isinstance(message, Probe) and message.id == id_

@@ -1,0 +1,211 @@
+"""What can be seen of the database, as the role that the settings name."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+
+from cacheinval.doctor.checking import Checks
+from cacheinval.doctor.findings import (
+    Finding,
+    failed,
+    of_clock,
+    of_leader,
+    of_outbox,
+    of_rights,
+    of_schema,
+    of_tracking,
+    ok,
+    warning,
+)
+from cacheinval.errors import DatabaseError
+from cacheinval.outbox import SCHEMA_VERSION
+from cacheinval.outbox.grants import NEEDED, Right
+from cacheinval.outbox.instances import Instances
+from cacheinval.outbox.schema import OLDEST_SERVER
+from cacheinval.registration import Registered
+from cacheinval.settings import Settings, mask_url
+
+__all__ = ["DatabaseSeen"]
+
+CONNECT_WITHIN = 5.0  # seconds
+ANSWER_WITHIN = 5.0
+CLOCK_ROUNDS = 5
+ROWS_COUNTED = 10_000
+DEPENDENT = ("clock", "schema", "grants", "outbox", "leader", "tracked tables")
+
+_HAS = {
+    "SCHEMA": "has_schema_privilege",
+    "TABLE": "has_table_privilege",
+    "FUNCTION": "has_function_privilege",
+}
+_EXISTS = {"SCHEMA": "to_regnamespace", "TABLE": "to_regclass", "FUNCTION": "to_regprocedure"}
+
+_OUTBOX = """
+    SELECT count(*) AS count, extract(epoch FROM clock_timestamp() - min(recorded_at))::float8 AS oldest
+    FROM (SELECT recorded_at FROM cacheinval.outbox WHERE namespace = $1 AND publish_at <= clock_timestamp() LIMIT $2) AS rows
+"""
+
+# An advisory lock of one bigint is listed as its two halves.
+_LEADER = """
+    SELECT pid, application_name, coalesce(host(client_addr), 'a local socket') AS host,
+        extract(epoch FROM clock_timestamp() - backend_start)::float8 AS age
+    FROM (SELECT hashtextextended('cacheinval.relay.' || $1, 0) AS key) AS lock
+    JOIN pg_locks ON locktype = 'advisory' AND granted AND objsubid = 1
+        AND classid = ((key >> 32) & 4294967295)::oid AND objid = (key & 4294967295)::oid
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    JOIN pg_stat_activity USING (pid)
+"""
+
+# Of each table and template that is tracked: the triggers that work, of four; and parts of such a table that have none.
+_TRACKED = """
+    WITH working AS (
+        SELECT tgrelid, right(tgname, 16) AS digest, count(*) FILTER (WHERE tgenabled = 'A') AS triggers
+        FROM pg_trigger WHERE tgfoid = to_regprocedure('cacheinval.record_change()') GROUP BY 1, 2
+    )
+    SELECT
+        ARRAY(SELECT DISTINCT tgrelid::regclass::text FROM working WHERE triggers < 4 ORDER BY 1) AS incomplete,
+        ARRAY(
+            SELECT DISTINCT member::text FROM working, cacheinval.with_children(tgrelid) AS member
+            WHERE NOT EXISTS (SELECT FROM working AS own WHERE own.tgrelid = member AND own.digest = working.digest)
+            ORDER BY 1
+        ) AS untracked,
+        (SELECT count(DISTINCT tgrelid) FROM working) AS tracked
+"""
+
+
+class DatabaseSeen:
+    """The checks of the database; `checks` is told what they find."""
+
+    def __init__(self, settings: Settings, checks: Checks) -> None:
+        self._settings = settings
+        self._checks = checks
+        self._connection: Any = None
+        self.source: str | None = None
+        self.registered: list[Registered] = []
+
+    async def examine(self) -> None:
+        """Runs the checks, each of which needs a connection."""
+        if not await self._checks.run("database", CONNECT_WITHIN + ANSWER_WITHIN, self._reach):
+            remedy = "put that right, and run this again"
+            text = f"{', '.join(DEPENDENT)}: the database cannot be used"
+            self._checks.add(warning("not checked", text, remedy))
+            return
+        await self._checks.run("clock", ANSWER_WITHIN, self._clock)
+        if not await self._checks.run("schema", ANSWER_WITHIN, self._schema):
+            return
+        if not await self._checks.run("grants", ANSWER_WITHIN, self._grants):
+            return
+        await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
+        await self._checks.run("leader", ANSWER_WITHIN, self._leader)
+        await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
+        await self._checks.run("registered instances", ANSWER_WITHIN, self._registered)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        if self._connection is not None:
+            self._connection.terminate()
+
+    async def _reach(self) -> Finding:
+        url = mask_url(self._settings.database_url)
+        try:
+            async with asyncio.timeout(CONNECT_WITHIN):
+                self._connection = await asyncpg.connect(
+                    self._settings.database_url, command_timeout=ANSWER_WITHIN - 1
+                )
+        except Exception as error:
+            reason = " ".join(str(error).split()) or f"no answer within {CONNECT_WITHIN:g} s"
+            return failed("database", f"{url}: {reason}", _way(error))
+        major = self._connection.get_server_version().major
+        if major < OLDEST_SERVER:
+            text = f"{url} is PostgreSQL {major}; accepted: {OLDEST_SERVER} or newer"
+            return failed("database", text, "upgrade the server")
+        if await self._connection.fetchval("SELECT pg_is_in_recovery()"):
+            return failed(
+                "database",
+                f"{url} is a standby: it takes no writes, and no relay works there",
+                "CACHEINVAL_DATABASE_URL has to lead to the primary (target_session_attrs=primary with several hosts)",
+            )
+        role = await self._connection.fetchval("SELECT current_user")
+        return ok("database", f"PostgreSQL {major} at {url}, role {role}")
+
+    async def _clock(self) -> Finding:
+        best: tuple[float, float] | None = None
+        for _ in range(CLOCK_ROUNDS):
+            before = time.time()
+            told = await self._connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+            after = time.time()
+            offset = max(0.0, told - after) - max(0.0, before - told)
+            best = min(best or (after - before, offset), (after - before, offset))
+        assert best is not None
+        return of_clock(best[1], self._settings.max_clock_skew)
+
+    async def _schema(self) -> Finding:
+        if await self._connection.fetchval("SELECT to_regclass('cacheinval.schema_version') IS NULL"):
+            return of_schema(None, SCHEMA_VERSION)
+        try:
+            version = await self._connection.fetchval("SELECT max(version) FROM cacheinval.schema_version")
+        except asyncpg.InsufficientPrivilegeError:
+            return warning(
+                "schema",
+                "it is there; its version may not be read",
+                "GRANT SELECT ON cacheinval.schema_version TO this role (see grants)",
+            )
+        return of_schema(version, SCHEMA_VERSION)
+
+    async def _grants(self) -> list[Finding]:
+        role = await self._connection.fetchval("SELECT current_user")
+        missing = []
+        for right in NEEDED:
+            if await self._connection.fetchval(f"SELECT {_EXISTS[right.kind]}($1) IS NULL", right.name):
+                continue  # of an older schema, which another check has told
+            has = [
+                await self._connection.fetchval(f"SELECT {_HAS[right.kind]}($1, $2)", right.name, privilege)
+                for privilege in right.privileges
+            ]
+            lacking = tuple(name for name, there in zip(right.privileges, has, strict=True) if not there)
+            if lacking:
+                missing.append(Right(right.kind, right.name, lacking))
+        if not missing:
+            self.source = await self._connection.fetchval("SELECT cacheinval.source()")
+        return of_rights(role, missing)
+
+    async def _outbox(self) -> Finding:
+        row = await self._connection.fetchrow(_OUTBOX, self._settings.namespace, ROWS_COUNTED)
+        return of_outbox(row["count"], row["oldest"])
+
+    async def _leader(self) -> Finding:
+        row = await self._connection.fetchrow(_LEADER, self._settings.namespace)
+        holder = None
+        if row is not None:
+            who = row["application_name"] or "a session"
+            holder = f"{who}, server process {row['pid']}, from {row['host']} since {row['age']:.0f} s"
+        return of_leader(holder, self._settings.relay == "auto")
+
+    async def _tracked(self) -> Sequence[Finding]:
+        row = await self._connection.fetchrow(_TRACKED)
+        return of_tracking(row["incomplete"], row["untracked"], row["tracked"])
+
+    async def _registered(self) -> list[Finding]:
+        instances = Instances(
+            lambda: self._connection, self._settings.namespace, self._settings.max_clock_skew
+        )
+        try:
+            self.registered = await instances.registered()
+        except DatabaseError as error:
+            return [warning("registered instances", str(error), "see schema and grants")]
+        return []
+
+
+def _way(error: Exception) -> str:
+    if isinstance(error, asyncpg.InvalidPasswordError | asyncpg.InvalidAuthorizationSpecificationError):
+        return "correct user and password in CACHEINVAL_DATABASE_URL, or let pg_hba.conf on the server admit them"
+    if isinstance(error, asyncpg.InvalidCatalogNameError):
+        return "make the database (createdb), or correct the path of CACHEINVAL_DATABASE_URL"
+    if isinstance(error, asyncpg.TooManyConnectionsError):
+        return "raise max_connections, or have fewer and smaller pools"
+    if "ertificate" in str(error) or "SSL" in str(error):
+        return "see sslmode and sslrootcert in CACHEINVAL_DATABASE_URL"
+    return "see that the server runs (pg_isready), and that CACHEINVAL_DATABASE_URL leads to it from here"

@@ -1,0 +1,333 @@
+"""What the checks find, and how it is judged: decisions only, no I/O."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from cacheinval.outbox.grants import Right
+from cacheinval.registration import Registered
+from cacheinval.settings import Settings
+
+__all__ = ["Finding", "failed", "ok", "warning"]
+
+Level = Literal["ok", "warning", "failed"]
+
+OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
+DEEP_QUEUE = 1_000  # messages
+
+CONFIGURE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
+WRITE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*|amq\.default)$"
+READ = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
+"""As `config/definitions.json` has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found; `remedy` says what to do, unless it is `ok`."""
+
+    check: str
+    level: Level
+    text: str
+    remedy: str | None = None
+
+
+def ok(check: str, text: str) -> Finding:
+    return Finding(check, "ok", text)
+
+
+def warning(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check, "warning", text, remedy)
+
+
+def failed(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check, "failed", text, remedy)
+
+
+# Settings
+
+
+def of_settings(settings: Settings) -> list[Finding]:
+    """Settings that are accepted one by one, and contradict each other."""
+    found = [warning("settings", text, remedy) for text, remedy in _contradictions(settings)]
+    return found or [ok("settings", f"namespace {settings.namespace}; nothing contradicts itself")]
+
+
+def _contradictions(settings: Settings) -> Iterable[tuple[str, str]]:
+    if settings.broker_url.startswith("memory:"):
+        yield "memory:// brings nothing from other processes", "set CACHEINVAL_BROKER_URL=amqp://…"
+    if settings.broker_url.startswith("amqp:"):
+        for name in ("broker_ca_file", "broker_cert_file", "broker_key_file"):
+            if getattr(settings, name, None):
+                variable = f"CACHEINVAL_{name.upper()}"
+                yield (
+                    f"{variable} is set, and CACHEINVAL_BROKER_URL is not amqps://",
+                    f"use amqps://…, or unset {variable}",
+                )
+    if not settings.database_url:
+        yield (
+            "no database: an invalidation that is not confirmed when its process dies is lost",
+            "set CACHEINVAL_DATABASE_URL, so that it is committed with the change",
+        )
+        if settings.max_staleness is not None:
+            yield (
+                "MAX_STALENESS is set without a database: no relay ticks, and no entry is served for longer than that",
+                "set CACHEINVAL_DATABASE_URL, or choose CACHEINVAL_CACHE_TTL instead",
+            )
+    if 0 < settings.stale_if_error <= settings.cache_ttl:
+        yield (
+            f"STALE_IF_ERROR={settings.stale_if_error:g} is no more than CACHE_TTL={settings.cache_ttl:g}: "
+            "evicted values, and those that cannot be proven, hardly ever help",
+            "make it longer than the ttl",
+        )
+    if settings.max_clock_skew < 0.005:
+        yield (
+            f"MAX_CLOCK_SKEW={settings.max_clock_skew:g}: hardly two hosts' clocks agree so well",
+            "allow as much as your time service promises, 0.1 by default",
+        )
+
+
+# The broker
+
+
+def of_unreachable_broker(url: str, reason: str) -> Finding:
+    """Why there is no connection, and what to do about each of the usual reasons."""
+    return failed("broker", f"{url}: {reason}", _way_to_broker(url, reason))
+
+
+def _way_to_broker(url: str, reason: str) -> str:
+    parts = urlsplit(url)
+    user, vhost = parts.username or "guest", unquote(parts.path[1:]) or "/"
+    if "vhost" in reason:
+        make = f"`rabbitmqctl add_vhost {vhost}`"
+        return f"correct the path of CACHEINVAL_BROKER_URL, or {make} and {set_permissions(url)}"
+    if re.search(r"(?i)login|access_refused|authentication|credentials", reason):
+        return (
+            f"correct user and password in CACHEINVAL_BROKER_URL (guest logs in from the broker's own host only); "
+            f"`rabbitmqctl authenticate_user {user}` tries them, `rabbitmqctl change_password {user}` sets a new one"
+        )
+    if re.search(r"(?i)certificate|ssl|tls", reason):
+        return (
+            "name the authority that signed the broker's certificate in CACHEINVAL_BROKER_CA_FILE, and, where the broker "
+            "asks for one, a certificate and its key in CACHEINVAL_BROKER_CERT_FILE and CACHEINVAL_BROKER_KEY_FILE"
+        )
+    return "see that the broker runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL leads to it from here"
+
+
+def set_permissions(url: str) -> str:
+    """The command that grants what a user of cacheinval needs."""
+    parts = urlsplit(url)
+    user, vhost = parts.username or "guest", unquote(parts.path[1:]) or "/"
+    return f"`rabbitmqctl set_permissions -p {vhost} {user} '{CONFIGURE}' '{WRITE}' '{READ}'`"
+
+
+def of_refusal(url: str, permission: str, reason: str) -> Finding:
+    """A permission that the broker's user lacks."""
+    return failed("permissions", f"{permission} is not permitted: {reason}", set_permissions(url))
+
+
+def of_dead_letters(name: str, count: int) -> Finding:
+    if count == 0:
+        return ok("dead letters", f"{name} is empty")
+    return warning(
+        "dead letters",
+        f"{count} messages in {name}: nobody could understand them, and each cost every instance its cache",
+        f"look at one (`rabbitmqadmin get queue={name}`) for who publishes it, then `rabbitmqctl purge_queue {name}`",
+    )
+
+
+# The database
+
+
+def of_clock(offset: float, max_skew: float) -> Finding:
+    """`offset`: seconds by which the database's clock is ahead of this host's, as far as a round trip tells."""
+    text = f"the database's is {abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} this host's"
+    remedy = "run a time service (chrony) on both; CACHEINVAL_MAX_CLOCK_SKEW says what is accepted"
+    if abs(offset) > max_skew:
+        return failed("clock", f"{text}, accepted: {max_skew:g}: no ticks from here, and no receipts", remedy)
+    if abs(offset) > max_skew / 2:
+        return warning("clock", f"{text}, more than half of what is accepted ({max_skew:g})", remedy)
+    return ok("clock", f"database and host agree within {max(abs(offset), 0.001):.3f} s")
+
+
+def of_schema(version: int | None, known: int) -> Finding:
+    """`version` is None where there is no schema."""
+    if version is None:
+        return failed(
+            "schema",
+            "the schema cacheinval is missing",
+            "run `cacheinval schema apply` as the role that is to own it",
+        )
+    if version > known:
+        text = f"the schema has version {version}, this cacheinval knows {known}"
+        return failed("schema", text, "upgrade cacheinval here")
+    if version < known:
+        text = f"the schema has version {version}, this cacheinval needs {known}"
+        return failed("schema", text, "run `cacheinval schema apply` as its owner")
+    return ok("schema", f"version {version}")
+
+
+def of_rights(role: str, missing: Sequence[Right]) -> list[Finding]:
+    if not missing:
+        return [ok("grants", f"role {role} has what it needs")]
+    return [
+        failed(
+            "grants",
+            f"role {role} lacks {', '.join(right.privileges)} on {right.name}",
+            f"`cacheinval schema grant {role}` as the schema's owner, or {right.grant(role)}",
+        )
+        for right in missing
+    ]
+
+
+def of_outbox(count: int, oldest: float | None) -> Finding:
+    """`oldest`: seconds since the oldest row was recorded."""
+    if oldest is None:
+        return ok("outbox", "empty")
+    text = f"{count} rows wait, the oldest for {oldest:.1f} s"
+    remedy = "see leader, broker and exchange: the relay publishes what waits as soon as it can"
+    if oldest > VERY_OLD_ROW:
+        return failed("outbox", f"{text}: their invalidations have reached nobody by the relay", remedy)
+    if oldest > OLD_ROW:
+        return warning("outbox", text, remedy)
+    return ok("outbox", text)
+
+
+def of_leader(holder: str | None, may_lead: bool) -> Finding:
+    if holder is not None:
+        return ok("leader", holder)
+    here = "" if may_lead else " (here CACHEINVAL_RELAY=off)"
+    return failed(
+        "leader",
+        f"no relay leads{here}: what a killed process left behind stays unpublished, and no tick proves anything",
+        "run `cacheinval relay`, or CACHEINVAL_RELAY=auto in services with a direct connection to the database",
+    )
+
+
+def of_tracking(incomplete: Sequence[str], untracked: Sequence[str], tracked: int) -> list[Finding]:
+    """`incomplete`: tracked tables that lack some of their triggers; `untracked`: parts of tracked tables with none."""
+    found = [
+        failed(
+            "tracked tables",
+            f"{table} records only some of its changes: triggers of cacheinval.track are gone or disabled",
+            f"SELECT cacheinval.track('{table}', …) again, with the template it had",
+        )
+        for table in incomplete
+    ]
+    found += [
+        failed(
+            "tracked tables",
+            f"{part} was attached after its table was tracked, and records nothing",
+            "SELECT cacheinval.track(…) on the whole table again, with the template it had",
+        )
+        for part in untracked
+    ]
+    return found or [ok("tracked tables", f"{tracked} are complete" if tracked else "none")]
+
+
+# Ticks and instances
+
+
+def of_tick(age: float | None, waited: float, source: str | None, own_source: str | None) -> Finding:
+    """`age`: of the first tick that was heard within `waited` seconds; None where there was none."""
+    if age is None:
+        return failed(
+            "ticks",
+            f"none within {waited:g} s: with MAX_STALENESS every instance soon reads the database each time",
+            "see leader, clock and outbox: a leader ticks once everything before has been confirmed",
+        )
+    if None not in (source, own_source) and source != own_source:
+        return failed(
+            "ticks",
+            f"they come from database {source}, this one is {own_source}: they prove nothing here",
+            "give each database a namespace of its own (CACHEINVAL_NAMESPACE)",
+        )
+    return ok("ticks", f"heard; all that was committed {max(0.0, age):.1f} s ago is on its way")
+
+
+def of_instances(
+    answered: Sequence[Mapping[str, Any]], silent: Sequence[Registered], namespace: str, max_skew: float
+) -> list[Finding]:
+    """How the instances are: who is suspect, silent, behind, or set up differently.
+
+    Each of `answered` is what it told of itself, with `asked` and `arrived`, when that was by the clock here.
+    """
+    found = [*_of_state(answered, namespace), *_of_silent(silent), *_of_differences(answered)]
+    for one in answered:
+        offset = _clock_offset(one)
+        if abs(offset) > max_skew:
+            found.append(
+                failed(
+                    "instances",
+                    f"{one['id']}: its clock is at least {abs(offset):.3f} s {'ahead' if offset > 0 else 'behind'}",
+                    f"run a time service (chrony) on {one.get('host')} and here",
+                )
+            )
+    return found
+
+
+def _of_state(answered: Sequence[Mapping[str, Any]], namespace: str) -> Iterable[Finding]:
+    ready = [one for one in answered if one["state"] == "ready"]
+    if not answered:
+        yield warning(
+            "instances",
+            f"none of namespace {namespace} answers",
+            "start one, or correct CACHEINVAL_NAMESPACE and CACHEINVAL_BROKER_URL, which have to be the same for all",
+        )
+    elif ready:
+        heard = "its queue and binding are there, for the question came through them"
+        yield ok("instances", f"{len(ready)} of {len(answered)} that answer are ready ({heard})")
+    for one in answered:
+        if one["state"] != "ready":
+            yield warning(
+                "instances",
+                f"{one['id']} is {one['state']}: {one.get('reason')}",
+                f"its log says more: host {one.get('host')}, pid {one.get('pid')}",
+            )
+        if (one.get("queue_depth") or 0) > DEEP_QUEUE:
+            yield warning(
+                "queues",
+                f"{one['queue_depth']} messages wait for {one['id']}: it evicts more slowly than others write",
+                "invalidate tags instead of many keys; see whether its host or its cache is overloaded",
+            )
+
+
+def _of_silent(silent: Sequence[Registered]) -> Iterable[Finding]:
+    for one in silent:
+        yield failed(
+            "instances",
+            f"{one.id} is registered and silent: it died within its lease, or its queue or binding is gone",
+            "look at its process and log; where it lives, it subscribes anew within 3 ticks, else restart it",
+        )
+
+
+def _of_differences(answered: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
+    for what, values in {
+        "version": {one["id"]: one.get("version") for one in answered},
+        "source": {one["id"]: one["source"] for one in answered if one.get("source")},
+        **{
+            name: {one["id"]: one["settings"].get(name) for one in answered if one.get("settings")}
+            for name in ("max_staleness", "max_clock_skew", "tick_interval", "max_replica_lag")
+        },
+    }.items():
+        different = sorted({str(value) for value in values.values()})
+        if len(different) > 1:
+            told = "; ".join(
+                f"{value}: {', '.join(sorted(str(id_) for id_, one in values.items() if str(one) == value))}"
+                for value in different
+            )
+            remedy = {
+                "version": "fine during a rolling deploy; afterwards restart those that were left out",
+                "source": "all instances of a namespace have to use one database: give the others another namespace",
+            }.get(what, f"give all the same CACHEINVAL_{what.upper()}, unless you mean it")
+            level = failed if what == "source" else warning
+            yield level("instances", f"they differ in {what} ({told})", remedy)
+
+
+def _clock_offset(one: Mapping[str, Any]) -> float:
+    """By how much its clock surely differs: it answered some time between the question and the arrival."""
+    now = one.get("now")
+    if now is None:
+        return 0.0
+    return float(max(0.0, now - one["arrived"]) - max(0.0, one["asked"] - now))

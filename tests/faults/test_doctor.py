@@ -1,0 +1,371 @@
+"""What an operator meets: each fault is found by `cacheinval doctor`, with what to do, and visible in `cacheinval status`."""
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from aio_pika import ExchangeType
+from scene import EVENTUAL, Clients, Eventually, operating
+
+from cacheinval import Client, Settings
+from cacheinval.bus.rabbitmq import RabbitBus
+from cacheinval.clock import Clock
+from cacheinval.doctor import Finding, broker, database, examine
+from cacheinval.outbox import apply_schema
+from cacheinval.outbox.grants import grants
+from cacheinval.sandbox import RabbitMQ
+
+pytest_plugins = ("scene",)
+
+DB = asyncpg.Connection
+ROOT = Path(__file__).parents[2]
+TICK = 0.2
+
+
+@pytest.fixture(autouse=True)
+def expected(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many instances are up, put in by whoever starts them: so many answers are waited for, and no longer."""
+    expected: list[int] = []
+
+    class Bus(RabbitBus):
+        async def ask(self, body: bytes, wait: float, enough: Any = None) -> list[bytes]:
+            if not expected:
+                return await super().ask(body, 0.1, enough)
+            return await super().ask(
+                body, EVENTUAL, lambda bodies: enough(bodies) or len(bodies) == expected[0]
+            )
+
+    monkeypatch.setattr(broker, "RabbitBus", Bus)
+    monkeypatch.setattr(broker, "ANSWERS_WITHIN", EVENTUAL)  # for the deadline of the check
+    return expected
+
+
+@pytest.fixture
+async def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dict[str, Any]:
+    connection = await asyncpg.connect(database_url)
+    try:
+        await apply_schema(connection)
+    finally:
+        await connection.close()
+    return {
+        "broker_url": rabbitmq.url,
+        "database_url": database_url,
+        "namespace": namespace,
+        "tick_interval": TICK,
+    }
+
+
+@pytest.fixture
+async def db(settings: dict[str, Any]) -> AsyncIterator[DB]:
+    connection = await asyncpg.connect(settings["database_url"], timeout=10, command_timeout=30)
+    yield connection
+    connection.terminate()
+
+
+async def found(settings: dict[str, Any]) -> dict[str, list[Finding]]:
+    """What the doctor finds, by check; what is not ok has a remedy."""
+    findings = await examine(Settings(**settings))
+    checks: dict[str, list[Finding]] = {}
+    for finding in findings:
+        checks.setdefault(finding.check, []).append(finding)
+        assert (finding.level == "ok") == (finding.remedy is None), finding
+    return checks
+
+
+def failures(checks: dict[str, list[Finding]]) -> list[str]:
+    return [name for name, findings in checks.items() for one in findings if one.level == "failed"]
+
+
+def only(checks: dict[str, list[Finding]], name: str) -> Finding:
+    (finding,) = checks[name]
+    return finding
+
+
+async def command(*words: str, **settings: Any) -> tuple[int, str]:
+    """Runs `cacheinval` as a process: its exit code, and what it printed."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("CACHEINVAL_")}
+    ours = {f"CACHEINVAL_{name.upper()}": str(value) for name, value in settings.items()}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cacheinval", *words),
+        env=others | ours,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(30):
+        out, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode()
+
+
+Healthy = Callable[..., Awaitable[Client]]
+
+
+@pytest.fixture
+def healthy(
+    clients: Clients, settings: dict[str, Any], eventually: Eventually, expected: list[int]
+) -> Healthy:
+    """Makes an instance that is ready, and whose relay leads and ticks; keyword arguments are further settings."""
+
+    async def make(**more: Any) -> Client:
+        client = await clients(**{**settings, "relay": "auto", **more})
+        await client.wait_ready(EVENTUAL)
+        await eventually(lambda: client.watermark_age is not None, EVENTUAL)
+        expected.append(1)
+        return client
+
+    return make
+
+
+async def test_where_nothing_is_wrong_everything_is_ok(settings: dict[str, Any], healthy: Healthy) -> None:
+    await healthy()
+    checks = await found(settings)
+    assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
+    assert set(checks) == {
+        "settings", "broker", "exchange", "dead letters", "permissions", "round trip", "database", "clock",
+        "schema", "grants", "outbox", "leader", "tracked tables", "ticks", "instances",
+    }  # fmt: skip
+    code, out = await command("doctor", "--json", **settings)
+    told = json.loads(out[out.index("{") :])
+    assert (code, told["count"]["failed"], told["count"]["warning"]) == (0, 0, 0)
+    assert {one["check"] for one in told["findings"]} == set(checks)
+
+
+async def test_the_broker_is_killed(
+    settings: dict[str, Any], own_rabbitmq: RabbitMQ, healthy: Healthy, eventually: Eventually
+) -> None:
+    settings |= {"broker_url": own_rabbitmq.url}
+    client = await healthy()
+    await own_rabbitmq.kill()
+    code, out = await command("doctor", **settings)
+    assert code == 1
+    assert re.search(r"^failed +broker .*(refused|reset|Connect call failed)", out, re.MULTILINE)
+    assert "rabbitmq-diagnostics status" in out
+    assert re.search(r"^ok +database ", out, re.MULTILINE), "and the rest is looked at nevertheless"
+    assert (await command("status", **settings))[0] == 1
+    await own_rabbitmq.start()
+    await eventually(lambda: client.ready, EVENTUAL)
+    code, out = await command("status", **settings)
+    assert (code, "new subscription: " in out) == (0, True), "and what it has missed is told afterwards"
+
+
+async def test_the_broker_raises_an_alarm(
+    settings: dict[str, Any], own_rabbitmq: RabbitMQ, healthy: Healthy
+) -> None:
+    settings |= {"broker_url": own_rabbitmq.url}
+    await healthy()
+    await own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.0000001")
+    try:
+        checks = await found(settings)
+        finding = only(checks, "alarms")
+        assert finding.level == "failed"
+        assert "rabbitmq-diagnostics alarms" in str(finding.remedy)
+    finally:
+        await own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
+
+
+async def test_the_exchange_is_deleted_and_then_of_another_type(settings: dict[str, Any]) -> None:
+    name = f"cacheinval.{settings['namespace']}"
+    async with operating(settings["broker_url"]) as operator:
+        assert only(await found(settings), "exchange").text.startswith(f"{name} is missing")
+        await operator.declare_exchange(name, ExchangeType.DIRECT, durable=True)
+        try:
+            finding = only(await found(settings), "exchange")
+            assert (finding.level, "no durable fanout" in finding.text) == ("failed", True)
+        finally:
+            await operator.exchange_delete(name)
+
+
+async def test_a_queue_is_deleted_while_its_instance_is_up_and_while_it_is_away(
+    settings: dict[str, Any],
+    rabbitmq: RabbitMQ,
+    healthy: Healthy,
+    expected: list[int],
+    db: DB,
+    eventually: Eventually,
+) -> None:
+    client = await healthy(instance_id="shop-1")
+    await rabbitmq.ctl("delete_queue", str(client.status()["broker"]["queue"]))
+    await eventually(lambda: client.status()["last_gap"] is not None, EVENTUAL)
+    await client.wait_ready(EVENTUAL)
+    (told,) = (await client.ask_instances(0.5))[:1]
+    assert told["last_gap"]["reason"].endswith("queue deleted")
+    assert failures(await found(settings)) == []
+
+    # A cache outside the process, of which only the registration is left.
+    await db.execute(
+        "INSERT INTO cacheinval.instances VALUES ($1, 'shop-2', '', 5, now() - interval '1 min', now() + interval '1 min')",
+        settings["namespace"],
+    )
+    checks = await found(settings)
+    assert any("shop-2 is registered and silent" in one.text for one in checks["instances"])
+    assert "shop-2 is gone" in only(checks, "queues").text
+    code, out = await command("status", **settings)
+    assert re.search(r"^shop-2 .* silent ", out, re.MULTILINE)
+    assert code == 0
+
+    async with operating(settings["broker_url"]) as operator:
+        queue = await operator.declare_queue(f"cacheinval.{settings['namespace']}.shop-2", durable=True)
+        try:
+            finding = only(await found(settings), "queues")
+            assert "holds 0 messages and has 0 consumers" in finding.text
+        finally:
+            await queue.delete()
+
+
+async def test_the_relay_is_stopped(
+    settings: dict[str, Any], clients: Clients, db: DB, expected: list[int]
+) -> None:
+    reader = await clients(**settings, max_staleness=5)
+    await reader.wait_ready(EVENTUAL)
+    expected.append(1)
+    await db.execute(
+        "INSERT INTO cacheinval.outbox (namespace, keys, recorded_at, publish_at)"
+        " VALUES ($1, '{a}', now() - interval '2 min', now() - interval '2 min')",
+        settings["namespace"],
+    )
+    checks = await found(settings)
+    assert sorted(failures(checks)) == ["leader", "outbox", "ticks"]
+    assert "cacheinval relay" in str(only(checks, "leader").remedy)
+    assert only(checks, "outbox").text.startswith("1 rows wait, the oldest for 1")
+    (told,) = await reader.ask_instances(0.5)
+    assert told["watermark_age"] is None, "and status shows that nothing is proven"
+
+
+async def test_clocks_are_wrong(
+    settings: dict[str, Any], healthy: Healthy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await healthy(instance_id="fast")
+    real = Clock.now
+    with monkeypatch.context() as wrong:
+        # The host of the instance is ahead, and the one where the doctor runs is behind its database.
+        wrong.setattr(Clock, "now", lambda self: real(self) + 60)
+        wrong.setattr(database.time, "time", _behind(database.time.time, 30))
+        checks = await found(settings)
+    assert (only(checks, "clock").level, "ahead of this host's" in only(checks, "clock").text) == (
+        "failed",
+        True,
+    )
+    assert "chrony" in str(only(checks, "clock").remedy)
+    assert any("fast: its clock is at least" in one.text for one in checks["instances"])
+
+
+def _behind(now: Any, seconds: float) -> Any:
+    return lambda: now() - seconds
+
+
+LACKING = {
+    "write on cacheinval.": (".*", "^(amq.gen-.*|.*dead|amq.default)$", ".*"),
+    "read on cacheinval.": (".*", ".*", "^amq.gen-.*$"),
+    "configure on cacheinval.": ("^$", ".*", ".*"),
+    "write on amq.default": (".*", "^cacheinval.*|amq.gen-.*$", ".*"),
+}
+
+
+async def test_a_permission_is_missing(
+    settings: dict[str, Any], rabbitmq: RabbitMQ, clients: Clients
+) -> None:
+    await (await clients(**settings)).wait_ready(EVENTUAL)
+    url = rabbitmq.url.replace("guest:guest", "limited:limited")
+    await rabbitmq.ctl("add_user", "limited", "limited")
+    try:
+        for named, rights in LACKING.items():
+            await rabbitmq.ctl("set_permissions", "limited", *rights)
+            checks = await found(settings | {"broker_url": url})
+            refused = [one for one in checks["permissions"] if one.level == "failed"]
+            assert any(named in one.text for one in refused), (named, checks)
+            assert all("`rabbitmqctl set_permissions -p / limited '" in str(one.remedy) for one in refused)
+    finally:
+        await rabbitmq.ctl("delete_user", "limited")
+
+
+async def test_whoever_may_not_log_in_or_names_no_vhost_is_told_so(
+    settings: dict[str, Any], rabbitmq: RabbitMQ
+) -> None:
+    wrong = rabbitmq.url.replace("guest:guest", "guest:wrong")
+    finding = only(await found(settings | {"broker_url": wrong}), "broker")
+    assert "rabbitmqctl authenticate_user guest" in str(finding.remedy)
+    assert "wrong" not in finding.text, "a password"
+    finding = only(await found(settings | {"broker_url": f"{rabbitmq.url}nowhere"}), "broker")
+    assert "rabbitmqctl add_vhost nowhere" in str(finding.remedy)
+
+
+async def test_grants_are_missing(settings: dict[str, Any], db: DB) -> None:
+    role = f"limited_{settings['namespace']}"
+    await db.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        url = settings["database_url"].replace("postgres@", f"{role}@")
+        for statement in grants(role):
+            if "outbox" not in statement:
+                await db.execute(statement)
+        checks = await found(settings | {"database_url": url})
+        finding = only(checks, "grants")
+        assert finding.text == f"role {role} lacks SELECT, INSERT, DELETE on cacheinval.outbox"
+        assert f"GRANT SELECT, INSERT, DELETE ON TABLE cacheinval.outbox TO {role};" in str(finding.remedy)
+    finally:
+        await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_the_schema_is_missing_or_newer(settings: dict[str, Any], db: DB) -> None:
+    await db.execute("INSERT INTO cacheinval.schema_version (version) VALUES (99)")
+    assert "upgrade cacheinval here" in str(only(await found(settings), "schema").remedy)
+    await db.execute("DROP SCHEMA cacheinval CASCADE")
+    assert "cacheinval schema apply" in str(only(await found(settings), "schema").remedy)
+
+
+async def test_triggers_are_gone_and_a_partition_was_attached_later(settings: dict[str, Any], db: DB) -> None:
+    await db.execute("CREATE TABLE products (id int PRIMARY KEY)")
+    await db.execute("CREATE TABLE orders (id int PRIMARY KEY) PARTITION BY RANGE (id)")
+    await db.execute("CREATE TABLE orders_1 PARTITION OF orders FOR VALUES FROM (0) TO (10)")
+    for table in ("products", "orders"):
+        await db.execute(f"SELECT cacheinval.track('{table}', '{table}:{{id}}')")
+    assert only(await found(settings), "tracked tables").text == "3 are complete"
+    await db.execute("CREATE TABLE orders_2 PARTITION OF orders FOR VALUES FROM (10) TO (20)")
+    await db.execute("ALTER TABLE products DISABLE TRIGGER USER")
+    checks = await found(settings)
+    assert {one.text.split()[0] for one in checks["tracked tables"]} == {"products", "orders_2"}
+
+
+@pytest.fixture
+async def least_rights(rabbitmq: RabbitMQ) -> AsyncIterator[str]:
+    """The address of the shared broker for the user of `config/definitions.json`."""
+    await rabbitmq.ctl("import_definitions", str(ROOT / "config/definitions.json"))
+    await rabbitmq.ctl("change_password", "cacheinval", "opensesame")
+    try:
+        yield rabbitmq.url.replace("guest:guest@", "cacheinval:opensesame@") + "cacheinval"
+    finally:
+        await rabbitmq.ctl("delete_vhost", "cacheinval")
+        await rabbitmq.ctl("delete_user", "cacheinval")
+
+
+async def test_with_the_least_rights_everything_is_ok(
+    settings: dict[str, Any], least_rights: str, healthy: Healthy, db: DB, eventually: Eventually
+) -> None:
+    """An instance, its relay and the doctor, as the user of the definitions and a role with what `schema grant` gives."""
+    role = f"least_{settings['namespace']}"
+    await db.execute(f"CREATE ROLE {role} LOGIN")
+    try:
+        for statement in grants(role):
+            await db.execute(statement)
+        settings |= {
+            "broker_url": least_rights,
+            "database_url": settings["database_url"].replace("postgres@", f"{role}@"),
+            "max_staleness": 5,
+        }
+        client = await healthy()
+        await client.invalidate("a")
+        await db.execute("SELECT cacheinval.invalidate('{b}', namespace => $1)", settings["namespace"])
+        await eventually(lambda: client.stats()["relay"]["published_rows"] >= 1, EVENTUAL)
+        await eventually(lambda: db.fetchval("SELECT count(*) = 0 FROM cacheinval.outbox"), EVENTUAL)
+        checks = await found(settings)
+        assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
+        await client.__aexit__(None, None, None)
+    finally:
+        await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")

@@ -1,0 +1,278 @@
+"""How findings of `cacheinval doctor` are judged, how its checks are run, and what it prints."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cacheinval import Settings, doctor
+from cacheinval.doctor import checking, findings
+from cacheinval.doctor.checking import Checks
+from cacheinval.doctor.findings import Finding, ok
+from cacheinval.errors import DatabaseError
+from cacheinval.outbox.grants import NEEDED, grants
+from cacheinval.registration import Registered
+
+URL = "amqp://shop:secret@broker/prod"
+ROOT = Path(__file__).parents[2]
+
+
+def levels(found: list[Finding]) -> list[str]:
+    return [one.level for one in found]
+
+
+def answer(id_: str = "a", **more: Any) -> dict[str, Any]:
+    told = {
+        "id": id_,
+        "host": "h",
+        "state": "ready",
+        "version": "1",
+        "now": 100.0,
+        "asked": 99.0,
+        "arrived": 101.0,
+    }
+    return told | {"source": "s", "settings": {"max_staleness": 5.0}, "registration": None} | more
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"broker_url": "memory://"}, "memory:// brings nothing from other processes"),
+        ({"broker_ca_file": "/ca.pem"}, "CACHEINVAL_BROKER_CA_FILE is set"),
+        ({"database_url": ""}, "no database"),
+        ({"database_url": "", "max_staleness": 5}, "MAX_STALENESS is set without a database"),
+        ({"stale_if_error": 10}, "STALE_IF_ERROR=10"),
+        ({"max_clock_skew": 0}, "MAX_CLOCK_SKEW=0"),
+    ],
+)
+def test_settings_that_contradict_each_other(values: dict[str, Any], said: str) -> None:
+    found = findings.of_settings(Settings(**{"broker_url": URL, **values}))
+    assert set(levels(found)) == {"warning"}
+    assert any(one.text.startswith(said) for one in found)
+    assert "secret" not in str(found)
+
+
+def test_settings_that_do_not() -> None:
+    assert levels(findings.of_settings(Settings(broker_url=URL, max_staleness=5, stale_if_error=600))) == [
+        "ok"
+    ]
+
+
+# The broker
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("ACCESS_REFUSED - Login was refused", "rabbitmqctl authenticate_user shop"),
+        ("the broker refuses the vhost: it is missing", "rabbitmqctl add_vhost prod"),
+        ("certificate verify failed: self-signed certificate", "CACHEINVAL_BROKER_CA_FILE"),
+        ("Connection refused", "rabbitmq-diagnostics status"),
+        ("Name or service not known", "leads to it from here"),
+    ],
+)
+def test_each_reason_why_the_broker_cannot_be_reached_has_its_way(reason: str, remedy: str) -> None:
+    found = findings.of_unreachable_broker(URL.replace("secret", "***"), reason)
+    assert found.level == "failed"
+    assert remedy in str(found.remedy)
+
+
+def test_the_permissions_that_are_recommended_are_those_of_the_definitions() -> None:
+    (rights,) = json.loads((ROOT / "config/definitions.json").read_text())["permissions"]
+    said = findings.set_permissions(URL)
+    assert said.startswith("`rabbitmqctl set_permissions -p prod shop '")
+    assert re.findall(r"'([^']*)'", said) == [rights["configure"], rights["write"], rights["read"]]
+    assert "-p / guest " in findings.set_permissions("amqp://broker")
+
+
+def test_dead_letters() -> None:
+    assert findings.of_dead_letters("x.dead", 0).level == "ok"
+    found = findings.of_dead_letters("x.dead", 3)
+    assert (found.level, "rabbitmqctl purge_queue x.dead" in str(found.remedy)) == ("warning", True)
+
+
+# The database
+
+
+@pytest.mark.parametrize(
+    ("offset", "level"), [(0.0, "ok"), (0.04, "ok"), (-0.06, "warning"), (0.11, "failed"), (-5.0, "failed")]
+)
+def test_clocks(offset: float, level: str) -> None:
+    found = findings.of_clock(offset, 0.1)
+    assert found.level == level
+    assert ("behind" in found.text) == (offset < 0)
+
+
+@pytest.mark.parametrize(("version", "level"), [(None, "failed"), (1, "failed"), (2, "ok"), (3, "failed")])
+def test_the_schema(version: int | None, level: str) -> None:
+    found = findings.of_schema(version, 2)
+    assert found.level == level
+    if level != "ok":
+        assert ("upgrade cacheinval" if version == 3 else "cacheinval schema apply") in str(found.remedy)
+
+
+def test_every_missing_right_is_named_with_its_grant() -> None:
+    assert levels(findings.of_rights("shop", [])) == ["ok"]
+    found = findings.of_rights("shop", NEEDED)
+    assert levels(found) == ["failed"] * len(NEEDED)
+    assert "GRANT SELECT, INSERT, DELETE ON TABLE cacheinval.outbox TO shop;" in str(found[2].remedy)
+
+
+@pytest.mark.parametrize("role", ["shop", "Shop Team", 'odd"name', "größe"])
+def test_a_role_is_quoted_whatever_its_name(role: str) -> None:
+    quoted = '"' + role.replace('"', '""') + '"'
+    assert all(statement.endswith(f" TO {quoted};") for statement in grants(role))
+
+
+@pytest.mark.parametrize("role", ["", "r" * 64, "ü" * 32, "a\0b", "a\nb"])
+def test_what_no_role_can_be_called_is_refused(role: str) -> None:
+    with pytest.raises(DatabaseError, match="accepted: a name of 1 to 63 bytes"):
+        grants(role)
+
+
+@pytest.mark.parametrize(
+    ("count", "oldest", "level"),
+    [(0, None, "ok"), (2, 0.2, "ok"), (2, 6.0, "warning"), (2, 61.0, "failed")],
+)
+def test_the_outbox(count: int, oldest: float | None, level: str) -> None:
+    assert findings.of_outbox(count, oldest).level == level
+
+
+def test_the_leader() -> None:
+    assert findings.of_leader("cacheinval relay shop", True).level == "ok"
+    assert findings.of_leader(None, True).level == "failed"
+    assert "CACHEINVAL_RELAY=off" in findings.of_leader(None, False).text
+
+
+def test_tracked_tables() -> None:
+    assert findings.of_tracking([], [], 0) == [ok("tracked tables", "none")]
+    assert levels(findings.of_tracking(["orders"], ["orders_2"], 3)) == ["failed", "failed"]
+
+
+# Ticks and instances
+
+
+def test_ticks() -> None:
+    assert findings.of_tick(0.2, 3.0, "s", "s").level == "ok"
+    assert findings.of_tick(0.2, 3.0, None, "s").level == "ok"
+    assert findings.of_tick(None, 3.0, None, "s").level == "failed"
+    other = findings.of_tick(0.2, 3.0, "theirs", "mine")
+    assert (other.level, "theirs" in other.text) == ("failed", True)
+
+
+def judged(*answers: dict[str, Any], silent: tuple[Registered, ...] = ()) -> list[Finding]:
+    return findings.of_instances(answers, silent, "shop", 0.1)
+
+
+def test_instances_that_are_well() -> None:
+    assert levels(judged(answer(), answer("b"))) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("more", "level", "said"),
+    [
+        ({"state": "suspect", "reason": "cut"}, "warning", "b is suspect: cut"),
+        ({"version": "2"}, "warning", "they differ in version (1: a; 2: b)"),
+        ({"source": "other"}, "failed", "they differ in source (other: b; s: a)"),
+        ({"settings": {"max_staleness": None}}, "warning", "they differ in max_staleness (5.0: a; None: b)"),
+        ({"queue_depth": 1001}, "warning", "1001 messages wait for b"),
+        ({"now": 101.2}, "failed", "b: its clock is at least 0.200 s ahead"),
+        ({"now": 98.5}, "failed", "b: its clock is at least 0.500 s behind"),
+    ],
+)
+def test_instances_that_are_not(more: dict[str, Any], level: str, said: str) -> None:
+    (found,) = (one for one in judged(answer(), answer("b", **more)) if one.level != "ok")
+    assert found.level == level
+    assert found.text.startswith(said)
+
+
+def test_an_older_version_tells_less_and_is_not_accused_of_it() -> None:
+    older = {"id": "b", "host": "h", "state": "ready", "version": "1", "asked": 99.0, "arrived": 101.0}
+    assert levels(judged(answer(), older)) == ["ok"]
+
+
+def test_nobody_and_who_is_silent() -> None:
+    assert levels(judged()) == ["warning"]
+    found = judged(answer(), silent=(Registered("b", "s", None),))
+    assert levels(found) == ["ok", "failed"]
+    assert found[1].text.startswith("b is registered and silent")
+
+
+# Running them
+
+
+async def test_a_check_that_hangs_or_raises_stops_no_other() -> None:
+    checks = Checks()
+
+    async def hangs() -> Finding:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def breaks() -> Finding:
+        raise ZeroDivisionError("by\nzero")
+
+    async def passes() -> Finding:
+        return ok("fine", "it is")
+
+    assert not await checks.run("hangs", 0.01, hangs)
+    assert not await checks.run("breaks", 5, breaks)
+    assert await checks.run("fine", 5, passes)
+    assert [(one.check, one.level) for one in checks.found] == [
+        ("hangs", "failed"),
+        ("breaks", "failed"),
+        ("fine", "ok"),
+    ]
+    assert checks.found[0].text == "no answer within 0.01 s"
+    assert checks.found[1].text == "ZeroDivisionError: by zero"
+
+
+async def test_what_takes_long_is_said_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checking, "QUIET", 0.0)
+    checks, others = Checks(), Checks()
+    said = ""
+
+    async def until_it_is_said() -> list[Finding]:
+        nonlocal said
+        while not said:
+            await asyncio.sleep(0.001)
+            said = capsys.readouterr().err
+        return []
+
+    async with checks.progress_of(others):
+        assert await others.run("outbox", 10, until_it_is_said)
+    assert said == "cacheinval: checking outbox …\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_it_prints_what_it_finds_and_returns_whether_all_is_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    found = [ok("broker", "there"), findings.failed("outbox", "old", "relay it")]
+
+    async def examine(settings: Settings) -> list[Finding]:
+        return found
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert not await doctor.doctor(Settings(), as_json=as_json)
+    out = capsys.readouterr().out
+    if as_json:
+        told = json.loads(out)
+        assert told["count"] == {"ok": 1, "warning": 0, "failed": 1}
+        assert told["findings"][1] == {
+            "check": "outbox",
+            "level": "failed",
+            "text": "old",
+            "remedy": "relay it",
+        }
+    else:
+        assert out.splitlines() == ["ok      broker  there", "failed  outbox  old", " " * 16 + "→ relay it"]
+    del found[1]
+    assert await doctor.doctor(Settings(), as_json=as_json)
