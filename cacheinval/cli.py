@@ -193,6 +193,24 @@ def apply_schema() -> None:
     _run(_apply_schema(_settings()))
 
 
+@schema_app.command("grant")
+def grant_schema(
+    role: Annotated[str, typer.Argument(help="A role that is a client, a worker or a relay.")],
+    only_print: Annotated[bool, typer.Option("--print", help="Print the SQL, and run nothing.")] = False,
+) -> None:
+    """Give a role the least rights that it needs, as the role that owns the schema."""
+    from cacheinval.outbox.grants import grants
+
+    try:
+        statements = grants(role)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="ROLE") from None
+    if only_print:
+        print("\n".join(statements))
+    else:
+        _run(_grant_schema(_settings(), role))
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def sandbox(
     command: Annotated[
@@ -307,6 +325,18 @@ async def _audit(
     settings = settings.model_copy(update={"relay": "off", "database_url": ""})
     async with Client(settings, subscribe=False) as client:
         await audit_command.audit(client, sample, delay, wait, as_json=as_json)
+
+
+async def _grant_schema(settings: "Settings", role: str) -> None:
+    from cacheinval.client import Client
+    from cacheinval.outbox.grants import grant
+
+    async with (
+        Client(settings.model_copy(update={"relay": "off"}), subscribe=False) as client,
+        client.pool.acquire(timeout=10) as connection,
+    ):
+        await grant(connection, role)
+    print(f"role {role} may be a client, a worker or a relay")
 
 
 async def _doctor(settings: "Settings", as_json: bool) -> None:

@@ -22,7 +22,7 @@ from cacheinval.doctor.findings import (
 )
 from cacheinval.errors import DatabaseError
 from cacheinval.outbox import SCHEMA_VERSION
-from cacheinval.outbox.grants import NEEDED, Right
+from cacheinval.outbox.grants import lacking
 from cacheinval.outbox.instances import Instances
 from cacheinval.outbox.schema import OLDEST_SERVER
 from cacheinval.registration import Registered
@@ -35,13 +35,6 @@ ANSWER_WITHIN = 5.0
 CLOCK_ROUNDS = 5
 ROWS_COUNTED = 10_000
 DEPENDENT = ("clock", "schema", "grants", "outbox", "leader", "tracked tables")
-
-_HAS = {
-    "SCHEMA": "has_schema_privilege",
-    "TABLE": "has_table_privilege",
-    "FUNCTION": "has_function_privilege",
-}
-_EXISTS = {"SCHEMA": "to_regnamespace", "TABLE": "to_regclass", "FUNCTION": "to_regprocedure"}
 
 _OUTBOX = """
     SELECT count(*) AS count, extract(epoch FROM clock_timestamp() - min(recorded_at))::float8 AS oldest
@@ -157,17 +150,7 @@ class DatabaseSeen:
 
     async def _grants(self) -> list[Finding]:
         role = await self._connection.fetchval("SELECT current_user")
-        missing = []
-        for right in NEEDED:
-            if await self._connection.fetchval(f"SELECT {_EXISTS[right.kind]}($1) IS NULL", right.name):
-                continue  # of an older schema, which another check has told
-            has = [
-                await self._connection.fetchval(f"SELECT {_HAS[right.kind]}($1, $2)", right.name, privilege)
-                for privilege in right.privileges
-            ]
-            lacking = tuple(name for name, there in zip(right.privileges, has, strict=True) if not there)
-            if lacking:
-                missing.append(Right(right.kind, right.name, lacking))
+        missing = await lacking(self._connection, role)
         if not missing:
             self.source = await self._connection.fetchval("SELECT cacheinval.source()")
         return of_rights(role, missing)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from cacheinval.outbox.grants import Right
+from cacheinval.outbox.grants import Right, quoted
 from cacheinval.registration import Registered
 from cacheinval.settings import Settings
 
@@ -175,7 +175,7 @@ def of_rights(role: str, missing: Sequence[Right]) -> list[Finding]:
         failed(
             "grants",
             f"role {role} lacks {', '.join(right.privileges)} on {right.name}",
-            f"`cacheinval schema grant {role}` as the schema's owner, or {right.grant(role)}",
+            f"`cacheinval schema grant {role}` as the schema's owner, or {right.grant(quoted(role))}",
         )
         for right in missing
     ]

@@ -21,8 +21,15 @@ OLDEST_SERVER = 14  # idle_session_timeout, on which the relay's leadership stan
 
 _FILES = ("schema.sql", "track.sql")
 
+MIGRATIONS: dict[int, str] = {}
+"""By version: SQL that turns the tables of the version before into those of this one, where CREATE … IF NOT EXISTS would leave
+them as they were; functions need none. Clients of the version before go on working on what it makes: it may add what they
+need not know of, and take nothing away that they use. Each is kept for good, so that every released version migrates."""
+
 _LOCK = 0x63616368_65696E76  # "cacheinv"
 _LOCK_WAIT = 30.0
+_TABLE_LOCK_WAIT = 1.0  # whoever writes meanwhile queues behind it
+_AGAIN = 0.5
 _DEADLINE = 60.0
 
 _COMPLETE = """
@@ -37,7 +44,15 @@ _COMPLETE = """
 def schema_sql() -> str:
     """The SQL that makes the schema; it may be run by any other tool, again and again."""
     folder = files(__package__)
-    return "\n".join(folder.joinpath(name).read_text("utf-8") for name in _FILES)
+    text = "\n".join(folder.joinpath(name).read_text("utf-8") for name in _FILES)
+    migrations = "\n".join(_migration(version, MIGRATIONS[version]) for version in sorted(MIGRATIONS))
+    return text.replace("-- {MIGRATIONS}\n", migrations).replace("{SCHEMA_VERSION}", str(SCHEMA_VERSION))
+
+
+def _migration(version: int, sql: str) -> str:
+    """`sql` for a database that has an older version than this one, and not for one that has none."""
+    older = f"(SELECT max(version) FROM cacheinval.schema_version) < {version}"  # noqa: S608 (a number)
+    return f"DO $migrate$ BEGIN\n    IF {older} THEN\n        {sql}\n    END IF;\nEND $migrate$;\n"
 
 
 async def apply_schema(connection: "AnyConnection") -> None:
@@ -57,12 +72,10 @@ async def apply_schema(connection: "AnyConnection") -> None:
         async with asyncio.timeout(_DEADLINE):
             if await _is_current(connection):
                 return
-            async with connection.transaction():
-                await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT:g}s'")
-                await connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
-                await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
-                if not await _is_current(connection):
-                    await connection.execute(schema_sql())
+            while True:
+                if await _try_to_apply(connection):
+                    return
+                await asyncio.sleep(_AGAIN)  # in which writers that queued up behind have their turn
     except TimeoutError:
         raise DatabaseError(f"the schema cacheinval could not be applied within {_DEADLINE:g} s") from None
     except asyncpg.InsufficientPrivilegeError as error:
@@ -78,6 +91,25 @@ async def apply_schema(connection: "AnyConnection") -> None:
         ) from error
     except asyncpg.PostgresError as error:
         raise DatabaseError(f"the schema cacheinval could not be applied: {_text(error)}") from error
+
+
+async def _try_to_apply(connection: "AnyConnection") -> bool:
+    """Whether the schema is up to date now; if not, a transaction that has not ended uses its tables."""
+    alone = False
+    try:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT:g}s'")
+            await connection.execute("SET LOCAL search_path = pg_catalog, pg_temp")
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
+            alone = True
+            if not await _is_current(connection):
+                await connection.execute(f"SET LOCAL lock_timeout = '{_TABLE_LOCK_WAIT:g}s'")
+                await connection.execute(schema_sql())
+    except asyncpg.LockNotAvailableError:
+        if not alone:
+            raise
+        return False
+    return True
 
 
 async def _is_current(connection: "AnyConnection") -> bool:

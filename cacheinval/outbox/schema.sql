@@ -1,4 +1,4 @@
--- The schema `cacheinval`, version 1, for PostgreSQL 14 or newer. Safe to run again, and on a database that has it.
+-- The schema `cacheinval`, version {SCHEMA_VERSION}, for PostgreSQL 14 or newer. Safe to run again, and on a database that has it.
 -- `cacheinval schema apply` runs this in one transaction, one process at a time.
 --
 -- Who needs what:
@@ -8,6 +8,7 @@
 --                                              GRANT SELECT, INSERT, UPDATE, DELETE
 --                                                  ON cacheinval.origins, cacheinval.instances TO …;
 --                                              GRANT SELECT ON cacheinval.schema_version TO …;
+--                                              (`cacheinval schema grant ROLE` does so)
 -- Clients write the outbox by a plain INSERT, not by a function: only an INSERT can be put in front of another
 -- statement as a WITH that surely runs (a SELECT that nobody refers to is skipped), it is the cheaper of the two, and
 -- who publishes rows needs a grant to DELETE them anyway.
@@ -18,8 +19,8 @@ DECLARE
 BEGIN
     IF to_regclass('cacheinval.schema_version') IS NOT NULL THEN
         EXECUTE 'SELECT max(version) FROM cacheinval.schema_version' INTO newest;
-        IF newest > 1 THEN
-            RAISE EXCEPTION 'the schema cacheinval in this database has version %; this cacheinval knows versions up to 1', newest
+        IF newest > {SCHEMA_VERSION} THEN
+            RAISE EXCEPTION 'the schema cacheinval in this database has version %; this cacheinval knows versions up to {SCHEMA_VERSION}', newest
                 USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'Upgrade cacheinval here.';
         END IF;
     END IF;
@@ -40,6 +41,8 @@ CREATE TABLE IF NOT EXISTS cacheinval.schema_version (
     version integer PRIMARY KEY,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+
+-- {MIGRATIONS}
 
 -- Invalidations that are committed and not yet confirmed by the broker. Rows are inserted and deleted, never updated,
 -- and live for milliseconds, so the table is nearly always empty:
@@ -202,4 +205,4 @@ COMMENT ON FUNCTION cacheinval.invalidate(text[], bigint[], text[], text) IS
 COMMENT ON FUNCTION cacheinval.invalidate_all(text) IS
     'Records, in the current transaction, that every cached entry of the namespace must be evicted.';
 
-INSERT INTO cacheinval.schema_version (version) VALUES (1) ON CONFLICT DO NOTHING;
+INSERT INTO cacheinval.schema_version (version) VALUES ({SCHEMA_VERSION}) ON CONFLICT DO NOTHING;

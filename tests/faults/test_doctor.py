@@ -308,7 +308,7 @@ async def test_grants_are_missing(settings: dict[str, Any], db: DB) -> None:
         checks = await found(settings | {"database_url": url})
         finding = only(checks, "grants")
         assert finding.text == f"role {role} lacks SELECT, INSERT, DELETE on cacheinval.outbox"
-        assert f"GRANT SELECT, INSERT, DELETE ON TABLE cacheinval.outbox TO {role};" in str(finding.remedy)
+        assert f'GRANT SELECT, INSERT, DELETE ON TABLE cacheinval.outbox TO "{role}";' in str(finding.remedy)
     finally:
         await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 

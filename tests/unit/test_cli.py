@@ -248,3 +248,13 @@ class TestSignals:
             assert codes == []
             signal.raise_signal(signal.SIGTERM)
         assert codes == [128 + signal.SIGTERM]
+
+
+def test_the_rights_of_a_role_are_printed_or_the_name_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(monkeypatch, "schema", "grant", "shop", "--print") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert 'GRANT SELECT, INSERT, DELETE ON TABLE cacheinval.outbox TO "shop";' in out
+    assert ended(monkeypatch, "schema", "grant", "r" * 64) == 2
+    assert "accepted: the name of a role" in " ".join(capsys.readouterr().err.replace("│", " ").split())
