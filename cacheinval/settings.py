@@ -125,6 +125,12 @@ class Settings(BaseSettings):
         default=None,
         description="PEM file of the authority that signed the broker's certificate (`amqps://`)",
     )
+    broker_cert_file: Annotated[str | None, BeforeValidator(_none_if_empty)] = Field(
+        default=None, description="PEM file of this client's certificate, for a broker that asks for one"
+    )
+    broker_key_file: Annotated[str | None, BeforeValidator(_none_if_empty)] = Field(
+        default=None, description="PEM file of its key, without a passphrase; unset: in the same file"
+    )
     database_url: Annotated[str, AfterValidator(_url("postgresql", "postgres", empty=True))] = Field(
         default="postgresql://postgres@127.0.0.1:5432/postgres",
         description="empty: no database (no outbox, no relay)",
@@ -222,6 +228,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_staleness={self.max_staleness:g}: accepted: at least {least:g} "
                 "(2 x TICK_INTERVAL + 0.25 + 2 x MAX_CLOCK_SKEW seconds)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _key_has_a_certificate(self) -> "Settings":
+        if self.broker_key_file is not None and self.broker_cert_file is None:
+            raise ValueError(
+                f"broker_key_file={self.broker_key_file}: accepted: unset unless CACHEINVAL_BROKER_CERT_FILE names the "
+                "certificate of this key"
             )
         return self
 

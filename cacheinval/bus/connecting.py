@@ -94,7 +94,7 @@ class Broker:
     """How to reach the broker, and the names of what is used there (PROTOCOL.md, "RabbitMQ").
 
     Raises:
-        ConfigurationError: the file of `broker_ca_file` cannot be used.
+        ConfigurationError: a file of `broker_ca_file`, `broker_cert_file` or `broker_key_file` cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -108,6 +108,12 @@ class Broker:
         if url.scheme == "amqps" and settings.broker_ca_file is not None:
             _check_ca_file(settings.broker_ca_file)
             url = url.update_query(cafile=settings.broker_ca_file)
+        if url.scheme == "amqps" and settings.broker_cert_file is not None:
+            _check_certificate(settings.broker_cert_file, settings.broker_key_file)
+            url = url.update_query(
+                certfile=settings.broker_cert_file,
+                keyfile=settings.broker_key_file or settings.broker_cert_file,
+            )
         self._url = url
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -170,4 +176,17 @@ def _check_ca_file(path: str) -> None:
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(
             f"CACHEINVAL_BROKER_CA_FILE={path}: accepted: a readable PEM file of certificates ({explain(error)})"
+        ) from error
+
+
+def _check_certificate(cert_file: str, key_file: str | None) -> None:
+    try:
+        # Without a password asyncio would wait for one to be typed.
+        ssl.create_default_context().load_cert_chain(cert_file, key_file, password="")
+    except (OSError, ssl.SSLError) as error:
+        files = f"CACHEINVAL_BROKER_CERT_FILE={cert_file}"
+        if key_file is not None:
+            files += f", CACHEINVAL_BROKER_KEY_FILE={key_file}"
+        raise ConfigurationError(
+            f"{files}: accepted: readable PEM files of a certificate and its key, without a passphrase ({explain(error)})"
         ) from error

@@ -32,7 +32,7 @@ class RabbitBus:
     named after `instance_id`.
 
     Raises:
-        ConfigurationError: the file of `broker_ca_file` cannot be used.
+        ConfigurationError: a file of `broker_ca_file`, `broker_cert_file` or `broker_key_file` cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -20,6 +20,7 @@ from cacheinval.bus import Bus, Delivery, consuming
 from cacheinval.bus.consuming import Subscription
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.errors import ConfigurationError, PublishError
+from cacheinval.processes import claim_port
 from cacheinval.sandbox import RabbitMQ
 from cacheinval.settings import Settings
 
@@ -842,6 +843,82 @@ async def test_tls_refuses_another_host_name(
     url = rabbitmq.tls_url.replace("localhost", "rabbit.example")
     with pytest.raises(PublishError, match=r"(?i)hostname mismatch"):
         await instances(url, broker_ca_file=str(rabbitmq.ca_file)).open_channel()
+
+
+@pytest.fixture
+async def certificate(rabbitmq: RabbitMQ, tmp_path: Path) -> tuple[Path, Path]:
+    """A client's certificate, signed by the authority of the broker's, and its key."""
+    ca = rabbitmq.ca_file
+    cert, key = tmp_path / "client.pem", tmp_path / "client.key"
+    process = await asyncio.create_subprocess_exec(
+        *("openssl", "req", "-x509", "-nodes", "-days", "1", "-newkey", "rsa:2048", "-subj", "/CN=shop"),
+        *("-keyout", key, "-out", cert, "-CA", ca, "-CAkey", ca.with_name("ca.key")),
+        *("-addext", "basicConstraints=CA:FALSE"),
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert await process.wait() == 0
+    return cert, key
+
+
+@pytest.fixture
+async def demanding_url(rabbitmq: RabbitMQ) -> AsyncIterator[str]:
+    """A listener of the shared broker that lets in only who has a certificate of its authority."""
+    with claim_port() as claim:
+        port, folder = claim.getsockname()[1], rabbitmq.ca_file.parent
+        options = (
+            f'[{{cacertfile,"{folder}/ca.pem"}},{{certfile,"{folder}/server.pem"}},{{keyfile,"{folder}/server.key"}},'
+            "{verify,verify_peer},{fail_if_no_peer_cert,true}]"
+        )
+        await rabbitmq.ctl(
+            "eval", f'ok = rabbit_networking:start_ssl_listener({{"127.0.0.1",{port}}}, {options}, 2).'
+        )
+        yield f"amqps://guest:guest@localhost:{port}/"
+
+
+async def test_tls_both_ways(
+    demanding_url: str,
+    certificate: tuple[Path, Path],
+    rabbitmq: RabbitMQ,
+    instances: Instances,
+    subscribe: Subscribe,
+    tmp_path: Path,
+    eventually: Eventually,
+) -> None:
+    ca = {"broker_ca_file": str(rabbitmq.ca_file)}
+    with pytest.raises(PublishError):
+        await instances(demanding_url, **ca).open_channel()
+    cert, key = certificate
+    bus, receiver = (
+        instances(demanding_url, **ca, broker_cert_file=str(cert), broker_key_file=str(key)),
+        Recorder(),
+    )
+    subscribe(bus, receiver)
+    await eventually(lambda: receiver.ready)
+    await (await bus.open_channel()).send(b"{}")
+    await eventually(lambda: receiver.bodies == [b"{}"])
+
+    both = tmp_path / "both.pem"
+    both.write_text(key.read_text() + cert.read_text())
+    await instances(demanding_url, **ca, broker_cert_file=str(both)).open_channel()
+
+
+def test_a_certificate_that_is_none_or_has_another_key_is_refused_at_once(
+    certificate: tuple[Path, Path], rabbitmq: RabbitMQ, namespace: str
+) -> None:
+    cert, _ = certificate
+    for key in (None, str(rabbitmq.ca_file.with_name("ca.key")), "/nowhere"):
+        settings = Settings(
+            broker_url="amqps://localhost/",
+            broker_cert_file=str(cert),
+            broker_key_file=key,
+            namespace=namespace,
+        )
+        with pytest.raises(
+            ConfigurationError, match=f"^CACHEINVAL_BROKER_CERT_FILE={cert}.*accepted: readable PEM"
+        ):
+            RabbitBus(settings)
+    with pytest.raises(ConfigurationError, match=r"^CACHEINVAL_BROKER_KEY_FILE=k: accepted: unset unless"):
+        Settings(broker_key_file="k")
 
 
 def test_a_ca_file_that_is_none_is_refused_at_once(tmp_path: Path, namespace: str) -> None:
