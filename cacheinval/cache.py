@@ -626,7 +626,7 @@ class InProcessCache(CoherentCache):
         within = _running_within()
         if type(within) is _Transaction and within.open:
             self.counters.bypassed("transaction")
-            return Read(await factory(), "bypass", False)
+            return Read(await self._past(factory, model), "bypass", False)
         now = self._now()
         entry = self._backend.peek(key)
         if entry is not None and not refresh and self._coherence.may_serve(entry, now):
@@ -635,14 +635,14 @@ class InProcessCache(CoherentCache):
                 entry.serve_until = min(entry.serve_until, self._elapsed() + LOOK_EVERY)
                 kept = self._allowed("stale_if_error", stale_if_error) > 0
                 lifetime = self._lifetime(ttl, ttl_jitter)
-                reload = self._loading(key, factory, model, version, primary, lifetime, kept)
+                reload = self._loading(key, factory, model, version, primary, lifetime, kept, False)
                 self.warming.plan.read(Hot(key, (reload, checked_names(key, tags)), entry.tags))
             return answer
         named = checked_names(key, tags)
         if_error = self._allowed("stale_if_error", stale_if_error)
         overtime = self._allowed("stale_while_revalidate", stale_while_revalidate)
         lifetime = self._lifetime(ttl, ttl_jitter)
-        load_and_store = self._loading(key, factory, model, version, primary, lifetime, if_error > 0)
+        load_and_store = self._loading(key, factory, model, version, primary, lifetime, if_error > 0, refresh)
         self._keeps = self._keeps or if_error > 0
         # Within another load it is not given: what is built from it would be kept for a ttl of its own.
         if (
@@ -667,6 +667,10 @@ class InProcessCache(CoherentCache):
             self._say_failed("cannot load, and gives what is stale", key, error)
             return instead
 
+    async def _past(self, factory: Factory, model: Any) -> Any:
+        """What a read gives that goes past the cache."""
+        return await factory()
+
     def _loading(
         self,
         key: str,
@@ -676,6 +680,7 @@ class InProcessCache(CoherentCache):
         primary: Factory | None,
         lifetime: float,
         kept: bool,
+        refresh: bool,
     ) -> LoadAndStore:
         async def load_and_store(load: Load) -> tuple[Any, bool]:
             value = await self._ask(load, factory, version, primary)
@@ -866,7 +871,7 @@ class SharedCache(CoherentCache):
             self.counters.bypassed("transaction")
             _, value = self.as_stored(await factory(), model)
             return Read(value, "bypass", False)
-        refuse_stale(stale_if_error, stale_while_revalidate)
+        _refuse_stale(stale_if_error, stale_while_revalidate)
         lifetime, named, now = self._lifetime(ttl, ttl_jitter), checked_names(key, tags), self._now()
         found, entry, moment = await self._find_entry(key, named, model, lifetime)
         # The clock may have been set back meanwhile, and what began in its future would stay young too long.
@@ -983,18 +988,13 @@ class SharedCache(CoherentCache):
         await self._backend.close()
 
 
-def refuse_stale(stale_if_error: float | None, stale_while_revalidate: float | None) -> None:
+def _refuse_stale(stale_if_error: float | None, stale_while_revalidate: float | None) -> None:
     """Raises ValueError where a stale value is asked for, which a cache outside the process does not keep."""
     if stale_if_error or stale_while_revalidate:
         raise ValueError(
-            "stale_if_error, stale_while_revalidate: accepted: 0, as a cache outside the process keeps nothing stale"
+            "stale_if_error, stale_while_revalidate: accepted: 0, as a cache outside the process keeps nothing stale, "
+            "unless CACHEINVAL_CACHE_LOCAL_ENTRIES keeps some in front of it"
         )
-
-
-def in_transaction() -> bool:
-    """Whether what runs now must see its own changes, and so reads past the cache."""
-    within = _running_within()
-    return type(within) is _Transaction and within.open
 
 
 def checked_names(key: str, tags: Collection[str]) -> frozenset[str]:

@@ -651,10 +651,11 @@ class Client:
         )
         if settings.cache_is_external:
             for policy in ("stale_if_error", "stale_while_revalidate", "warm_keys"):
-                if seconds := getattr(settings, policy):
+                asked = getattr(settings, policy)
+                if asked and not settings.cache_local_entries:
                     raise ConfigurationError(
-                        f"CACHEINVAL_{policy.upper()}={seconds:g}: accepted: 0, as CACHEINVAL_CACHE_URL names a cache "
-                        "outside the process"
+                        f"CACHEINVAL_{policy.upper()}={asked:g}: accepted: 0, as CACHEINVAL_CACHE_URL names a cache "
+                        "outside the process, unless CACHEINVAL_CACHE_LOCAL_ENTRIES keeps some in front of it"
                     )
             entries = SharedEntries(
                 connect(settings.cache_url),

@@ -1,6 +1,5 @@
 """Two levels: entries in the process, in front of a cache outside it which other instances fill and evict as well."""
 
-from collections.abc import Collection
 from typing import Any
 
 from cacheinval.cache import (
@@ -13,9 +12,6 @@ from cacheinval.cache import (
     Read,
     Remember,
     SharedCache,
-    checked_names,
-    in_transaction,
-    refuse_stale,
 )
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Entry, Eviction, Load
@@ -27,12 +23,24 @@ SECOND_LEVEL = ("hits", "misses", "bypasses", "not_stored", "evicted_entries")
 """The counters of `TwoLevels.second` that say something: it is not read through, but looked into."""
 
 
+class _Looking:
+    """A look outside, with the load that follows where that finds nothing; remembers whether it did."""
+
+    def __init__(self, look: LoadAndStore) -> None:
+        self._look = look
+        self.was_there = False
+
+    async def __call__(self, load: Load) -> tuple[Any, bool]:
+        return await self._look(load)
+
+
 class TwoLevels(InProcessCache):
     """A hit in the process costs what it costs without a second level; everything else looks there before it loads.
 
     The look is a part of the load, under its token: an eviction that arrives meanwhile voids it, and what it found is kept
     here as old as it is there, with its tags. Values in the process are those that came back from outside, and are handed
-    out as they are.
+    out as they are. All who read a key name the same `model`. What is stale on purpose is what is kept here: outside all
+    ends with its ttl or its eviction.
 
     Args:
         backend: keeps the entries in the process.
@@ -56,65 +64,66 @@ class TwoLevels(InProcessCache):
         super().__init__(backend, coherence, clock, ttl, remember, most_loads, policies)
         self.second = second
 
-    async def read(
+    async def _past(self, factory: Factory, model: Any) -> Any:
+        return self.second.as_stored(await factory(), model)[1]
+
+    def _loading(
         self,
         key: str,
         factory: Factory,
-        *,
-        ttl: float | None = None,
-        tags: Collection[str] = (),
-        model: Any = None,
-        version: VersionOf | None = None,
-        primary: Factory | None = None,
-        stale_if_error: float | None = None,
-        stale_while_revalidate: float | None = None,
-        ttl_jitter: float | None = None,
-        refresh: bool = False,
-    ) -> Read:
-        """See `CoherentCache.read`. All who read a key name the same `model`."""
-        if in_transaction():
-            self.counters.bypassed("transaction")
-            _, value = self.second.as_stored(await factory(), model)
-            return Read(value, "bypass", False)
-        refuse_stale(stale_if_error, stale_while_revalidate)
-        now = self._now()
-        entry: Entry | None = self._backend.peek(key)
-        if entry is not None and not refresh and self._coherence.may_serve(entry, now):
-            return self._answered_by(entry)
-        lifetime, named, was_there = self._lifetime(ttl, ttl_jitter), checked_names(key, tags), False
-
-        async def look_or_load(load: Load) -> tuple[Any, bool]:
-            nonlocal was_there
+        model: Any,
+        version: VersionOf | None,
+        primary: Factory | None,
+        lifetime: float,
+        kept: bool,
+        refresh: bool,
+    ) -> LoadAndStore:
+        async def look(load: Load) -> tuple[Any, bool]:
             found, there = await self.second.look(load, model, lifetime)
             if there is not None and not refresh:
-                was_there = True
+                looking.was_there = True
                 self._coherence.inherit(load, there)
-                return there.value, self._put(load, there.value, there.expires_at)
+                return there.value, self._put(load, there.value, there.expires_at, kept)
             self._coherence.let_go(load, self._now())  # nothing has been read yet
             return await super(TwoLevels, self)._in_place(load, load_and_store(found))
 
         def load_and_store(found: Any) -> LoadAndStore:
             async def load_and_store(load: Load) -> tuple[Any, bool]:
-                kept, value = self.second.as_stored(await self._ask(load, factory, version, primary), model)
-                stored = self._put(load, value, self._now() + lifetime)
+                written, value = self.second.as_stored(
+                    await self._ask(load, factory, version, primary), model
+                )
+                stored = self._put(load, value, self._now() + lifetime, kept)
                 self.counters.not_stored += not stored
-                stored |= await self.second.store(load, kept, lifetime, found)
+                stored |= await self.second.store(load, written, lifetime, found)
                 if stored:
                     self._remember(key, primary or factory, model)
                 return value, stored
 
             return load_and_store
 
-        read = await self._join_or_load(key, look_or_load, named, now, entry, refresh)
+        looking = _Looking(look)
+        return looking
+
+    async def _join_or_load(
+        self,
+        key: str,
+        load_and_store: LoadAndStore,
+        tags: frozenset[str],
+        now: float,
+        entry: Entry | None,
+        refresh: bool,
+    ) -> Read:
+        read = await super()._join_or_load(key, load_and_store, tags, now, entry, refresh)
+        was_there = isinstance(load_and_store, _Looking) and load_and_store.was_there
         return Read(read.value, "hit", False, "shared") if was_there else read
 
     async def _in_place(self, load: Load, load_and_store: LoadAndStore) -> tuple[Any, bool]:
         return await load_and_store(load)  # a look takes no place: places are for loaders
 
-    def _put(self, load: Load, value: Any, expires_at: float) -> bool:
+    def _put(self, load: Load, value: Any, expires_at: float, kept: bool) -> bool:
         if not self._coherence.may_store(load):
             return False
-        self._backend.put(load.key, self._coherence.entry(load, value, expires_at))
+        self._backend.put(load.key, self._coherence.entry(load, value, expires_at, kept))
         return True
 
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:

@@ -7,7 +7,7 @@ else may act before its next one.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,24 @@ from cacheinval.messages import Invalidate, Probe, Tick
 
 from .copying import copied
 from .explore import BrokenError
-from .mutants import changed
+from .mutants import TOO_OLD, changed
 
 KEY = "k"
 TAG = "t"
 SOURCE = "the database"
 FOREVER = 1e9
 NAMES = ("one", "two")
-BUDGETS = ("writes", "loads", "deaf", "drops", "losses", "late_stores", "forgotten_stamps", "takeovers")
+BUDGETS = (
+    "writes",
+    "loads",
+    "deaf",
+    "drops",
+    "losses",
+    "late_stores",
+    "forgotten_stamps",
+    "takeovers",
+    "load_failures",
+)
 
 Act = Callable[["Sharing"], None]
 
@@ -61,6 +71,13 @@ class Extent:
     """Processes of the same name that have the queue while the instance has lost it."""
     baselined: bool = True
     """Each has processed a tick before anything else happens."""
+    ttl: int = 0
+    """Seconds that entries are kept; 0: for ever."""
+    overtime: int = 0
+    """Seconds for which an entry in the process is given past its ttl, while it is loaded again."""
+    if_error: float = 0
+    """Seconds for which it is given where a load fails, though its ttl or an eviction has ended it."""
+    load_failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,7 @@ class Stored:
 
     value: int
     load_started: float
+    expires_at: float
     stamps: dict[str, int]
 
 
@@ -190,6 +208,8 @@ class Sharing:
             yield "loses its subscription", Sharing.lose
         if sharer.bound and left["deaf"]:
             yield "goes deaf", Sharing.deafen
+        if left["load_failures"] and reading is not None and reading.at == "loading":
+            yield "asks the database in vain", Sharing.load_fails
 
     # The world outside
 
@@ -277,6 +297,9 @@ class Sharing:
             if held is not None and sharer.coherence.may_serve(held, now):
                 self._returned(NAMES[number], held.value, now, self._floor_of(sharer), sharer)
                 return
+            if held is not None and sharer.coherence.may_serve(held, now, self.extent.overtime):
+                # Given, and what follows goes on in the background.
+                self._returned(NAMES[number], held.value, now, self._floor_of(sharer), sharer)
             load = sharer.coherence.begin_load(KEY, now, frozenset([TAG]))
             if sharer.evicting is not None and not self.handling.looks_at_what_is_being_evicted:
                 self._evict_outside(sharer.evicting)
@@ -318,9 +341,11 @@ class Sharing:
         """What was found outside is kept in the process, too."""
         c, how = sharer.coherence, self.handling
         if not how.dates_what_it_finds_from_the_look:
-            c.inherit(load, c.found(seen.value, seen.load_started, FOREVER, frozenset([TAG]), c.moment))
+            c.inherit(
+                load, c.found(seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), c.moment)
+            )
         if c.may_store(load) or how.keeps_what_was_evicted_during_the_look:
-            sharer.held = c.entry(load, seen.value, FOREVER)
+            sharer.held = c.entry(load, seen.value, seen.expires_at)
         c.end_load(load)
 
     def ask_database(self, number: int) -> None:
@@ -347,10 +372,26 @@ class Sharing:
         if self.handling.looks_up_key_stamp_after_loading:
             reading.stamps["key"] = self._stamp("key")
         stands = sharer.coherence.may_store(reading.load)
+        expires_at = self._now(sharer) + self.extent.ttl if self.extent.ttl else FOREVER
         if stands and self.extent.in_front:
-            sharer.held = sharer.coherence.entry(reading.load, reading.value, FOREVER)
+            sharer.held = sharer.coherence.entry(reading.load, reading.value, expires_at)
         sharer.coherence.end_load(reading.load)
-        return Stored(reading.value, reading.load.started, reading.stamps) if stands else None
+        return Stored(reading.value, reading.load.started, expires_at, reading.stamps) if stands else None
+
+    def load_fails(self, number: int) -> None:
+        """What is kept in the process may be given instead; outside nothing is kept for that."""
+        self.left["load_failures"] -= 1
+        sharer = self.sharers[number]
+        reading, sharer.reading = sharer.reading, None
+        assert reading is not None
+        sharer.coherence.end_load(reading.load)
+        held, now = sharer.held, self._now(sharer)
+        if held is None or not sharer.coherence.may_serve_instead(held, now, self.extent.if_error):
+            return
+        since = self.replaced_at.get(held.value)
+        known = held.value < reading.least  # of what is not known to be evicted nothing is promised
+        if known and since is not None and self.real - since > self.extent.if_error:
+            raise BrokenError(f"at {self.real} an error gave {NAMES[number]} what was replaced at {since}")
 
     def _floor_of(self, sharer: Sharer) -> int:
         # What it holds itself nobody else evicts.
@@ -377,7 +418,10 @@ class Sharing:
         sharer.coherence.evict(eviction, now)
         sharer.floor = self.version
         if not self.handling.keeps_its_own_entry and not eviction.tags:  # of tags the rules keep a note
-            sharer.held = None
+            if sharer.held is not None and self.extent.if_error:
+                sharer.coherence.expire(sharer.held)
+            else:
+                sharer.held = None
         sharer.evicting = eviction
         if self.handling.acknowledges_before_evicting:
             self._acknowledge(sharer)
@@ -478,7 +522,7 @@ class Sharing:
             now = self._now(sharer)
             held, seen = sharer.held, self._present()
             promised = self.extent.staleness is not None or sharer.bound
-            is_held = held is not None and sharer.coherence.may_serve(held, now)
+            is_held = held is not None and sharer.coherence.may_serve(held, now, self.extent.overtime)
             if is_held and held.value != self.version and promised:
                 raise BrokenError(f"{when}, and {name} would serve its own {held.value}, not {self.version}")
             if seen is None or seen.value == self.version:
@@ -496,7 +540,7 @@ class Sharing:
             )
 
         def stored(entry: Stored | None) -> Hashable:
-            return entry and (entry.value, entry.load_started, named(entry.stamps))
+            return entry and (entry.value, entry.load_started, entry.expires_at, named(entry.stamps))
 
         return (
             self.real, self.version, tuple(self.replaced_at.items()), self.floor, self.seq,
@@ -511,7 +555,7 @@ class Sharing:
 def _serves(sharer: Sharer, seen: Stored, now: float, moment: Any) -> bool:
     """As `SharedCache` asks the rules about what it has seen."""
     c = sharer.coherence
-    entry = c.found(seen.value, seen.load_started, FOREVER, frozenset([TAG]), moment)
+    entry = c.found(seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), moment)
     return bool(c.may_serve_found(entry, now, moment))
 
 
@@ -526,7 +570,7 @@ def _key_of(sharer: Sharer) -> Hashable:
     return (
         sharer.bound, sharer.joined, sharer.marker,
         tuple((type(m).__name__, getattr(m, "seq", 0), getattr(m, "as_of", 0), getattr(m, "id", "")) for m in sharer.queue),
-        sharer.floor, sharer.held and (sharer.held.value, sharer.held.load_started, c.epoch - sharer.held.epoch,
+        sharer.floor, sharer.held and (sharer.held.value, sharer.held.load_started, sharer.held.expires_at, c.epoch - sharer.held.epoch,
             c._generation - sharer.held.generation),
         evicting and (evicting.everything, bool(evicting.keys), bool(evicting.tags)),
         kept and (tuple(kept.seqs.items()), kept.checked_until, kept.extends),
@@ -566,6 +610,9 @@ def sharing(rules: Any, extent: Extent, handling: Handling | None = None) -> Sha
     return world
 
 
+PAST_TTL = Extent(in_front=True, ttl=1, overtime=2)
+PAST_TTL_BY_TAG = Extent(in_front=True, staleness=None, ttl=1, overtime=2, by_tag=True)
+IN_VAIN = Extent(in_front=True, staleness=None, if_error=0.5, load_failures=1, loads=2)
 EXTENTS = {
     "looking takes a while": Extent(slow_looks=True),
     "evicting takes a while": Extent(slow_evictions=True),
@@ -589,6 +636,9 @@ EXTENTS = {
     "in front, the same without max_staleness": Extent(
         in_front=True, staleness=None, losses=1, takeovers=1, until=2
     ),
+    "in front, past their ttl": PAST_TTL,
+    "in front, past their ttl, by tag": PAST_TTL_BY_TAG,
+    "in front, where loading fails": IN_VAIN,
     "without max_staleness": Extent(staleness=None, loads=2, deaf=1, until=2),
 }
 
@@ -679,6 +729,41 @@ SHARING_MUTANTS = [
         "in front: the entry in the process is not dropped",
         EXTENTS["in front, evicting takes a while"],
         handling=Handling(keeps_its_own_entry=True),
+    ),
+    SharingMutant(
+        "in front: an evicted value given while it is loaded again",
+        replace(PAST_TTL, if_error=1),
+        changes=(
+            (
+                "if entry.epoch != self.epoch or now >=",
+                "if (entry.epoch != self.epoch and not overtime) or now >=",
+            ),
+        ),
+    ),
+    SharingMutant(
+        "in front: a value of an evicted tag given while it is loaded again",
+        PAST_TTL_BY_TAG,
+        changes=(
+            (
+                "if not self._tags_stand(entry.tags, entry.generation):",
+                "if not overtime and not self._tags_stand(entry.tags, entry.generation):",
+            ),
+        ),
+    ),
+    SharingMutant(
+        "in front: what cannot be proven given while it is loaded again",
+        PAST_TTL,
+        changes=((TOO_OLD, TOO_OLD.replace("if self", "if not overtime and self")),),
+    ),
+    SharingMutant(
+        "in front: an evicted value of any age given instead of an error",
+        IN_VAIN,
+        changes=((" and now - entry.load_started <= seconds", ""),),
+    ),
+    SharingMutant(
+        "in front: an evicted value that is kept is served",
+        IN_VAIN,
+        changes=(("before, entry.epoch = entry.epoch, -abs(entry.epoch)", "before = entry.epoch"),),
     ),
     SharingMutant(
         "the clocks of others are believed",

@@ -5,11 +5,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from waiting import Eventually
 
 from cacheinval import Client, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.shared import Found
-from cacheinval.cache import InProcessCache, Read, SharedCache, without_cache
+from cacheinval.cache import InProcessCache, Policies, Read, SharedCache, without_cache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Entry, Eviction
 from cacheinval.errors import CacheError
@@ -164,10 +165,50 @@ async def test_a_refresh_reads_the_source_past_both_and_stores_in_both(
     assert await cache.read("k", refuse) == Read("anew", "hit", False)
 
 
-@pytest.mark.parametrize("policy", ["stale_if_error", "stale_while_revalidate"])
-async def test_nothing_stale_is_promised_that_is_not_kept(cache: TwoLevels, policy: str) -> None:
-    with pytest.raises(ValueError, match="accepted: 0"):
-        await cache.read("k", refuse, **{policy: 1.0})
+async def test_what_was_found_outside_is_given_where_loading_fails_and_goes_by_its_own_age(
+    cache: TwoLevels, outside: Outside, coherence: Coherence, clock: SetClock
+) -> None:
+    async def away() -> Any:
+        raise OSError
+
+    assert await cache.read("k", refuse, stale_if_error=250) == OUTSIDE
+    coherence.evict(KEY, 1000.0)
+    await cache.evict(KEY)
+    instead = Read("there", "hit", False, "stale-if-error")
+    assert await cache.read("k", away, stale_if_error=250) == instead
+    clock.time = 1149.0  # it was loaded at 900, by a clock that may have been 0.1 s ahead
+    assert await cache.read("k", away, stale_if_error=250) == instead
+    clock.time = 1150.0
+    with pytest.raises(OSError):
+        await cache.read("k", away, stale_if_error=250)
+    assert outside.entry is None, "outside nothing stale is kept, and nothing is stored there for it"
+
+
+async def test_what_is_past_its_ttl_is_given_and_what_another_one_has_loaded_is_taken_from_outside(
+    cache: TwoLevels, outside: Outside, clock: SetClock, eventually: Eventually
+) -> None:
+    assert await cache.read("k", refuse) == OUTSIDE
+    clock.time = 1200.0
+    outside.entry = ("another's", 1150.0, 1450.0, frozenset(["t"]))
+    given = await cache.read("k", refuse, stale_while_revalidate=30)
+    assert given == Read("there", "hit", False, "stale-while-revalidate")
+    await eventually(lambda: len(cache._reloads) == 0)
+    assert await cache.read("k", refuse) == Read("another's", "hit", False)
+
+
+async def test_a_hot_key_is_taken_from_outside_where_another_one_has_loaded_it(
+    outside: Outside, coherence: Coherence, clock: SetClock, eventually: Eventually
+) -> None:
+    cache = levels(outside, coherence, clock, policies=Policies(warm_keys=10))
+    assert cache.warming is not None
+    assert [(await cache.read("k", refuse)).outcome for _ in range(2)] == ["hit", "hit"]
+    coherence.evict(KEY, 1000.0)
+    await cache.evict(KEY)
+    outside.entry = ("another's", 1000.0, 1300.0, frozenset())
+    clock.time = 1001.0
+    await eventually(lambda: cache.warming.counters.stored == 1)  # type: ignore[union-attr]
+    assert await cache.read("k", refuse) == Read("another's", "hit", False)
+    await cache.close()
 
 
 async def test_who_reads_a_key_at_the_same_time_shares_one_look(cache: TwoLevels, outside: Outside) -> None:

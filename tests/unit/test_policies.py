@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from shelf import Shelf
 from waiting import Eventually
 
 from cacheinval import Client, ConfigurationError, Settings
@@ -14,6 +15,7 @@ from cacheinval.cache import InProcessCache, Policies, Read, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError
+from cacheinval.levels import TwoLevels
 from cacheinval.products.http import cache_status
 
 KEY, TAG, EVERYTHING = Eviction(["k"]), Eviction(tags=["t"]), Eviction(everything=True)
@@ -67,8 +69,11 @@ def coherence() -> Coherence:
     return trusted(Coherence())
 
 
-@pytest.fixture
-def cache(coherence: Coherence, clock: SetClock) -> InProcessCache:
+@pytest.fixture(params=["in the process", "two levels"])
+def cache(request: pytest.FixtureRequest, coherence: Coherence, clock: SetClock) -> InProcessCache:
+    if request.param == "two levels":
+        second = SharedCache(Shelf(), coherence, clock, ttl=300)
+        return TwoLevels(BoundedMemoryCache(1000), second, coherence, clock, ttl=300)
     return InProcessCache(BoundedMemoryCache(1000), coherence, clock, ttl=300)
 
 
@@ -528,7 +533,7 @@ async def test_the_settings_reach_the_cache_and_the_decorator_says_otherwise() -
 
 
 @pytest.mark.parametrize("policy", ["stale_if_error", "stale_while_revalidate"])
-async def test_a_cache_outside_the_process_keeps_nothing_stale(
+async def test_a_cache_outside_the_process_alone_keeps_nothing_stale(
     policy: str, coherence: Coherence, clock: SetClock, source: Source
 ) -> None:
     settings = Settings(cache_url="redis://localhost", instance_id="i", **{policy: 5})
@@ -537,3 +542,5 @@ async def test_a_cache_outside_the_process_keeps_nothing_stale(
     cache = SharedCache(object(), coherence, clock, 300)  # type: ignore[arg-type]  # not asked
     with pytest.raises(ValueError, match=f"{policy}.*accepted: 0"):
         await cache.read("k", source.load, **{policy: 5})  # type: ignore[arg-type]
+    in_front = Settings(**settings.model_dump(exclude_unset=True), cache_local_entries=10)
+    assert isinstance(Client(in_front).cache, TwoLevels)

@@ -7,13 +7,15 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
+from shelf import Shelf
 from waiting import Eventually
 
 from cacheinval import Client, ConfigurationError, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
-from cacheinval.cache import InProcessCache, Policies, Read
+from cacheinval.cache import InProcessCache, Policies, Read, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
+from cacheinval.levels import TwoLevels
 from cacheinval.reloading import MOST_WARMING, Warmer
 from cacheinval.warming import Hot, Warming
 
@@ -152,15 +154,13 @@ def coherence() -> Coherence:
     return coherence
 
 
-@pytest.fixture
-async def cache(coherence: Coherence) -> AsyncIterator[InProcessCache]:
-    cache = InProcessCache(
-        BoundedMemoryCache(1000),
-        coherence,
-        Clock(),
-        ttl=300,
-        policies=Policies(warm_keys=100, warm_interval=0.02),
-    )
+@pytest.fixture(params=["in the process", "two levels"])
+async def cache(request: pytest.FixtureRequest, coherence: Coherence) -> AsyncIterator[InProcessCache]:
+    clock, policies = Clock(), Policies(warm_keys=100, warm_interval=0.02)
+    cache = InProcessCache(BoundedMemoryCache(1000), coherence, clock, 300, policies=policies)
+    if request.param == "two levels":
+        second = SharedCache(Shelf(), coherence, clock, 300)
+        cache = TwoLevels(BoundedMemoryCache(1000), second, coherence, clock, 300, policies=policies)
     yield cache
     await cache.close()
 
@@ -430,6 +430,9 @@ async def test_one_setting_turns_it_on_and_the_status_shows_what_it_did(
         assert "warming" not in client.stats()
 
 
-def test_not_for_a_cache_outside_the_process() -> None:
-    with pytest.raises(ConfigurationError, match="CACHEINVAL_WARM_KEYS=5: accepted: 0"):
-        Client(Settings(cache_url="redis://localhost", instance_id="i", warm_keys=5))
+def test_not_for_a_cache_outside_the_process_alone() -> None:
+    settings = Settings(cache_url="redis://localhost", instance_id="i", warm_keys=5)
+    with pytest.raises(ConfigurationError, match=r"CACHEINVAL_WARM_KEYS=5: accepted: 0.*CACHE_LOCAL_ENTRIES"):
+        Client(settings)
+    client = Client(Settings(**settings.model_dump(exclude_unset=True), cache_local_entries=10))
+    assert client.status()["cache"]["warming"] == {"hot": 0, "waiting": 0, "running": 0}
