@@ -480,6 +480,10 @@ class CoherentCache(ABC):
             flight.set_exception(failure)
             flight.exception()  # seen, even where all who waited have been cancelled
 
+    def _count_past(self, within: _Transaction) -> None:
+        if within.this is not None:  # an audit is no reader
+            self.counters.bypassed("transaction")
+
     def _inherit(self, part: Entry | Load) -> None:
         current = _current_load()
         if current is not None:
@@ -625,7 +629,7 @@ class InProcessCache(CoherentCache):
         """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
         within = _running_within()
         if type(within) is _Transaction and within.open:
-            self.counters.bypassed("transaction")
+            self._count_past(within)
             return Read(await self._past(factory, model), "bypass", False)
         now = self._now()
         entry = self._backend.peek(key)
@@ -868,7 +872,7 @@ class SharedCache(CoherentCache):
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
         within = _running_within()
         if type(within) is _Transaction and within.open:
-            self.counters.bypassed("transaction")
+            self._count_past(within)
             _, value = self.as_stored(await factory(), model)
             return Read(value, "bypass", False)
         _refuse_stale(stale_if_error, stale_while_revalidate)
