@@ -77,7 +77,8 @@ async def test_the_grants_are_what_a_client_needs(
                 await eventually(lambda: client.pool.fetchval("SELECT count(*) = 0 FROM cacheinval.outbox"))
                 assert client.stats()["relay"]["published_rows"] >= 1
                 assert (await client.invalidate("price:a", wait=30)).complete
-                assert await client.pool.fetchval("SELECT count(*) FROM cacheinval.instances") == 1
+                registered = "SELECT count(*) FROM cacheinval.instances WHERE namespace = $1"
+                assert await client.pool.fetchval(registered, namespace) == 1
         finally:
             await owner.pool.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
