@@ -58,10 +58,8 @@ class Crowd:
     async def subscribed(self, variant: str, namespace: str) -> AsyncIterator[None]:
         """Each process is an instance of this variant until the end of this context."""
         await self._say("subscribed", "open", variant, namespace)
-        try:
-            yield
-        finally:
-            await self._say("closed", "close")
+        yield
+        await self._say("closed", "close")
 
     async def fill(self, count: int) -> None:
         """Every process takes as many keys into its cache."""

@@ -40,6 +40,7 @@ KEYS: Mapping[int, Mapping[int, int]] = {
 
 MESSAGES = {1: 1500, 4: 500, 16: 150, 64: 40}
 """For the slower peers; the faster ones have so many times as many."""
+PEERS_APART = (FLOOR, RIVAL, "Redis pub/sub", "LISTEN/NOTIFY")
 FASTER = {"pika": 3, "Redis pub/sub": 3, "LISTEN/NOTIFY": 3, FLOOR: 8}
 
 
@@ -117,8 +118,7 @@ async def _peer(servers: Sandbox, urls: Urls, name: str, size: int) -> dict[str,
     keys = names(_messages(name, size))
     caches = [dict.fromkeys(keys, "value") for _ in range(size)]
     async with PEERS[name](urls) as peer:
-        for cache in caches:
-            await peer.subscribe(cache.__delitem__)
+        await asyncio.gather(*(peer.subscribe(cache.__delitem__) for cache in caches))
         processor = Processor(servers, peer.server)
         seconds = await _timed(_publish(peer, keys), _emptied(caches))
         return _measured(len(keys), seconds, processor.milliseconds(len(keys)))
@@ -175,7 +175,7 @@ async def _apart(report: Report, servers: Sandbox, urls: Urls, size: int, rounds
                 processor = Processor(servers, peer.server)
                 return await told(_publish(peer, names(count)), processor, count, 1)
 
-        variants: dict[str, Variant] = {OURS: ours} | {name: partial(theirs, name) for name in PEERS}
+        variants: dict[str, Variant] = {OURS: ours} | {name: partial(theirs, name) for name in PEERS_APART}
         return await take_turns(variants, rounds, lambda text: report.progress(f"{size} processes, {text}"))
 
 

@@ -315,7 +315,7 @@ async def _loads_of_a_herd(read: Read, source: Source, key: str) -> float:
 
 # Memory
 
-ENTRIES = 200_000
+ENTRIES = 100_000
 
 FILL = """
 import gc, resource, sys

@@ -1,9 +1,9 @@
 """Instances in processes of their own: python -m benchmarks.instance SIZE RABBITMQ_URL POSTGRES_URL REDIS_URL
 
 As many processes are forked once everything is imported, so that sixty-four are there as fast as one, and small. Each line
-of input goes to all of them, and each line of output is a JSON list of what they answer:
+of input goes to all of them, and each line of output is a JSON list of what they answer (null where one has ended):
 
-    open VARIANT NAMESPACE   subscribes, as cacheinval or as one of the peers
+    open VARIANT NAMESPACE   subscribes, as cacheinval or as one of the peers; eight at a time
     fill COUNT               takes as many keys into the cache
     wait                     waits until all of them are evicted: see `Emptied`
     close                    ends the subscription
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import IO, Any, Protocol
 
 import uvloop
@@ -27,6 +27,8 @@ from .peers import PEERS
 from .servers import Urls
 
 OURS = "cacheinval"
+AT_A_TIME = 8
+"""Who connect to the servers."""
 
 
 class _Cache(Protocol):
@@ -151,11 +153,17 @@ def _main() -> None:
     for _ in range(int(size)):
         processes.append(_fork(Urls(*urls), [end for process in processes for end in process]))
     for line in sys.stdin:
-        for ask, _ in processes:
-            print(line, end="", file=ask, flush=True)
-        print(json.dumps([json.loads(answer.readline() or "null") for _, answer in processes]), flush=True)
+        answers, together = [], AT_A_TIME if line.startswith("open") else len(processes)
+        for at in range(0, len(processes), together):
+            some = processes[at : at + together]
+            for ask, _ in some:
+                with suppress(BrokenPipeError):
+                    print(line, end="", file=ask, flush=True)
+            answers += [json.loads(answer.readline() or "null") for _, answer in some]
+        print(json.dumps(answers), flush=True)
     for ask, _ in processes:
-        ask.close()
+        with suppress(BrokenPipeError):
+            ask.close()
     for _ in processes:
         os.wait()
 

@@ -21,11 +21,11 @@ from .servers import private_servers
 from .writing import check_durable, database, named, received, subscriber
 
 BACKLOG = 100_000
-ROWS_A_COMMIT = 100
+ROWS_A_COMMIT = 500
 IDLE_SECONDS = 6.0
 INSTANCES = 4
 TRIGGERED = 250
-RATE = 50  # writes a second
+RATE = 100  # writes a second
 
 INSERT = """
     INSERT INTO cacheinval.outbox (id, namespace, keys, tags, everything, publish_at)

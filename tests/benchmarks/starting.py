@@ -40,13 +40,10 @@ IMPORTS = {
     "import aiocache": "import aiocache",
     "import cashews": "import cashews",
     "import pydantic_settings": "import pydantic_settings",
-    "import fastapi": "import fastapi",
     "import faststream.rabbit": "import faststream.rabbit",
 }
 COMMANDS = {
     "cacheinval --help": ("cacheinval", "--help"),
-    "cacheinval --version": ("cacheinval", "--version"),
-    "cacheinval schema show": ("cacheinval", "schema", "show"),
     "faststream --help": ("faststream", "--help"),
 }
 
