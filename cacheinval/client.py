@@ -493,6 +493,7 @@ class Client:
         invalidations = Invalidations()
         invalidations.add(keys, tags)
         if invalidations:
+            invalidations.warn_if_large()
             rows = self._outbox.rows(invalidations.keys, tags=invalidations.tags, publish_here=False)
             await self._outbox.record(connection, rows)
 
@@ -575,6 +576,7 @@ class Client:
 
     async def _publish(self, invalidations: Invalidations, question: Question | None) -> None:
         """Without a database: what is said is safe once the broker has confirmed it, and not before."""
+        invalidations.warn_if_large()
         confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         evicting = self._evict_here(
             Eviction(invalidations.keys, invalidations.tags, invalidations.everything, reason="own write")

@@ -1,11 +1,13 @@
 """One transaction, and what it makes stale."""
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
+from cacheinval import logs
 from cacheinval.messages import check_names
 from cacheinval.outbox import Row, combine, explain, leaves_session
 from cacheinval.receipts import Receipt
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
     AnyConnection = asyncpg.Connection[asyncpg.Record] | Connection
 
 __all__ = ["Invalidations", "Transaction"]
+
+LARGE = 10_000
+"""Names in one write above which it is said, before it is committed, that there is a better way: each thousand of them is
+a message to every instance, which evicts them one by one."""
+
+log = logging.getLogger("cacheinval.writes")
 
 
 @dataclass(slots=True)
@@ -60,6 +68,18 @@ class Invalidations:
 
     def __bool__(self) -> bool:
         return bool(self.keys or self.tags or self.everything)
+
+    def warn_if_large(self) -> None:
+        """To be called once, before the write is committed."""
+        if len(self.keys) + len(self.tags) > LARGE and not self.everything:
+            logs.event(
+                log,
+                logging.WARNING,
+                "a large write: give these entries a tag and invalidate that, or everything",
+                keys=len(self.keys),
+                tags=len(self.tags),
+                above=LARGE,
+            )
 
 
 class Transaction:

@@ -71,6 +71,7 @@ class Writes:
                 with without_cache((self, tx)):
                     yield tx
                 rows = tx.unrecorded
+                tx.named.warn_if_large()
                 await self._outbox.record(connection, rows, timeout=COMMIT_TIMEOUT)
             except BaseException:
                 with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):

@@ -21,6 +21,7 @@ from cacheinval import (
     SchemaMissingError,
     Settings,
     Transaction,
+    transactions,
     writes,
 )
 from cacheinval.bus.memory import EventBus, EventChannel
@@ -799,6 +800,41 @@ async def test_record_in_a_transaction_of_ones_own(
 
 async def outcome_is(client: Client, expected: str) -> bool:
     return await outcome(client) == expected
+
+
+async def test_a_large_write_is_warned_of_once_before_it_is_committed(
+    client: Client, db: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(transactions, "LARGE", 1_500)
+    keys = [f"k{n}" for n in range(1_501)]
+
+    def warned() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.name == "cacheinval.writes"]
+        caplog.clear()
+        return lines
+
+    await client.execute(UPDATE, "a", invalidate=keys)
+    (line,) = warned()
+    assert line == (
+        "a large write: give these entries a tag and invalidate that, or everything keys=1501 tags=0 above=1500"
+    )
+    with suppress(LookupError):
+        async with client.transaction() as tx:
+            tx.invalidate(*keys)
+            raise LookupError
+    assert warned() == [], "it never came to that"
+    async with client.transaction() as tx:
+        for key in keys:
+            tx.invalidate(key, tags=[key])
+    assert len(warned()) == 1
+    async with client.pool.acquire() as connection, connection.transaction():
+        await client.record(connection, *keys)
+    assert len(warned()) == 1
+    await client.invalidate(*keys)
+    assert len(warned()) == 1
+    await client.invalidate(*keys, everything=True)
+    await client.invalidate(*keys[:1_500])
+    assert warned() == []
 
 
 async def test_record_is_rolled_back_with_the_rest(client: Client, db: asyncpg.Connection) -> None:
