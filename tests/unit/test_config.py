@@ -13,6 +13,7 @@ import typer
 
 from cacheinval import Settings, messages
 from cacheinval.cli import app
+from cacheinval.monitoring import PATHS
 from cacheinval.receiver import RETRY_LIMIT
 from cacheinval.settings import PREFIX
 
@@ -21,6 +22,7 @@ yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+MANIFESTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker/kubernetes.yaml").read_text()))
 EXAMPLE = (ROOT / "config/example.env").read_text()
 COMMANDS = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -101,7 +103,7 @@ def test_prometheus_asks_the_services_of_the_compose_file() -> None:
     instances = {
         f"{name}:{service['environment']['CACHEINVAL_HTTP_PORT']}"
         for name, service in COMPOSE["services"].items()
-        if service["image"] == "cacheinval:local"
+        if service["image"] == "cacheinval:local" and "profiles" not in service
     }
     assert set(targets["cacheinval"]) == instances
     assert targets["rabbitmq"] == ["rabbitmq:15692"]
@@ -112,7 +114,13 @@ def test_prometheus_asks_the_services_of_the_compose_file() -> None:
 
 def test_the_compose_file_has_what_it_promises() -> None:
     roles = {name: service.get("command") for name, service in COMPOSE["services"].items()}
-    assert set(roles) == {"postgres", "rabbitmq", "relay", "product", "reader-1", "reader-2", "reader-3"}
+    apart = {name for name, service in COMPOSE["services"].items() if "profiles" in service}
+    assert apart == {"replicas", "standby"}
+    assert set(roles) - apart == {
+        "postgres", "rabbitmq", "relay", "product", "reader-1", "reader-2", "reader-3",
+    }  # fmt: skip
+    assert (roles["replicas"], roles["standby"]) == (["serve"], ["relay"])
+    assert COMPOSE["services"]["replicas"]["deploy"] == {"replicas": "${REPLICAS:-5}"}
     assert roles["relay"] == ["relay"]
     assert all(roles[name] == ["serve"] for name in roles if name.startswith(("product", "reader")))
     assert {command for words in roles.values() if words for command in words} <= COMMANDS
@@ -127,8 +135,9 @@ def test_its_passwords_come_from_outside_and_are_required() -> None:
     assert {variable.partition(":?")[0] for variable in variables} == {
         "${POSTGRES_PASSWORD",
         "${RABBITMQ_PASSWORD",
+        "${REPLICAS:-5}",
     }
-    assert all(":?" in variable for variable in variables)
+    assert all(":?" in variable for variable in variables if "PASSWORD" in variable)
     for password in re.findall(r"(?:_PASS\w*: |://\w+:(?=\S+@))(\S+)", re.sub(r"\$\{[^}]*\}", "${}", text)):
         assert password.startswith("${}")
 
@@ -147,7 +156,7 @@ def test_its_environment_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_everything_in_it_is_watched_and_stops_in_time() -> None:
     for name, service in COMPOSE["services"].items():
-        assert "healthcheck" in service or name == "relay", name  # the image's own
+        assert "healthcheck" in service or service.get("command") == ["relay"], name  # the image's own
         if service["image"] == "cacheinval:local":
             assert int(service["stop_grace_period"].removesuffix("s")) > 10
             assert service["read_only"]
@@ -167,6 +176,92 @@ def test_it_builds_the_dockerfile_that_is_there() -> None:
     context = (ROOT / "docker" / build["context"]).resolve()
     assert context == ROOT
     assert (context / build["dockerfile"]).is_file()
+
+
+# docker/kubernetes.yaml
+
+
+def deployed() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """By name: what is deployed, and its only container."""
+    found = {}
+    for one in MANIFESTS:
+        if one["kind"] == "Deployment":
+            (container,) = one["spec"]["template"]["spec"]["containers"]
+            found[one["metadata"]["name"]] = (one, container)
+    return found
+
+
+def test_the_manifests_run_what_there_is_with_settings_that_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (config,) = (one for one in MANIFESTS if one["kind"] == "ConfigMap")
+    assert all(isinstance(value, str) for value in config["data"].values())
+    secrets = config["data"]["CACHEINVAL_SECRETS_DIR"]
+    header = (ROOT / "docker/kubernetes.yaml").read_text().partition("apiVersion")[0]
+    for name in re.findall(r"--from-file=(\w+)", header):
+        assert name.removeprefix("cacheinval_") in Settings.model_fields
+        (tmp_path / name).write_text("amqp://u:p@broker/v" if "broker" in name else "postgresql://u:p@db/d")
+    settings = settings_from({**config["data"], "CACHEINVAL_SECRETS_DIR": str(tmp_path)}, monkeypatch)
+    assert (settings.broker_url, settings.database_url) == ("amqp://u:p@broker/v", "postgresql://u:p@db/d")
+    assert settings.http_host == "0.0.0.0"
+    assert {name: words["args"] for name, (_, words) in deployed().items()} == {
+        "product": ["serve"],
+        "relay": ["relay"],
+    }
+    for one, container in deployed().values():
+        assert set(container["args"]) <= COMMANDS
+        assert container["image"] == "cacheinval:local"
+        assert container["envFrom"] == [{"configMapRef": {"name": config["metadata"]["name"]}}]
+        assert container["ports"] == [{"name": "http", "containerPort": settings.http_port}]
+        (mount,), (volume,) = container["volumeMounts"], one["spec"]["template"]["spec"]["volumes"]
+        assert (mount["name"], mount["mountPath"], mount["readOnly"]) == (volume["name"], secrets, True)
+        assert volume["secret"]["secretName"] == re.search(r"secret generic (\w+)", header)[1]  # type: ignore[index]
+
+
+def test_its_probes_ask_what_is_served_and_scraping_too() -> None:
+    for one, container in deployed().values():
+        paths = {
+            kind: container[f"{kind}Probe"]["httpGet"]["path"]
+            for kind in ("liveness", "readiness", "startup")
+        }
+        assert paths == {"liveness": "/healthz", "readiness": "/readyz", "startup": "/healthz"}
+        assert set(paths.values()) <= set(PATHS)
+        assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in paths} == {"http"}
+        notes = one["spec"]["template"]["metadata"]["annotations"]
+        assert notes["prometheus.io/path"] in PATHS
+        assert notes["prometheus.io/port"] == str(container["ports"][0]["containerPort"])
+        assert notes["prometheus.io/scrape"] == "true"
+
+
+def test_its_pods_have_the_time_to_stop_and_no_rights() -> None:
+    from cacheinval.worker import SHUTDOWN_TIMEOUT
+
+    for one, container in deployed().values():
+        pod = one["spec"]["template"]["spec"]
+        pause = (
+            container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])
+        )
+        assert pod["terminationGracePeriodSeconds"] > SHUTDOWN_TIMEOUT + int(pause[1])
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    assert {name: one["spec"]["replicas"] for name, (one, _) in deployed().items()} == {
+        "product": 3,
+        "relay": 2,
+    }
+
+
+def test_what_selects_in_the_manifests_finds() -> None:
+    labels = {name: one["spec"]["template"]["metadata"]["labels"] for name, (one, _) in deployed().items()}
+    for name, (one, _) in deployed().items():
+        assert one["spec"]["selector"]["matchLabels"] == labels[name] == one["metadata"]["labels"]
+    (service,) = (one for one in MANIFESTS if one["kind"] == "Service")
+    (budget,) = (one for one in MANIFESTS if one["kind"] == "PodDisruptionBudget")
+    assert service["spec"]["selector"] == budget["spec"]["selector"]["matchLabels"] == labels["product"]
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == {"http"}
 
 
 # docker/Dockerfile

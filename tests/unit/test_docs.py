@@ -15,6 +15,7 @@ import click
 import pytest
 import typer
 from exported import exposition, leading, samples
+from loglines import logged
 
 from cacheinval import Client, Settings, messages
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE, DURABLE_QUEUE
@@ -220,6 +221,15 @@ def test_what_to_do_is_written_down_for_each_check_of_the_doctor() -> None:
     assert len(checks) > 15
     told = set(re.findall(r"^\| `([a-z ]+)` \|", section(OPERATING, "When `doctor` is red"), re.MULTILINE))
     assert told == checks
+
+
+def test_every_line_of_the_log_that_is_a_warning_or_more_is_explained() -> None:
+    lines = logged(ROOT / "cacheinval")
+    assert len(lines) > 30
+    assert {"suspect", "the outbox waits for the broker", "inconsistent entry"} <= lines
+    table = section(OPERATING, "What the log says")
+    told = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)))
+    assert sorted(told) == sorted(lines)
 
 
 def test_the_paths_of_monitoring_are_all_told() -> None:
