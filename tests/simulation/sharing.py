@@ -78,6 +78,8 @@ class Extent:
     if_error: float = 0
     """Seconds for which it is given where a load fails, though its ttl or an eviction has ended it."""
     load_failures: int = 0
+    both_read: bool = True
+    """Otherwise the first one only evicts."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ class Sharing:
     def _actions_of(self, sharer: Sharer) -> Iterator[tuple[str, Callable[..., None]]]:
         reading, left = sharer.reading, self.left
         if reading is None:
-            yield "reads", Sharing.look
+            if self.extent.both_read or sharer is not self.sharers[0]:
+                yield "reads", Sharing.look
         elif reading.at == "looked":
             yield "is served, or begins to load", Sharing.serve_or_begin
         elif reading.at == "loading":
@@ -612,7 +615,7 @@ def sharing(rules: Any, extent: Extent, handling: Handling | None = None) -> Sha
 
 PAST_TTL = Extent(in_front=True, ttl=1, overtime=2)
 PAST_TTL_BY_TAG = Extent(in_front=True, staleness=None, ttl=1, overtime=2, by_tag=True)
-IN_VAIN = Extent(in_front=True, staleness=None, if_error=0.5, load_failures=1, loads=2)
+IN_VAIN = Extent(in_front=True, staleness=None, if_error=0.5, load_failures=1, loads=2, both_read=False)
 EXTENTS = {
     "looking takes a while": Extent(slow_looks=True),
     "evicting takes a while": Extent(slow_evictions=True),
