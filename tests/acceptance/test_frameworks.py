@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import asyncpg
 import httpx
 import pytest
 from running import Process, environment
-from waiting import Eventually
+from waiting import Eventually, until
 
 from cacheinval import Client, Settings
 from cacheinval.outbox import apply_schema
-from cacheinval.sandbox import RabbitMQ
+from cacheinval.sandbox import RabbitMQ, Redis
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,6 +28,7 @@ SERVICES = {
     "litestar_app": ("uvicorn", "litestar_app:app", "--port", "0"),
     "aiohttp_app": ("aiohttp.web", "-H", "127.0.0.1", "-P", "0", "aiohttp_app:make_app"),
 }
+COMMANDS = SERVICES | {"two_levels_app": ("uvicorn", "two_levels_app:app", "--port", "0")}
 WRITERS = ("psycopg_write", "sqlalchemy_write", "sqlalchemy_function", "django_write")
 
 
@@ -69,16 +71,14 @@ async def change(database: asyncpg.Connection, price: int, *, namespace: str | N
 # Services
 
 
-@pytest.fixture
-async def service(
-    request: pytest.FixtureRequest, settings: dict[str, object], tmp_path: Path, eventually: Eventually
-) -> AsyncIterator["Service"]:
+@asynccontextmanager
+async def running(module: str, folder: Path, **settings: object) -> AsyncIterator["Service"]:
     """One of the examples, in a process of its own, as soon as it can rely on its cache."""
-    module, *command = SERVICES[request.param]
-    process = Process(
-        tmp_path, *command, module=module, cwd=EXAMPLES, **settings, instance_id="service", tick_interval=0.2
+    program, *arguments = COMMANDS[module]
+    process = Process(folder, *arguments, module=program, cwd=EXAMPLES, tick_interval=0.2, **settings)
+    observer = Client(
+        Settings(**{name: settings[name] for name in ("broker_url", "namespace")}, database_url="")
     )
-    observer = Client(Settings(**settings | {"database_url": "", "relay": "off"}))  # type: ignore[arg-type]
     try:
         async with observer, httpx.AsyncClient(timeout=15, trust_env=False) as http:
 
@@ -87,19 +87,28 @@ async def service(
                 found = re.search(r"unning on (http://127\.0\.0\.1:\d+)", process.said)
                 return found and found[1]
 
-            started = Service(process, http, await eventually(url, 60))
+            started = Service(process, http, await until(url, 60))
 
             async def is_ready() -> bool:
                 return any(
-                    (one["id"], one["state"]) == ("service", "ready")
+                    (one["id"], one["state"]) == (settings["instance_id"], "ready")
                     for one in await observer.ask_instances(0.2)
                 )
 
             await observer.wait_ready(30)
-            await eventually(is_ready, 30)
+            await until(is_ready, 30)
             yield started
     finally:
         process.kill()
+
+
+@pytest.fixture
+async def service(
+    request: pytest.FixtureRequest, settings: dict[str, object], tmp_path: Path
+) -> AsyncIterator["Service"]:
+    """The example that the test names."""
+    async with running(request.param, tmp_path, **settings, instance_id="service") as service:
+        yield service
 
 
 @dataclass
@@ -113,6 +122,12 @@ class Service:
         answer = await self.http.get(f"{self.url}/prices/{product_id}")
         assert answer.status_code in (200, 404), answer.text
         return answer.json() if answer.status_code == 200 else None
+
+    async def read(self) -> tuple[int, str]:
+        """What `two_levels_app` says, and where it had it from."""
+        answer = await self.http.get(f"{self.url}/prices/abc-123")
+        answer.raise_for_status()
+        return answer.json(), answer.headers["x-cache"]
 
     async def put(self, price: int) -> None:
         answer = await self.http.put(f"{self.url}/prices/abc-123", params={"price": price})
@@ -146,7 +161,30 @@ async def _is(service: Service, price: int) -> bool:
     return await service.price() == price
 
 
-@pytest.mark.parametrize("name", SERVICES)
+async def test_two_services_share_a_redis_and_each_keeps_what_it_reads(
+    settings: dict[str, object], redis: Redis, tmp_path: Path, eventually: Eventually
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    settings |= {"cache_url": redis.url, "cache_local_entries": 10_000}
+    async with (
+        running("two_levels_app", folders[0], **settings, instance_id="one") as one,
+        running("two_levels_app", folders[1], **settings, instance_id="two") as two,
+    ):
+        assert await one.read() == (99, "miss")
+        assert await two.read() == (99, "shared")
+        assert [await one.read(), await two.read()] == [(99, "hit")] * 2
+        await one.put(109)
+        assert await one.read() == (109, "miss")
+
+        async def both_have_it() -> bool:  # its own message makes the writer evict once more
+            return [await one.read(), await two.read()] == [(109, "hit")] * 2
+
+        await eventually(both_have_it, 30)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_service_takes_less_than_forty_lines(name: str) -> None:
     lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
     assert len([line for line in lines if line.strip()]) < 40

@@ -180,3 +180,32 @@ async def test_a_redis_that_is_killed_costs_loads_and_comes_back(
     assert await one.cache.read("shared", refuse) == Read(2, "hit", False, "shared")
     for each in (one, two):
         await each.cache.close()
+
+
+async def test_what_has_gone_outside_is_given_from_the_process_where_loading_fails(
+    one: Instance, two: Instance
+) -> None:
+    async def away() -> Any:
+        raise OSError
+
+    assert await one.cache.get_or_set("k", value_of("old"), tags=["t"]) == "old"
+    assert (await two.cache.read("k", refuse, stale_if_error=60)).detail == "shared"
+    for each in (one, two):
+        await each.apply(Eviction(["k"]))
+    assert await two.cache.read("k", away, stale_if_error=60) == Read("old", "hit", False, "stale-if-error")
+    with pytest.raises(OSError):
+        await one.cache.read("k", away, stale_if_error=60)  # it was not to keep anything
+    assert await one.cache.read("k", value_of("new")) == Read("new", "miss", True)
+    assert await two.cache.read("k", away, stale_if_error=60) == Read("new", "hit", False, "shared")
+
+
+async def test_what_is_past_its_ttl_is_given_and_then_found_outside(
+    one: Instance, two: Instance, eventually: Eventually
+) -> None:
+    assert await two.cache.get_or_set("k", value_of("old"), ttl=2) == "old"
+    one.clock.ahead = two.clock.ahead = 2.0
+    assert await one.cache.get_or_set("k", value_of("new"), ttl=60) == "new"
+    given = await two.cache.read("k", refuse, stale_while_revalidate=60)
+    assert given == Read("old", "hit", False, "stale-while-revalidate")
+    await eventually(lambda: len(two.cache._reloads) == 0)
+    assert await two.cache.read("k", refuse) == Read("new", "hit", False)
