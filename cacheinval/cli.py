@@ -216,13 +216,14 @@ def sandbox(
     command: Annotated[
         list[str] | None, typer.Argument(metavar="[-- COMMAND...]", show_default=False)
     ] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="RabbitMQ is a cluster of three nodes.")] = False,
 ) -> None:
     """Start private RabbitMQ and Postgres servers, and run COMMAND with CACHEINVAL_… pointing at them."""
     import asyncio
 
     from cacheinval import sandbox
 
-    raise typer.Exit(asyncio.run(sandbox.run(command or [])))
+    raise typer.Exit(asyncio.run(sandbox.run(command or [], cluster=cluster)))
 
 
 @app.command()

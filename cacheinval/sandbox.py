@@ -23,11 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from cacheinval.cluster import Cluster
 from cacheinval.errors import SandboxError
 from cacheinval.processes import Guard, closed_folder
 from cacheinval.servers import Memcached, Postgres, RabbitMQ, Redis, Server
 
-__all__ = ["SERVICES", "Memcached", "Postgres", "RabbitMQ", "Redis", "Sandbox", "Server", "run"]
+__all__ = ["SERVICES", "Cluster", "Memcached", "Postgres", "RabbitMQ", "Redis", "Sandbox", "Server", "run"]
 
 _KINDS: dict[str, type[Server]] = {kind.name: kind for kind in (RabbitMQ, Postgres, Redis, Memcached)}
 _S = TypeVar("_S", bound=Server)
@@ -42,6 +43,7 @@ class Sandbox:
     folder: where the servers keep their data, which then outlives the sandbox. Without it a scratch folder is made, and
         removed at the end.
     tls: RabbitMQ has a TLS listener as well, with a certificate authority of its own.
+    cluster: RabbitMQ is a cluster of three nodes, without TLS.
 
     When the process that owns a sandbox dies, by whatever signal, the servers end and the scratch folder is removed.
     A sandbox belongs to no event loop: it may be opened, used and closed in different ones.
@@ -53,11 +55,15 @@ class Sandbox:
         folder: str | Path | None = None,
         *,
         tls: bool = False,
+        cluster: bool = False,
     ) -> None:
+        if tls and cluster:
+            raise SandboxError("a cluster in a sandbox has no TLS listener: choose one of tls and cluster")
         self._services = _kinds(services)
         self._given_folder = Path(folder).absolute() if folder is not None else None
         self._tls = tls
-        self._servers: dict[str, Server] = {}
+        self._cluster = cluster
+        self._servers: dict[str, Server | Cluster] = {}
         self._folder: Path | None = None
         self._guard: Guard | None = None
 
@@ -70,13 +76,25 @@ class Sandbox:
 
     @property
     def servers(self) -> tuple[Server, ...]:
-        """The servers that were started, be they running or not."""
-        return tuple(self._servers.values())
+        """The servers that were started, be they running or not; of a cluster all nodes."""
+        return tuple(
+            server
+            for one in self._servers.values()
+            for server in (one.nodes if isinstance(one, Cluster) else (one,))
+        )
 
     @property
     def rabbitmq(self) -> RabbitMQ:
-        """The RabbitMQ server."""
+        """The RabbitMQ server, where it is only one."""
         return self._server(RabbitMQ)
+
+    @property
+    def cluster(self) -> Cluster:
+        """The RabbitMQ cluster."""
+        cluster = self._servers.get(Cluster.name)
+        if not isinstance(cluster, Cluster):
+            raise SandboxError("this sandbox has no cluster: use Sandbox(…, cluster=True)")
+        return cluster
 
     @property
     def postgres(self) -> Postgres:
@@ -138,7 +156,7 @@ class Sandbox:
             return
         guard, self._guard = self._guard, None
         try:
-            await asyncio.gather(*(server.close() for server in self.servers))
+            await asyncio.gather(*(server.close() for server in self._servers.values()))
             if self._given_folder is None:
                 await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
         finally:
@@ -162,13 +180,17 @@ class Sandbox:
             raise SandboxError(f"this sandbox has no {kind.name}: name it in Sandbox(services=…)")
         return server
 
-    def _make(self, kind: type[Server]) -> Server:
+    def _make(self, kind: type[Server]) -> Server | Cluster:
         folder = self.folder / kind.name
         folder.mkdir(exist_ok=True)
         assert self._guard is not None
-        server = (
-            RabbitMQ(folder, self._guard, tls=self._tls) if kind is RabbitMQ else kind(folder, self._guard)
-        )
+        server: Server | Cluster
+        if kind is not RabbitMQ:
+            server = kind(folder, self._guard)
+        elif self._cluster:
+            server = Cluster(folder, self._guard)
+        else:
+            server = RabbitMQ(folder, self._guard, tls=self._tls)
         self._servers[kind.name] = server
         return server
 
@@ -185,7 +207,9 @@ class Sandbox:
         return folder
 
 
-async def run(command: Sequence[str], services: Iterable[str] = ("rabbitmq", "postgres")) -> int:
+async def run(
+    command: Sequence[str], services: Iterable[str] = ("rabbitmq", "postgres"), *, cluster: bool = False
+) -> int:
     """Run a command with CACHEINVAL_… pointing at private servers, and return its exit code.
 
     Without a command: print `export` lines for a shell, and wait for SIGINT or SIGTERM. What happens is told on stderr.
@@ -194,7 +218,7 @@ async def run(command: Sequence[str], services: Iterable[str] = ("rabbitmq", "po
     if command and shutil.which(command[0]) is None:
         print(f"cacheinval sandbox: {command[0]}: command not found", file=sys.stderr)
         return 127
-    session = _Session(command, Sandbox(services))
+    session = _Session(command, Sandbox(services, cluster=cluster))
     work = asyncio.create_task(session.work())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +28,7 @@ from cacheinval.processes import (
     send,
 )
 
-__all__ = ["Memcached", "Postgres", "RabbitMQ", "Redis", "Server"]
+__all__ = ["Epmd", "Memcached", "Membership", "Postgres", "RabbitMQ", "Redis", "Server"]
 
 Programs = Mapping[str, Sequence[str]]
 
@@ -288,8 +289,41 @@ class Server:
         return {"PATH": path, "HOME": str(self.folder), "LANG": "C.UTF-8", **self._environment()}
 
 
+class Epmd(Server):
+    """Where the Erlang nodes of a host find each other; one that no other node knows of."""
+
+    name = "epmd"
+    package = "rabbitmq-server"
+    programs: ClassVar[Programs] = {"epmd": ("/usr/lib*/erlang/bin/epmd",)}
+    url_form = "{host}:{port}"
+    question = b"\x00\x01n"  # asks for all names; the answer begins with the port, in four bytes
+    answer = b"\x00\x00"
+
+    def _command(self) -> Sequence[str]:
+        return [self.program("epmd"), "-address", LOOPBACK, "-port", str(self.port)]
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What makes a RabbitMQ node one of a cluster.
+
+    node: its own name, one of `nodes`, all that there are.
+    epmd: where they find each other, started before them.
+    cookie: the secret that they share, where they have none from an earlier start.
+    """
+
+    node: str
+    nodes: Sequence[str]
+    epmd: Epmd
+    cookie: str
+
+
 class RabbitMQ(Server):
-    """A RabbitMQ node with an epmd, a cookie and data of its own; `tls` gives it a TLS listener too."""
+    """A RabbitMQ node with data of its own.
+
+    tls: it has a TLS listener too.
+    membership: of a cluster; without it the node is alone, and has an epmd and a cookie of its own.
+    """
 
     name = "rabbitmq"
     package = "rabbitmq-server"
@@ -298,10 +332,10 @@ class RabbitMQ(Server):
             "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/rabbitmq-server",
             "/usr/lib/rabbitmq/bin/rabbitmq-server",
         ),
-        "epmd": ("/usr/lib*/erlang/bin/epmd",),
+        **Epmd.programs,
     }
     url_form = "amqp://guest:guest@{host}:{port}/"
-    port_names = ("main", "tls", "distribution", "epmd")
+    port_names = ("main", "tls", "distribution")
     boot_timeout = 60.0
 
     # All that a client says before it may open a channel, in one go: the protocol's header, then StartOk, TuneOk (one
@@ -316,10 +350,18 @@ class RabbitMQ(Server):
     )
     answer = b"\x00\x0a\x00\x29"
 
-    def __init__(self, folder: Path, guard: Guard, *, tls: bool = False) -> None:
+    def __init__(
+        self, folder: Path, guard: Guard, *, tls: bool = False, membership: Membership | None = None
+    ) -> None:
         super().__init__(folder, guard)
         self._tls = tls
-        self._epmd: subprocess.Popen[bytes] | None = None
+        self._membership = membership
+        self._epmd = membership.epmd if membership is not None else Epmd(folder / "epmd", guard)
+
+    @property
+    def node(self) -> str:
+        """Its name among Erlang's nodes."""
+        return self._membership.node if self._membership is not None else "cacheinval@localhost"
 
     @classmethod
     def program(cls, name: str) -> str:
@@ -350,26 +392,27 @@ class RabbitMQ(Server):
         return await self._run([str(program), "--quiet", *arguments], timeout)
 
     async def close(self) -> None:
-        """Kill the server and its epmd for good and give the ports back."""
+        """Kill the server, and the epmd that is its own, for good and give the ports back."""
         try:
             await super().close()
         finally:
-            self._end_epmd()
+            if self._membership is None:
+                await self._epmd.close()
 
     async def _prepare(self) -> None:
+        if self._membership is None and not self._epmd.running:
+            # Erlang would start one by itself: a daemon that outlives it, on all interfaces.
+            self._epmd.folder.mkdir(exist_ok=True)
+            await self._epmd.start()
         cookie = self.folder / ".erlang.cookie"
         if not cookie.exists():
             cookie.touch(mode=0o600)
-            cookie.write_text(secrets.token_hex(16))
+            shared = self._membership.cookie if self._membership is not None else None
+            cookie.write_text(shared or secrets.token_hex(16))
         if self._tls and not self.ca_file.exists():
             await self._make_certificates()
         (self.folder / "enabled_plugins").write_text("[].\n")
         (self.folder / "rabbitmq.conf").write_text("\n".join(self._settings()) + "\n")
-        if not self._known or self._epmd is None or self._epmd.poll() is not None:
-            self._end_epmd()
-            # Erlang would start one by itself: a daemon that outlives it, on all interfaces.
-            command = [self.program("epmd"), "-address", LOOPBACK, "-port", str(self._port("epmd"))]
-            self._epmd = self._spawn(command, self.folder / "epmd.log")
 
     def _settings(self) -> list[str]:
         settings = [
@@ -387,6 +430,13 @@ class RabbitMQ(Server):
                 f"ssl_options.keyfile = {self.folder / 'server.key'}",
                 "ssl_options.verify = verify_none",
             ]
+        if self._membership is not None:
+            settings += [
+                "cluster_partition_handling = pause_minority",
+                "cluster_formation.peer_discovery_backend = classic_config",
+            ]
+            for number, node in enumerate(self._membership.nodes, 1):
+                settings.append(f"cluster_formation.classic_config.nodes.{number} = {node}")
         return settings
 
     def _command(self) -> Sequence[str]:
@@ -396,11 +446,11 @@ class RabbitMQ(Server):
         loopback = f"-kernel inet_dist_use_interface {{{LOOPBACK.replace('.', ',')}}}"
         return {
             "ERL_EPMD_ADDRESS": LOOPBACK,
-            "ERL_EPMD_PORT": str(self._port("epmd")),
-            "RABBITMQ_NODENAME": "cacheinval@localhost",
+            "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_NODE_IP_ADDRESS": LOOPBACK,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(self._port("distribution")),
+            "ERL_EPMD_PORT": str(self._epmd.port),
             "RABBITMQ_CONF_ENV_FILE": os.devnull,
             "RABBITMQ_CONFIG_FILE": str(self.folder / "rabbitmq.conf"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "enabled_plugins"),
@@ -433,13 +483,6 @@ class RabbitMQ(Server):
     def _need_tls(self) -> None:
         if not self._tls:
             raise SandboxError("this RabbitMQ has no TLS listener: use Sandbox(…, tls=True)")
-
-    def _end_epmd(self) -> None:
-        if self._epmd is not None:
-            self._epmd.kill()
-            self._epmd.wait()
-            self._guard.forget(self._epmd.pid)
-            self._epmd = None
 
 
 class Postgres(Server):

@@ -204,6 +204,17 @@ def test_an_unknown_service_is_refused() -> None:
         Sandbox(["redis", "mysql"])
 
 
+def test_a_cluster_over_tls_is_refused() -> None:
+    with pytest.raises(SandboxError, match="choose one of tls and cluster"):
+        Sandbox(tls=True, cluster=True)
+
+
+async def test_a_sandbox_without_a_cluster_says_so() -> None:
+    async with Sandbox(()) as sandbox:
+        with pytest.raises(SandboxError, match=r"no cluster: use Sandbox\(…, cluster=True\)"):
+            _ = sandbox.cluster
+
+
 async def test_a_server_that_cannot_start_says_why_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
