@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cacheinval.errors import ConfigurationError
 
-__all__ = ["Settings", "mask_url", "unknown_variables"]
+__all__ = ["Settings", "addresses", "mask_url", "unknown_variables"]
 
 PREFIX = "CACHEINVAL_"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -36,6 +36,30 @@ def mask_url(url: str) -> str:
         user, colon, _ = userinfo.partition(":")
         url = urlunsplit(parts._replace(netloc=f"{user}{':***' if colon else ''}@{host}"))
     return _SECRET_PARAMETER.sub(r"\1\2***", url)
+
+
+def addresses(url: str) -> list[str]:
+    """One URL for each host of `url`, which may name several: `amqp://user@one:5672,two:5672/vhost`."""
+    scheme, mark, rest = url.partition("://")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    userinfo, at, hosts = authority.rpartition("@")
+    return [f"{scheme}{mark}{userinfo}{at}{host}{rest[len(authority) :]}" for host in hosts.split(",")]
+
+
+def _url_of_several(*schemes: str) -> Callable[[str], str]:
+    check_one = _url(*schemes)
+
+    def check(url: str) -> str:
+        hosts = addresses(url)
+        for number, address in enumerate(hosts, 1):
+            try:
+                check_one(address)
+            except ValueError as error:
+                which = f"host {number} of {len(hosts)} cannot be used; " if len(hosts) > 1 else ""
+                raise ValueError(f"{which}{error}") from None
+        return url
+
+    return check
 
 
 def _url(*schemes: str, empty: bool = False) -> Callable[[str], str]:
@@ -117,9 +141,10 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=False
     )
 
-    broker_url: Annotated[str, AfterValidator(_url("amqp", "amqps", "memory"))] = Field(
+    broker_url: Annotated[str, AfterValidator(_url_of_several("amqp", "amqps", "memory"))] = Field(
         default="amqp://guest:guest@127.0.0.1:5672/",
-        description="`amqp(s)://…`, or `memory://` within one process",
+        description="`amqp(s)://…`, of a cluster `amqp://user:password@one:5672,two:5672/vhost`; or `memory://` within "
+        "one process",
     )
     broker_ca_file: Annotated[str | None, BeforeValidator(_none_if_empty)] = Field(
         default=None,

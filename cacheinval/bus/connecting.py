@@ -2,28 +2,33 @@
 
 import asyncio
 import logging
+import random
 import re
 import ssl
+import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from aio_pika.connection import make_url
 from aio_pika.exceptions import AMQPError
+from yarl import URL
 
 from cacheinval.bus.wire import Arrive, Connection
 from cacheinval.errors import ConfigurationError
-from cacheinval.settings import Settings, mask_url
+from cacheinval.settings import Settings, addresses, mask_url
 
 # Without a logging configuration Python prints warnings of any library on stderr, and aiormq warns of each call that is cut
 # short by leaving. Where logging is configured nothing changes.
 for _library in ("aiormq", "aio_pika"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
-__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "Counts", "explain", "within"]
+__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "Counts", "explain", "place", "within"]
 
 HEARTBEAT = 5  # seconds; aiormq gives a silent connection up after 3 x (heartbeat + 1)
 CONNECT_WITHIN = 10.0  # seconds for TCP, TLS and the AMQP handshake together
+CONNECT_TO_EACH_WITHIN = 5.0  # the same where there are other nodes to turn to
+AVOID_FOR = 30.0  # seconds for which a node that could not be reached is tried after the others
 ANSWER_WITHIN = 5.0  # seconds for one answer of a broker that is connected
 LEAVE_WITHIN = 2.0  # seconds that closing something may hold anybody up
 
@@ -102,31 +107,67 @@ class Broker:
         self.exchange = f"cacheinval.{settings.namespace}"
         self.dead_letters = f"{self.exchange}.dead"
         self._name = f"cacheinval {settings.namespace} {settings.instance_id}"
-        url = make_url(settings.broker_url)
-        if "heartbeat" not in url.query:
-            url = url.update_query(heartbeat=HEARTBEAT)
-        if url.scheme == "amqps" and settings.broker_ca_file is not None:
+        if settings.broker_url.startswith("amqps:") and settings.broker_ca_file is not None:
             _check_ca_file(settings.broker_ca_file)
-            url = url.update_query(cafile=settings.broker_ca_file)
-        if url.scheme == "amqps" and settings.broker_cert_file is not None:
+        if settings.broker_url.startswith("amqps:") and settings.broker_cert_file is not None:
             _check_certificate(settings.broker_cert_file, settings.broker_key_file)
-            url = url.update_query(
-                certfile=settings.broker_cert_file,
-                keyfile=settings.broker_key_file or settings.broker_cert_file,
-            )
-        self._url = url
+        self._nodes = [_complete(make_url(url), settings) for url in addresses(settings.broker_url)]
+        self._failed_at: dict[URL, float] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def connect(self, purpose: str, arrive: Arrive | None = None) -> Connection:
         """A new connection; `purpose` tells it from others in the broker's list, `arrive` is as in `Wire`.
 
+        Of a cluster it is with any node. A different one each time: what is wrong with a node may be that it accepts
+        connections, and hears nothing of what is published at the others.
+
         Raises:
             TimeoutError, OSError, AMQPError: there is none to be had.
         """
-        connection = Connection(self._url, f"{self._name} {purpose}", arrive)
+        seconds = CONNECT_WITHIN if len(self._nodes) == 1 else CONNECT_TO_EACH_WITHIN
+        errors: dict[URL, Exception] = {}
+        for node in self._in_order():
+            try:
+                connection = await self._connect_to(node, seconds, purpose, arrive)
+            except Exception as error:
+                errors[node] = error
+                self._failed_at[node] = time.monotonic()
+            else:
+                self._failed_at.pop(node, None)
+                return connection
+        if len(errors) == 1:
+            raise errors.popitem()[1]
+        # In the order of the settings, so that what happens again is told in the same words.
+        told = [f"{place(node)}: {explain(errors[node])}" for node in self._nodes if node in errors]
+        raise ConnectionError("; ".join(told))
+
+    async def unreachable(self, purpose: str) -> dict[str, str]:
+        """Which nodes of a cluster there is no connection to, by host and port, and why."""
+
+        async def look(node: URL) -> str | None:
+            try:
+                self.discard(await self._connect_to(node, CONNECT_TO_EACH_WITHIN, purpose, None))
+            except Exception as error:
+                return explain(error)
+            return None
+
+        nodes = self._nodes if len(self._nodes) > 1 else []
+        reasons = await asyncio.gather(*map(look, nodes))
+        return {
+            place(node): reason for node, reason in zip(nodes, reasons, strict=True) if reason is not None
+        }
+
+    def _in_order(self) -> list[URL]:
+        """All nodes in random order, behind the others those that could not be reached lately."""
+        lately = time.monotonic() - AVOID_FOR
+        shuffled = random.sample(self._nodes, len(self._nodes))
+        return sorted(shuffled, key=lambda node: self._failed_at.get(node, lately) > lately)
+
+    async def _connect_to(self, node: URL, seconds: float, purpose: str, arrive: Arrive | None) -> Connection:
+        connection = Connection(node, f"{self._name} {purpose}", arrive)
         attempt = asyncio.create_task(_open(connection))
         try:
-            return await within(CONNECT_WITHIN, attempt)
+            return await within(seconds, attempt)
         except BaseException:
             attempt.add_done_callback(self._leave_late)
             raise
@@ -153,6 +194,22 @@ class Broker:
         """Waits, for a little, for connections that are being closed."""
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=LEAVE_WITHIN)
+
+
+def place(node: URL) -> str:
+    """The host and port of a node, without anything secret."""
+    return f"{node.host}:{node.port}" if node.port else str(node.host)
+
+
+def _complete(url: URL, settings: Settings) -> URL:
+    if "heartbeat" not in url.query:
+        url = url.update_query(heartbeat=HEARTBEAT)
+    if url.scheme == "amqps" and settings.broker_ca_file is not None:
+        url = url.update_query(cafile=settings.broker_ca_file)
+    if url.scheme == "amqps" and settings.broker_cert_file is not None:
+        key_file = settings.broker_key_file or settings.broker_cert_file
+        url = url.update_query(certfile=settings.broker_cert_file, keyfile=key_file)
+    return url
 
 
 async def _open(connection: Connection) -> Connection:

@@ -14,7 +14,7 @@ from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from cacheinval.bus import Delivery, Receiver
-from cacheinval.bus.connecting import ANSWER_WITHIN, LEAVE_WITHIN, Broker, Counts, explain, within
+from cacheinval.bus.connecting import ANSWER_WITHIN, LEAVE_WITHIN, Broker, Counts, explain, place, within
 from cacheinval.bus.receiving import Reception
 from cacheinval.bus.wire import Connection
 from cacheinval.errors import SubscriptionError
@@ -49,6 +49,7 @@ class Subscription:
         lost: Callable[[str], None],
     ) -> None:
         self.queue = name or ""
+        self.node: str | None = None
         self.resumed = False
         self._broker = broker
         self._counts = counts
@@ -76,6 +77,7 @@ class Subscription:
             SubscriptionError, CacheError, TimeoutError, OSError, AMQPError: it could not be made.
         """
         self._connection = await self._broker.connect("subscription", self._arrive)
+        self.node = place(self._connection.url)
         if self._durable:
             self.resumed = await self._exists()
             if not self.resumed:

@@ -55,7 +55,7 @@ class RabbitBus:
 
     @property
     def state(self) -> dict[str, Any]:
-        """For status: the masked URL; how the subscription stands, since when (wall clock) and why; counters.
+        """For status: the masked URL; how the subscription stands, where, since when (wall clock) and why; counters.
 
         `consumer` is `idle`, `connecting`, `standby` or `connected`.
         """
@@ -64,6 +64,7 @@ class RabbitBus:
             "consumer": self._consumer,
             "publisher": "connected" if self._publishing.connected else "idle",
             "queue": self._queue,
+            "node": None if self._subscription is None else self._subscription.node,
             "since": self._since,
             "reason": self._reason,
             "unsettled": 0 if self._subscription is None else self._subscription.unsettled,
@@ -108,6 +109,7 @@ class RabbitBus:
                 "joined",
                 None,
                 queue=subscription.queue,
+                node=subscription.node,
                 resumed="yes" if subscription.resumed else "no",
             )
             await subscription.serve()

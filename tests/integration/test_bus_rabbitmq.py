@@ -525,6 +525,24 @@ async def test_a_second_process_with_the_same_name_stands_by_and_takes_over(
     assert second.state["consumer"] == "connected"
 
 
+async def test_of_several_addresses_one_that_answers_is_enough(
+    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    async with Proxy("127.0.0.1", 1) as proxy:
+        proxy.cut()
+        bus = instances(f"amqp://guest:guest@127.0.0.1:{proxy.port},127.0.0.1:{rabbitmq.port},127.0.0.1:1/")
+        for _ in range(5):
+            receiver = Recorder()
+            task = subscribe(bus, receiver)
+            await eventually(lambda receiver=receiver: receiver.ready)
+            assert bus.state["node"] == f"127.0.0.1:{rabbitmq.port}"
+            channel = await bus.open_channel()
+            await channel.send(b"hello")
+            await eventually(lambda receiver=receiver: receiver.bodies == [b"hello"])
+            await stop(task)
+            assert bus.state["node"] is None
+
+
 async def test_a_broker_that_was_never_there_is_told_once(
     namespace: str, subscribe: Subscribe, eventually: Eventually, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from aio_pika.exceptions import AMQPConnectionError, ChannelPreconditionFailed, ConnectionClosed
 from recorder import Recorder
 from waiting import Eventually
+from yarl import URL
 
 from cacheinval.bus import Delivery, connecting
 from cacheinval.bus.connecting import Broker, Counts, explain, within
@@ -94,6 +95,100 @@ async def test_a_connection_that_comes_after_all_is_closed(
     with pytest.raises(TimeoutError):
         await Broker(Settings()).connect("test")
     await eventually(closed.is_set)
+
+
+class Nodes:
+    """Stands for the connections to a cluster: who is tried, in which order, and who is there."""
+
+    def __init__(self) -> None:
+        self.up: set[str] = set()
+        self.hanging: set[str] = set()
+        self.tried: list[str] = []
+
+    def __call__(self, url: URL, *_: Any) -> "Nodes.Connection":
+        return Nodes.Connection(self, url)
+
+    class Connection:
+        def __init__(self, nodes: "Nodes", url: URL) -> None:
+            self.nodes, self.url = nodes, url
+
+        async def connect(self) -> None:
+            host = self.url.host or ""
+            self.nodes.tried.append(host)
+            if host in self.nodes.hanging:
+                await asyncio.sleep(60)
+            if host not in self.nodes.up:
+                raise ConnectionRefusedError(111, "Connection refused")
+
+        async def close(self) -> None: ...
+
+        @property
+        def wire(self) -> "Nodes.Connection":
+            return self
+
+        def abort(self) -> None: ...
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
+    nodes = Nodes()
+    monkeypatch.setattr(connecting, "Connection", nodes)
+    monkeypatch.setattr(connecting, "CONNECT_TO_EACH_WITHIN", 0.05)
+    return nodes
+
+
+CLUSTER = Settings(broker_url="amqp://u:s3cr3t@a:1,b:2,c:3/")
+
+
+async def test_any_node_of_a_cluster_will_do_and_each_is_tried_first(nodes: Nodes) -> None:
+    broker = Broker(CLUSTER)
+    nodes.up = {"a", "b", "c"}
+    for _ in range(100):
+        await broker.connect("test")
+    assert len(nodes.tried) == 100
+    assert set(nodes.tried) == {"a", "b", "c"}
+
+
+async def test_a_node_that_was_away_is_tried_after_the_others_for_a_while(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker(CLUSTER)
+    nodes.up, nodes.hanging = {"c"}, {"b"}
+    async with asyncio.timeout(10):
+        while set(nodes.tried) != {"a", "b", "c"}:
+            assert (await broker.connect("test")).url.host == "c"
+        nodes.tried.clear()
+        for _ in range(100):
+            assert (await broker.connect("test")).url.host == "c"
+        assert nodes.tried == ["c"] * 100
+        monkeypatch.setattr(connecting, "AVOID_FOR", 0)
+        nodes.up, nodes.hanging = {"a", "b", "c"}, set()
+        for _ in range(100):
+            await broker.connect("test")
+        assert set(nodes.tried) == {"a", "b", "c"}
+
+
+async def test_where_no_node_is_there_each_is_told_always_in_the_same_words(nodes: Nodes) -> None:
+    broker = Broker(CLUSTER)
+    nodes.hanging = {"b"}
+    for _ in range(10):
+        with pytest.raises(ConnectionError) as caught:
+            await broker.connect("test")
+        assert str(caught.value) == (
+            "a:1: Connection refused; b:2: no answer from the broker within 0.05 s; c:3: Connection refused"
+        )
+    assert len(nodes.tried) == 30
+
+
+async def test_which_nodes_cannot_be_reached(nodes: Nodes) -> None:
+    nodes.up, nodes.hanging = {"c"}, {"b"}
+    broker = Broker(CLUSTER)
+    assert await broker.unreachable("test") == {
+        "a:1": "Connection refused",
+        "b:2": "no answer from the broker within 0.05 s",
+    }
+    await broker.close()
+    assert await Broker(Settings()).unreachable("test") == {}  # of one that is alone, `connect` says it
 
 
 @pytest.mark.parametrize(

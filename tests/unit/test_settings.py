@@ -6,7 +6,7 @@ import pytest
 
 from cacheinval.client import Client
 from cacheinval.errors import ConfigurationError
-from cacheinval.settings import Settings, mask_url, unknown_variables
+from cacheinval.settings import Settings, addresses, mask_url, unknown_variables
 
 WRONG = [
     ("BROKER_URL", "http://broker", "accepted: amqp://…, amqps://…, memory://…"),
@@ -155,6 +155,7 @@ def test_secrets_are_not_in_errors(field: str, url: str) -> None:
         ("postgresql://user@host/db", "postgresql://user@host/db"),
         ("postgresql://host/db?password=s3cr3t&x=1", "postgresql://host/db?password=***&x=1"),
         ("amqp://u:s3cr3t@[::1]:5672/", "amqp://u:***@[::1]:5672/"),
+        ("amqp://u:s3,cr3t@one:1,two:2/v", "amqp://u:***@one:1,two:2/v"),
         ("memory://", "memory://"),
         ("", ""),
     ],
@@ -166,6 +167,42 @@ def test_mask_url(url: str, masked: str) -> None:
 @pytest.mark.parametrize("url", WITH_SECRETS)
 def test_mask_url_leaves_no_secret_of_any_shape(url: str) -> None:
     assert "s3cr3t" not in mask_url(url)
+
+
+# The nodes of a cluster
+
+
+@pytest.mark.parametrize(
+    ("url", "each"),
+    [
+        ("amqp://u:p@one/", ["amqp://u:p@one/"]),
+        (
+            "amqps://u:p,w@one:1,two,[::1]:3/v?heartbeat=9",
+            [
+                "amqps://u:p,w@one:1/v?heartbeat=9",
+                "amqps://u:p,w@two/v?heartbeat=9",
+                "amqps://u:p,w@[::1]:3/v?heartbeat=9",
+            ],
+        ),
+        ("amqp://one,two", ["amqp://one", "amqp://two"]),
+        ("memory://", ["memory://"]),
+    ],
+)
+def test_the_addresses_of_a_cluster_share_all_but_the_host(url: str, each: list[str]) -> None:
+    assert addresses(url) == each
+    assert Settings(broker_url=url).broker_url == url
+
+
+@pytest.mark.parametrize(
+    ("hosts", "wrong"), [("one:1,", 2), ("one,two:x,three", 2), (",one", 1), ("a:1,:2", 2)]
+)
+def test_a_host_of_a_cluster_that_cannot_be_used_is_told_by_its_number(hosts: str, wrong: int) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(broker_url=f"amqp://u:s3cr3t@{hosts}/")
+    assert str(caught.value) == (
+        f"CACHEINVAL_BROKER_URL=amqp://u:***@{hosts}/: host {wrong} of {len(hosts.split(','))} cannot be used; "
+        "accepted: amqp://…, amqps://…, memory://…"
+    )
 
 
 def test_secrets_are_not_in_repr_or_str() -> None:
