@@ -22,9 +22,10 @@ test: setup  ## all tests, against private servers
 simulation: .venv/installed  ## the rules in every order of events: states explored, mutants and what caught them
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/simulation
 
-soak: setup  ## MINUTES=10 of walks through the rules, then as many of random faults under load; SEED=… plays them again
+soak: setup  ## MINUTES=10 of walks through the rules, then as many of random faults under load, then the long tests; SEED=… plays them again
 	@cd tests && ../$(BIN)/python -m simulation.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 	@PYTHONPATH=tests $(BIN)/python tests/faults/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python -m pytest -q -m long
 
 bench: setup .venv/bench  ## how fast, beside its peers; ONLY=hit for one, ROUNDS=5, PICTURES=FOLDER; exits 1 where a target is missed
 	@cd tests && ../$(BIN)/python -m benchmarks $(ONLY) $(if $(ROUNDS),--rounds $(ROUNDS)) \

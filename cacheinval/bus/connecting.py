@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from aio_pika.connection import make_url
-from aio_pika.exceptions import AMQPError
+from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity
 from yarl import URL
 
 from cacheinval.bus.wire import Arrive, Connection
@@ -23,7 +23,7 @@ from cacheinval.settings import Settings, addresses, mask_url
 for _library in ("aiormq", "aio_pika"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
-__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "Counts", "explain", "place", "within"]
+__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "Counts", "explain", "is_away", "place", "within"]
 
 HEARTBEAT = 5  # seconds; aiormq gives a silent connection up after 3 x (heartbeat + 1)
 CONNECT_WITHIN = 10.0  # seconds for TCP, TLS and the AMQP handshake together
@@ -194,6 +194,11 @@ class Broker:
         """Waits, for a little, for connections that are being closed."""
         if self._leaving:
             await asyncio.wait(self._leaving, timeout=LEAVE_WITHIN)
+
+
+def is_away(error: ChannelNotFoundEntity) -> bool:
+    """Whether what is not found is there, but on a node of the cluster that is down."""
+    return "home node" in str(error)
 
 
 def place(node: URL) -> str:

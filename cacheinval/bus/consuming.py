@@ -14,7 +14,16 @@ from pamqp.commands import Basic
 from pamqp.common import FieldTable
 
 from cacheinval.bus import Delivery, Receiver
-from cacheinval.bus.connecting import ANSWER_WITHIN, LEAVE_WITHIN, Broker, Counts, explain, place, within
+from cacheinval.bus.connecting import (
+    ANSWER_WITHIN,
+    LEAVE_WITHIN,
+    Broker,
+    Counts,
+    explain,
+    is_away,
+    place,
+    within,
+)
 from cacheinval.bus.receiving import Reception
 from cacheinval.bus.wire import Connection
 from cacheinval.errors import SubscriptionError
@@ -26,7 +35,12 @@ ACKNOWLEDGE_WITHIN = 0.01  # seconds
 DEPTH_WITHIN = 1.0  # seconds
 STAND_BY = 1.0  # seconds between attempts to consume a queue that another process consumes
 
-DURABLE_QUEUE: FieldTable = {"x-expires": 86_400_000, "x-max-length": 1_000_000, "x-overflow": "drop-head"}
+DURABLE_QUEUE: FieldTable = {
+    "x-queue-type": "classic",  # whatever the default of the virtual host: only these can be consumed exclusively
+    "x-expires": 86_400_000,
+    "x-max-length": 1_000_000,
+    "x-overflow": "drop-head",
+}
 DEAD_LETTER_QUEUE: FieldTable = {"x-max-length": 10_000, "x-overflow": "drop-head"}
 
 
@@ -78,6 +92,7 @@ class Subscription:
         """
         self._connection = await self._broker.connect("subscription", self._arrive)
         self.node = place(self._connection.url)
+        await self._declare_dead_letters()
         if self._durable:
             self.resumed = await self._exists()
             if not self.resumed:
@@ -95,6 +110,8 @@ class Subscription:
         try:
             await within(ANSWER_WITHIN, channel.declare_queue(self.queue, passive=True))
         except ChannelNotFoundEntity:
+            # Also where it is on a node of the cluster that is down. It will be there again then, with what it held,
+            # and without what was published meanwhile: so what is known of it is forgotten now, and that is a gap.
             return False
         await within(ANSWER_WITHIN, channel.close())
         return True
@@ -134,13 +151,25 @@ class Subscription:
         await within(ANSWER_WITHIN, channel.initialize())
         return channel
 
-    async def _declare(self, channel: AbstractChannel) -> None:
+    async def _declare_dead_letters(self) -> None:
+        channel = await self._new_channel()  # of its own, because a 404 closes it
         dead = self._broker.dead_letters
-        for name in (self._broker.exchange, dead):
-            await within(ANSWER_WITHIN, channel.declare_exchange(name, ExchangeType.FANOUT, durable=True))
-        declaring = channel.declare_queue(dead, durable=True, arguments=DEAD_LETTER_QUEUE)
-        await within(ANSWER_WITHIN, (await within(ANSWER_WITHIN, declaring)).bind(dead, ""))
-        arguments: FieldTable = {"x-dead-letter-exchange": dead}
+        await within(ANSWER_WITHIN, channel.declare_exchange(dead, ExchangeType.FANOUT, durable=True))
+        try:
+            declaring = channel.declare_queue(dead, durable=True, arguments=DEAD_LETTER_QUEUE)
+            await within(ANSWER_WITHIN, (await within(ANSWER_WITHIN, declaring)).bind(dead, ""))
+        except ChannelNotFoundEntity as error:
+            if is_away(error):
+                return  # nobody has to wait for that
+            raise
+        await within(ANSWER_WITHIN, channel.close())
+
+    async def _declare(self, channel: AbstractChannel) -> None:
+        declaring_exchange = channel.declare_exchange(
+            self._broker.exchange, ExchangeType.FANOUT, durable=True
+        )
+        await within(ANSWER_WITHIN, declaring_exchange)
+        arguments: FieldTable = {"x-dead-letter-exchange": self._broker.dead_letters}
         if self._durable:
             arguments.update(DURABLE_QUEUE)
             declaring = channel.declare_queue(self.queue, durable=True, arguments=arguments)

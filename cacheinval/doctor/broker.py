@@ -13,7 +13,7 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 from pamqp.commands import Basic
 
-from cacheinval.bus.connecting import Broker, explain, within
+from cacheinval.bus.connecting import Broker, explain, is_away, within
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.bus.wire import Connection
@@ -22,6 +22,7 @@ from cacheinval.doctor.findings import (
     Finding,
     failed,
     of_dead_letters,
+    of_lost_nodes,
     of_refusal,
     of_unreachable_broker,
     ok,
@@ -72,7 +73,7 @@ class BrokerSeen:
 
     async def examine(self) -> HeardTick | None:
         """Runs the checks, those of which each needs the one before it; returns the first tick that is heard."""
-        if not await self._checks.run("broker", CONNECT_WITHIN + 1, self._reach):
+        if not await self._checks.run("broker", 2 * CONNECT_WITHIN, self._reach):
             self._checks.add(self._not_checked("the broker cannot be used"))
             return None
         if not await self._checks.run("exchange", ANSWER_WITHIN, self._exchange):
@@ -97,14 +98,15 @@ class BrokerSeen:
             await self._broker.leave(self._connection)
         await self._broker.close()
 
-    async def _reach(self) -> Finding:
+    async def _reach(self) -> list[Finding]:
         try:
             self._connection = await within(CONNECT_WITHIN, self._broker.connect("doctor"))
         except Exception as error:
-            return of_unreachable_broker(self._broker.url, explain(error))
+            return [of_unreachable_broker(self._broker.url, explain(error))]
         assert self._connection.transport is not None
         server = self._connection.transport.connection.server_properties
-        return ok("broker", f"{_told(server, 'product')} {_told(server, 'version')} at {self._broker.url}")
+        reached = ok("broker", f"{_told(server, 'product')} {_told(server, 'version')} at {self._broker.url}")
+        return [reached, *of_lost_nodes(await self._broker.unreachable("doctor"))]
 
     async def _exchange(self) -> Finding:
         name = self._broker.exchange
@@ -141,7 +143,8 @@ class BrokerSeen:
             await channel.declare_queue(name, durable=True, arguments=DEAD_LETTER_QUEUE)
             await channel.close()
         except ChannelNotFoundEntity as error:
-            remedy = "the next instance that subscribes makes it; until then what is malformed is dropped"
+            remedy = "start that node" if is_away(error) else "the next instance that subscribes makes it"
+            remedy += "; until then what is malformed is dropped"
             return [warning("dead letters", explain(error), remedy)]
         except ChannelPreconditionFailed as error:
             remedy = f"`rabbitmqctl delete_queue {name}` once it is empty: instances make it as it has to be"
@@ -304,7 +307,10 @@ class BrokerSeen:
                 queue = (await channel.declare_queue(name, passive=True)).declaration_result
             except ChannelLockedResource:
                 continue
-            except ChannelNotFoundEntity:
+            except ChannelNotFoundEntity as error:
+                if is_away(error):
+                    found.append(warning("queues", explain(error), f"start that node; {one.id} starts empty"))
+                    continue
                 text = f"{name} is gone: what was published meanwhile is a gap for {one.id}"
                 found.append(
                     warning("queues", text, f"restart {one.id}: it makes its queue, and starts empty")

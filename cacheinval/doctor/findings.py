@@ -115,6 +115,16 @@ def _way_to_broker(url: str, reason: str) -> str:
     return "see that the broker runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL leads to it from here"
 
 
+def of_lost_nodes(reasons: Mapping[str, str]) -> list[Finding]:
+    """Nodes of a cluster that there is no connection to, each with the reason."""
+    remedy = (
+        "start it, or see the way to it; at another node `rabbitmqctl cluster_status` says how they see it"
+    )
+    return [
+        warning("broker", f"no connection to {node}: {reason}", remedy) for node, reason in reasons.items()
+    ]
+
+
 def set_permissions(url: str) -> str:
     """The command that grants what a user of cacheinval needs."""
     parts = urlsplit(url)

@@ -525,6 +525,24 @@ async def test_a_second_process_with_the_same_name_stands_by_and_takes_over(
     assert second.state["consumer"] == "connected"
 
 
+async def test_a_second_process_stands_by_also_where_quorum_queues_are_the_default(
+    rabbitmq: RabbitMQ, namespace: str, instances: Instances, subscribe: Subscribe, eventually: Eventually
+) -> None:
+    """They let in all who consume, exclusively or not."""
+    await rabbitmq.ctl("add_vhost", namespace, "--default-queue-type", "quorum")
+    try:
+        await rabbitmq.ctl("set_permissions", "-p", namespace, "guest", ".*", ".*", ".*")
+        first, second = (instances(rabbitmq.url + namespace, **OUTSIDE) for _ in range(2))
+        receiver = Recorder()
+        subscribe(first, receiver)
+        await eventually(lambda: receiver.ready)
+        task = subscribe(second, Recorder())
+        await eventually(lambda: second.state["consumer"] == "standby")
+        await stop(task)
+    finally:
+        await rabbitmq.ctl("delete_vhost", namespace)
+
+
 async def test_of_several_addresses_one_that_answers_is_enough(
     rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
 ) -> None:
