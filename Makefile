@@ -9,8 +9,8 @@ MINUTES := 10
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */\1	/p' Makefile | expand -t 14
 
-setup: .venv/installed  ## the virtual environment, and the programs for private servers
-	@config/setup.sh servers rabbitmq postgres redis memcached prometheus openssl
+setup: .venv/installed  ## the virtual environment, the programs for private servers, and a browser for the tests
+	@config/setup.sh servers rabbitmq postgres redis memcached prometheus openssl chromium
 
 demo: .venv/installed  ## the story, told with real servers in under a minute
 	@config/setup.sh servers rabbitmq postgres

@@ -37,7 +37,7 @@ from cacheinval.errors import (
     NoDatabaseError,
     PublishError,
 )
-from cacheinval.fleet import Respondent, ask_instances, silent_among
+from cacheinval.fleet import Outlook, Respondent, ask_instances, silent_among
 from cacheinval.levels import SECOND_LEVEL, TwoLevels
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Database, Instances, Registrar
@@ -54,6 +54,7 @@ from cacheinval.outbox.session import LOST
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.receipts import Question, Receipt
 from cacheinval.receiver import Instance
+from cacheinval.recent import Recent, RecentEvictions
 from cacheinval.registration import Registered, Registration
 from cacheinval.reloading import Warmer
 from cacheinval.settings import Settings, mask_url
@@ -183,6 +184,7 @@ class Client:
             self.settings.tick_interval,
             self._asking,
         )
+        self._recent = RecentEvictions()
         respondent = Respondent(me.id, lambda: self.bus, self._answer_status, self.auditor, self._tasks.aside)
         self.instance = Instance(
             self._coherence,
@@ -195,6 +197,7 @@ class Client:
             tick_interval=self.settings.tick_interval,
             max_clock_skew=self.settings.max_clock_skew,
             confirm=self._answering.evicted,
+            recent=self._recent,
         )
         self._registrar = Registrar(
             self._instances(lambda: self._own_connection if self._own_pool else self.pool),
@@ -203,6 +206,13 @@ class Client:
             self._clock.now,
             self._may_register,
             self.instance.registered,
+        )
+        self.outlook = Outlook(
+            lambda: self.bus,
+            self.status,
+            self._recently_evicted,
+            self._instances(lambda: self.pool).count if self._has_database else None,
+            instance=subscribe,
         )
         self._writes = Writes(
             lambda: self.pool, self._outbox, self.publisher, self._evict_here, self._asking, self._tasks.aside
@@ -774,10 +784,17 @@ class Client:
             except Exception:
                 log.exception("a cache cannot evict")
 
-    async def _answer_status(self) -> dict[str, Any]:
+    async def _answer_status(self, evictions: float | None) -> dict[str, Any]:
         status = self.status()  # first, for it says when it was
         depth = await self.bus.depth()
-        return status if depth is None else status | {"queue_depth": depth}
+        if depth is not None:
+            status["queue_depth"] = depth
+        if evictions is not None:
+            status["evictions"] = self._recently_evicted(evictions)
+        return status
+
+    def _recently_evicted(self, seconds: float) -> Recent:
+        return self._recent.told(seconds, self._clock.now())
 
     # How it is doing
 

@@ -156,6 +156,10 @@ class Load:
         return other in self.whole()
 
 
+INVALIDATED = "invalidated"
+"""The reason of an eviction that somebody has asked for."""
+
+
 @dataclass(slots=True)
 class Eviction:
     """What has to go: some keys, all entries with some tags, or everything (a new epoch, with its reason).
@@ -166,7 +170,7 @@ class Eviction:
     keys: Sequence[str] = ()
     tags: Sequence[str] = ()
     everything: bool = False
-    reason: str = "invalidated"
+    reason: str = INVALIDATED
     versions: Sequence[int | None] = ()
 
     def __bool__(self) -> bool:

@@ -1,20 +1,30 @@
-"""Asking every instance of a namespace how it is, and answering whoever asks."""
+"""Asking every instance of a namespace how it is, once or again and again, and answering whoever asks."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from cacheinval import logs
 from cacheinval.audit import AuditAnswer, Auditor
-from cacheinval.bus import Bus
+from cacheinval.bus import Bus, Channel
 from cacheinval.errors import PublishError
 from cacheinval.messages import Ask, Audit, encode
+from cacheinval.recent import Recent
 from cacheinval.registration import Registered
 
-__all__ = ["Respondent", "ask_instances", "silent_among", "silent_registered", "status_in"]
+__all__ = [
+    "Inquiry",
+    "Outlook",
+    "Respondent",
+    "ask_instances",
+    "silent_among",
+    "silent_registered",
+    "status_in",
+]
 
 MOST_ANSWERS = 100  # under way at a time
 
@@ -57,12 +67,80 @@ def silent_registered(
     return [one for one in registered if (one.id, one.session) not in heard and (one.id, None) not in heard]
 
 
+class Inquiry:
+    """Asks every instance again and again, over one channel that stays open meanwhile.
+
+    Args:
+        bus: carries the questions and the answers.
+        answered: given each answer as it arrives, whichever question it answers.
+    """
+
+    def __init__(self, bus: Callable[[], Bus], answered: Callable[[dict[str, Any]], None]) -> None:
+        self._bus = bus
+        self._answered = answered
+        self._channel: Channel | None = None
+
+    async def ask(self, evictions: float) -> None:
+        """Asks all for their status, and for what each has evicted within so many seconds.
+
+        Raises:
+            PublishError: the broker cannot be reached, or nobody has ever subscribed in this namespace.
+        """
+        try:
+            if self._channel is None:
+                self._channel = await self._bus().open_channel()
+                await self._channel.listen(self._arrived)
+            await self._channel.send(encode(Ask(v=1, evictions=evictions)), secrets.token_hex(8))
+        except BaseException:
+            await self.close()
+            raise
+
+    def _arrived(self, _: str, body: bytes) -> None:
+        status = status_in(body)
+        if status is not None:
+            self._answered(status)
+
+    async def close(self) -> None:
+        """Gives the channel back, and with it what has not been answered yet. Never raises, and ends within seconds."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
+
+
+class Outlook:
+    """How one process sees the fleet, and itself: all that a page for an operator needs of a client.
+
+    Args:
+        bus: carries questions and answers.
+        status: what `status` shows.
+        recent: what has been evicted here within so many seconds.
+        registered: who is registered; raises DatabaseError. None without a database.
+        instance: whether this process is an instance itself.
+    """
+
+    def __init__(
+        self,
+        bus: Callable[[], Bus],
+        status: Callable[[], dict[str, Any]],
+        recent: Callable[[float], Recent],
+        registered: Callable[[], Awaitable[Sequence[Registered]]] | None,
+        *,
+        instance: bool,
+    ) -> None:
+        self.status, self.recent, self.registered, self.instance = status, recent, registered, instance
+        self._bus = bus
+
+    def inquire(self, answered: Callable[[dict[str, Any]], None]) -> Inquiry:
+        """Asks nobody yet."""
+        return Inquiry(self._bus, answered)
+
+
 class Respondent:
     """One instance, as it answers.
 
     Args:
         bus: carries the answers.
-        status: what `status` shows.
+        status: what `status` shows, and what has been evicted within so many seconds, if that is asked for.
         auditor: makes the audits that are asked for, one at a time.
         aside: runs a short task.
     """
@@ -71,7 +149,7 @@ class Respondent:
         self,
         instance_id: str,
         bus: Callable[[], Bus],
-        status: Callable[[], Awaitable[dict[str, Any]]],
+        status: Callable[[float | None], Awaitable[dict[str, Any]]],
         auditor: Auditor,
         aside: "Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]",
     ) -> None:
@@ -88,7 +166,7 @@ class Respondent:
         if len(self._answering) >= MOST_ANSWERS:
             return  # nobody needs an answer that comes when so many others are still on their way
         if isinstance(message, Ask):
-            self._begin(self._send_status(delivery))
+            self._begin(self._send_status(delivery, message))
         elif self._audit is None or self._audit.done():
             self._audit = self._begin(self._audit_for(delivery, message))
         else:  # whoever asks again and again must not make this instance load again and again
@@ -100,8 +178,8 @@ class Respondent:
         task.add_done_callback(self._answering.discard)
         return task
 
-    async def _send_status(self, delivery: Any) -> None:
-        await self._send(delivery, await self._status())
+    async def _send_status(self, delivery: Any, message: Ask) -> None:
+        await self._send(delivery, await self._status(message.evictions))
 
     async def _audit_for(self, delivery: Any, message: Audit) -> None:
         loaders = self._auditor.state["loaders"]

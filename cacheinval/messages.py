@@ -91,7 +91,12 @@ class Probe(_Message, tag="probe", frozen=True, kw_only=True):
 
 
 class Ask(_Message, tag="ask", frozen=True, kw_only=True):
-    """Asks every instance for its status; each answers to the AMQP `reply_to` of the message."""
+    """Asks every instance for its status; each answers to the AMQP `reply_to` of the message.
+
+    With `evictions` it asks besides what was evicted within so many seconds.
+    """
+
+    evictions: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
 class Audit(_Message, tag="audit", frozen=True, kw_only=True):

@@ -11,10 +11,11 @@ from typing import Protocol, TypeVar
 
 from cacheinval import logs
 from cacheinval.clock import Clock
-from cacheinval.coherence import Coherence, Eviction, ProofState
+from cacheinval.coherence import INVALIDATED, Coherence, Eviction, ProofState
 from cacheinval.errors import BlockedError, BusError, CacheError, EvictionError, MalformedMessageError
 from cacheinval.latencies import Latencies
 from cacheinval.messages import Ask, Audit, Invalidate, Message, Probe, Unknown, decode, encode
+from cacheinval.recent import RecentEvictions
 
 __all__ = ["Instance", "ReceiverCounters"]
 
@@ -76,12 +77,13 @@ class ReceiverCounters(Latencies):
 class _Batch:
     """What several deliveries come to."""
 
-    __slots__ = ("asking", "evicted", "eviction", "problems")
+    __slots__ = ("asking", "evicted", "eviction", "own", "problems")
 
     def __init__(self) -> None:
         self.problems: list[str | None] = []
         self.eviction: Eviction | None = None
         self.evicted: list[Invalidate] = []
+        self.own: list[Invalidate] = []
         self.asking: list[Delivery] = []
 
 
@@ -97,6 +99,7 @@ class Instance:
         keeper: for a cache outside the process: keeps what must outlive this process together with it.
         tick_interval: seconds.
         max_clock_skew: seconds.
+        recent: told what has been evicted.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Instance:
         tick_interval: float = 1.0,
         max_clock_skew: float = 0.1,
         confirm: Callable[[Sequence[Delivery]], None] = lambda deliveries: None,
+        recent: RecentEvictions | None = None,
     ) -> None:
         self.counters = ReceiverCounters()
         self._coherence = coherence
@@ -120,6 +124,7 @@ class Instance:
         self._publish_probe = publish_probe
         self._answer = answer
         self._confirm = confirm
+        self._recent = recent or RecentEvictions()
         self._resubscribe = resubscribe
         self._keeper = keeper
         self._tick_interval = tick_interval
@@ -232,6 +237,8 @@ class Instance:
                 evictions.append(eviction)
                 if isinstance(message, Invalidate):
                     batch.evicted.append(message)
+            elif isinstance(message, Invalidate):  # skipped: it had been evicted here before it was published
+                batch.own.append(message)
         if evictions:
             batch.eviction = evictions[0] if len(evictions) == 1 else Eviction.merged(evictions)
         return batch
@@ -271,6 +278,8 @@ class Instance:
 
     def _tell_epoch(self, eviction: Eviction) -> None:
         if eviction.everything:
+            if eviction.reason != INVALIDATED:
+                self._recent.note_epoch(eviction.reason, self._clock.now())
             logs.event(log, logging.INFO, "new epoch", epoch=self._coherence.epoch, reason=eviction.reason)
 
     async def _evict_in(self, cache: Evictable, eviction: Eviction) -> None:
@@ -333,7 +342,10 @@ class Instance:
     def _tell(self, batch: "_Batch") -> None:
         """Counts, answers and logs what has been done."""
         now = self._clock.now()
+        for message in batch.own:
+            self._recent.note(message, now, own=True)
         for message in batch.evicted:
+            self._recent.note(message, now)
             since = message.committed_at or message.at
             latency = None if since is None else max(0.0, now - since)
             if latency is not None:

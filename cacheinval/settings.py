@@ -231,6 +231,10 @@ class Settings(BaseSettings):
     http_port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=8000, description="0 is any free port, and the default of `worker` and `relay`"
     )
+    page: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = Field(
+        default="on",
+        description="`on`: the fleet, with keys of its last writes, is shown at `/`; `off`: it is not",
+    )
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
         default="INFO", description="`DEBUG`, `INFO`, `WARNING` or `ERROR`"
     )

@@ -16,7 +16,8 @@ import asyncpg
 from cacheinval import logs, outbox
 from cacheinval.client import Client
 from cacheinval.errors import CacheinvalError, ConfigurationError, DatabaseError
-from cacheinval.monitoring import PATHS, Monitoring, Readiness
+from cacheinval.monitoring import Monitoring, Readiness
+from cacheinval.page import Page
 from cacheinval.products import (
     MemoryProductRepository,
     ProductCache,
@@ -143,9 +144,11 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
     client = Client(settings)
     repository = ProductRepository(client) if settings.database_url else MemoryProductRepository(client)
     preparation = _Preparation(settings.database_url)
-    monitoring = Monitoring(client, partial(preparation.readiness, client))
-    app = create_app(ProductCache(client.cache, repository), ProductService(repository), monitoring, PATHS)
-    async with _http(app, listener) as http, _background(preparation.run()) as preparing:
+    monitoring = Monitoring(client, partial(preparation.readiness, client), _page(client))
+    app = create_app(
+        ProductCache(client.cache, repository), ProductService(repository), monitoring, monitoring.paths
+    )
+    async with _http(app, listener, monitoring) as http, _background(preparation.run()) as preparing:
         logs.event(log, logging.INFO, "serving", url=_url(listener), instance=settings.instance_id)
         await _first_of(stop, preparation.tried)  # the relay complains where its table is missing
         async with client:
@@ -158,8 +161,8 @@ async def _worker(settings: Settings, stop: asyncio.Event) -> None:
         logs.event(log, logging.WARNING, "memory:// brings nothing from other processes", broker="memory://")
     listener = _listen_if_possible(settings)
     client = Client(settings)
-    monitoring = Monitoring(client, partial(_readiness_of_worker, client))
-    async with client, _http(monitoring, listener) as http:
+    monitoring = Monitoring(client, partial(_readiness_of_worker, client), _page(client))
+    async with client, _http(monitoring, listener, monitoring) as http:
         logs.event(log, logging.INFO, "working", url=_url(listener), instance=settings.instance_id)
         await _until(stop, http.task)
 
@@ -167,10 +170,14 @@ async def _worker(settings: Settings, stop: asyncio.Event) -> None:
 async def _relay(settings: Settings, stop: asyncio.Event) -> None:
     listener = _listen_if_possible(settings)
     client = Client(settings.model_copy(update={"relay": "auto"}), subscribe=False)
-    monitoring = Monitoring(client, partial(_readiness_of_relay, client))
-    async with client, _http(monitoring, listener) as http:
+    monitoring = Monitoring(client, partial(_readiness_of_relay, client), _page(client))
+    async with client, _http(monitoring, listener, monitoring) as http:
         logs.event(log, logging.INFO, "relaying", url=_url(listener), instance=settings.instance_id)
         await _until(stop, http.task)
+
+
+def _page(client: Client) -> Page | None:
+    return Page(client.outlook) if client.settings.page == "on" else None
 
 
 class _Preparation:
@@ -281,7 +288,7 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator["asyncio
 class _Http(uvicorn.Server):
     """uvicorn in a task of its own, and without signal handlers of its own."""
 
-    def __init__(self, app: App, listener: socket.socket) -> None:
+    def __init__(self, app: App, listener: socket.socket, monitoring: Monitoring) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -293,6 +300,7 @@ class _Http(uvicorn.Server):
                 timeout_graceful_shutdown=HTTP_SHUTDOWN_TIMEOUT,
             )
         )
+        self._monitoring = monitoring
         self.task = asyncio.create_task(self.serve([listener]))
 
     @contextmanager
@@ -303,13 +311,14 @@ class _Http(uvicorn.Server):
     async def stop(self) -> None:
         """Takes no more requests, and answers those under way if that does not take long."""
         self.should_exit = True
+        await self._monitoring.close()  # else it would wait for those who look
         await asyncio.wait({self.task}, timeout=HTTP_SHUTDOWN_TIMEOUT + 1)
         self.task.cancel()
 
 
 @asynccontextmanager
-async def _http(app: App, listener: socket.socket) -> AsyncIterator[_Http]:
-    http = _Http(app, listener)
+async def _http(app: App, listener: socket.socket, monitoring: Monitoring) -> AsyncIterator[_Http]:
+    http = _Http(app, listener, monitoring)
     try:
         yield http
     finally:

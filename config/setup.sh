@@ -4,7 +4,7 @@
 #   config/setup.sh python              .venv with the package, its extras and the tools, at the pinned versions
 #   config/setup.sh peers               what `make bench` compares with, into .venv
 #   config/setup.sh servers NAME...     programs for private servers: rabbitmq postgres redis memcached
-#                                       prometheus openssl
+#                                       prometheus openssl; and chromium, for the tests of the page
 #   config/setup.sh constraints         config/constraints.txt again, with the newest versions of everything
 set -eu
 cd "$(dirname "$0")/.."
@@ -112,6 +112,7 @@ installed() { # SERVER
         rabbitmq) found rabbitmq-server /usr/lib/rabbitmq/bin/rabbitmq-server ;;
         postgres) found postgres /usr/lib/postgresql/*/bin/postgres ;;
         redis) found redis-server ;;
+        chromium) found chromium || found chromium-browser || found google-chrome ;;
         *) found "$1" ;;
     esac
 }

@@ -22,6 +22,7 @@ from cacheinval.bus.consuming import DEAD_LETTER_QUEUE, DURABLE_QUEUE
 from cacheinval.cli import app
 from cacheinval.monitoring import PATHS
 from cacheinval.outbox import SCHEMA_VERSION, schema_sql
+from cacheinval.page import EVENTS
 from cacheinval.settings import PREFIX
 
 CLI: Any = typer.main.get_command(app)
@@ -234,8 +235,11 @@ def test_every_line_of_the_log_that_is_a_warning_or_more_is_explained() -> None:
 
 def test_the_paths_of_monitoring_are_all_told() -> None:
     assert [
-        path for path in PATHS if f"`GET {path}`" not in PROTOCOL or path not in section(README, "HTTP")
+        path
+        for path in (*PATHS, "/")
+        if f"`GET {path}`" not in PROTOCOL or f"{path}`" not in section(README, "HTTP")
     ] == []
+    assert f"`GET {EVENTS}`" in PROTOCOL
 
 
 def test_the_changelog_has_the_present_version() -> None:

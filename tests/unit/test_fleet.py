@@ -36,7 +36,7 @@ async def test_answers_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch, ev
     bus: Any = Bus()
     auditor: Any = None
 
-    async def status() -> dict[str, Any]:
+    async def status(evictions: float | None) -> dict[str, Any]:
         return {}
 
     respondent = Respondent("one", lambda: bus, status, auditor, asyncio.create_task)

@@ -63,6 +63,7 @@ WRONG = [
     ("HTTP_PORT", "65536", "less than or equal to 65535"),
     ("HTTP_PORT", "-1", "greater than or equal to 0"),
     ("HTTP_PORT", "http", "valid integer"),
+    ("PAGE", "yes", "'on' or 'off'"),
     ("LOG_LEVEL", "loud", "'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
     ("LOG_FORMAT", "xml", "'text' or 'json'"),
 ]

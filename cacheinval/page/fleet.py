@@ -1,0 +1,259 @@
+"""The fleet as one process sees it: who answers, who should, and what each has told; no I/O, no clock."""
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import accumulate
+from typing import Any
+
+from cacheinval.latencies import BUCKETS
+from cacheinval.page.reports import Report, understand
+from cacheinval.page.writes import Line, Writes
+from cacheinval.recent import Recent
+from cacheinval.registration import Registered
+
+__all__ = ["Condition", "Fate", "Fleet", "Lag", "Member"]
+
+SILENT_AFTER = 3.5
+"""Seconds without an answer, at about one question a second."""
+
+FORGOTTEN_AFTER = 60.0
+"""Seconds for which one that has left, or of which nothing is heard and nobody knows, is shown."""
+
+LATE_TICKS, LATE = 3, 2.0
+"""Ticks and seconds beyond which nobody proves freshness any more."""
+
+LATE_AFTER = 2.5
+"""Seconds without a word of its eviction after which a write is late somewhere."""
+
+WINDOW, SAMPLE_EVERY = 60.0, 5.0
+MOST_MEMBERS = 1_000
+NUMBER_OF_BUCKETS = len(BUCKETS) + 1
+
+
+class Condition(StrEnum):
+    """How an instance is, the worst first."""
+
+    SUSPECT = "suspect"
+    SILENT = "silent"
+    UNKNOWN = "unknown"
+    UNPROVEN = "unproven"
+    STARTING = "starting"
+    FRESH = "fresh"
+    GONE = "gone"
+
+
+class Fate(StrEnum):
+    """What has become of a write at one instance."""
+
+    EVICTED = "evicted"
+    DROPPED = "dropped"  # with everything else, later
+    PENDING = "pending"  # it has not been asked since, most likely
+    LATE = "late"
+    UNKNOWN = "unknown"  # it was not there yet, or has evicted more than it could tell
+
+
+class Lag:
+    """How long evictions took, from their commits, within the last minute: counts by the buckets of the metrics."""
+
+    def __init__(self, counts: Sequence[int] = (0,) * NUMBER_OF_BUCKETS, seconds: float = 0.0) -> None:
+        self.counts = tuple(counts)
+        self.seconds = seconds
+        """For how long was counted."""
+
+    @property
+    def total(self) -> int:
+        """How many evictions were counted."""
+        return sum(self.counts)
+
+    def below(self, part: float) -> float | None:
+        """The upper bound, in seconds, of the bucket that holds this quantile; infinite for the last; None of nothing."""
+        if not self.total:
+            return None
+        at = bisect_left(list(accumulate(self.counts)), part * self.total)
+        return BUCKETS[at] if at < len(BUCKETS) else float("inf")
+
+    def __add__(self, other: "Lag") -> "Lag":
+        counts = [one + two for one, two in zip(self.counts, other.counts, strict=True)]
+        return Lag(counts, max(self.seconds, other.seconds))
+
+
+class Member:
+    """One instance."""
+
+    def __init__(self, id_: str, now: float) -> None:
+        self.id = id_
+        self.seen_at = now
+        """When it was heard of first."""
+        self.heard_at: float | None = None
+        self.registered = False
+        self.report: Report | None = None
+        self.told_until = -float("inf")
+        """By its clock: until then it has told what it evicted."""
+        self.untold_until = -float("inf")
+        """By its clock: until then it may have evicted more than it told."""
+        self.dropped_at = -float("inf")
+        """By its clock: when it dropped everything, last."""
+        self._samples: deque[tuple[float, list[int]]] = deque()
+
+    def heard(self, report: Report, now: float) -> None:
+        """It has answered."""
+        self.report, self.heard_at = report, now
+        counts = report.counters.receiver.latencies
+        if len(counts) != NUMBER_OF_BUCKETS:
+            return
+        if self._samples and any(new < old for new, old in zip(counts, self._samples[-1][1], strict=True)):
+            self._samples.clear()  # it has started anew
+        while len(self._samples) > 1 and self._samples[1][0] <= now - WINDOW:
+            self._samples.popleft()
+        if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < SAMPLE_EVERY:
+            self._samples.pop()
+        self._samples.append((now, counts))
+
+    @property
+    def lag(self) -> Lag:
+        """Of its evictions within the last minute, or since it was heard first."""
+        if not self._samples:
+            return Lag()
+        (began, before), (ended, after) = self._samples[0], self._samples[-1]
+        return Lag([new - old for new, old in zip(after, before, strict=True)], ended - began)
+
+    def proven_age(self, now: float) -> float | None:
+        """Seconds since the moment up to which it is proven to have evicted everything."""
+        if self.report is None or self.heard_at is None or self.report.watermark_age is None:
+            return None
+        return self.report.watermark_age + now - self.heard_at
+
+    def late(self) -> bool:
+        """Whether nobody has proven its freshness for longer than a few ticks take."""
+        report = self.report
+        if report is None or (report.relay is None and report.registration is None):
+            return False  # without a database nothing is proven, ever
+        limit = LATE_TICKS * report.settings.tick_interval + LATE
+        if report.watermark_age is not None:
+            return report.watermark_age > limit
+        return report.since is not None and (self.heard_at or 0.0) - report.since > limit
+
+
+class Fleet:
+    """Every instance that was heard of, and the last writes.
+
+    Args:
+        own: the id of the instance that looks; None if it is none.
+    """
+
+    def __init__(self, own: str | None) -> None:
+        self.own = own
+        self.writes = Writes()
+        self.problem: str | None = None
+        """Why nobody can be asked."""
+        self.problem_since: float | None = None
+        self.asked_since: float | None = None
+        """Since when everybody has been asked again and again."""
+        self.asked_at: float | None = None
+        """When the broker took a question last."""
+        self.registry_known = False
+        self.not_understood = 0
+        self._members: dict[str, Member] = {}
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def heard(self, status: Mapping[str, Any], now: float) -> None:
+        """An answer has arrived."""
+        report = understand(status)
+        member = None if report is None else self._member(report.id, now)
+        if report is None or member is None:
+            self.not_understood += 1
+            return
+        member.heard(report, now)
+        recent = report.evictions
+        if recent is not None:
+            report.evictions = None
+            self._told(member, recent)
+
+    def _told(self, member: Member, recent: Recent) -> None:
+        if recent.until < member.told_until:
+            member.told_until = recent.since  # its clock was set back
+        if recent.since > member.told_until:
+            member.untold_until = recent.since
+        for evicted in recent.told:
+            if evicted.at <= member.told_until:
+                continue
+            self.writes.told(member.id, evicted)
+            if evicted.all:
+                member.dropped_at = evicted.at
+        member.told_until = recent.until
+
+    def asked(self, problem: str | None, now: float) -> None:
+        """Everybody was asked; or could not be, and why."""
+        if (problem is None) != (self.problem is None) or self.asked_since is None:
+            self.asked_since = now
+            self.problem_since = None if problem is None else now
+        self.problem = problem
+        if problem is None:
+            self.asked_at = now
+
+    def registry(self, registered: Iterable[Registered] | None, now: float) -> None:
+        """Who is registered in the database; None where that is not known."""
+        self.registry_known = registered is not None
+        ids = {one.id for one in registered or ()}
+        for member in self:
+            member.registered = member.id in ids
+        for id_ in ids - self._members.keys():
+            if (new := self._member(id_, now)) is not None:
+                new.registered = True
+
+    def _member(self, id_: str, now: float) -> Member | None:
+        member = self._members.get(id_)
+        if member is None and len(self._members) < MOST_MEMBERS:
+            member = self._members[id_] = Member(id_, now)
+        return member
+
+    def condition(self, member: Member, now: float) -> Condition:
+        """How that instance is."""
+        report, heard_at = member.report, member.heard_at
+        if member.id != self.own and self._unanswered(member) > SILENT_AFTER:
+            return Condition.GONE if self._left(member) else Condition.SILENT
+        if report is None or heard_at is None or (self.problem is not None and now - heard_at > SILENT_AFTER):
+            return Condition.UNKNOWN
+        if report.state == "starting":
+            return Condition.STARTING
+        if report.state != "ready":
+            return Condition.SUSPECT
+        return Condition.UNPROVEN if member.late() else Condition.FRESH
+
+    def _unanswered(self, member: Member) -> float:
+        """For how many seconds it was asked, and has not answered. What nobody could be asked does not count."""
+        if self.problem is not None or self.asked_at is None or self.asked_since is None:
+            return 0.0
+        return self.asked_at - max(member.seen_at, self.asked_since, member.heard_at or 0.0)
+
+    def unheard(self, now: float) -> float:
+        """Seconds since the one that was heard least lately has answered; not of those that have left."""
+        return max((now - (member.heard_at or 0.0) for member in self if not self._left(member)), default=now)
+
+    def _left(self, member: Member) -> bool:
+        return self.registry_known and not member.registered and member.heard_at is not None
+
+    def forget(self, now: float) -> None:
+        """Those of whom nothing has been heard for long, and of whom nobody knows."""
+        for member in list(self):
+            silent = now - (member.seen_at if member.heard_at is None else member.heard_at)
+            if self.problem is None and not member.registered and silent > FORGOTTEN_AFTER:
+                del self._members[member.id]
+
+    def fate(self, line: Line, member: Member, now: float) -> Fate:
+        """What has become of a write there."""
+        if member.id in line.evicted:
+            return Fate.EVICTED
+        report = member.report
+        if report is None or (report.started_at or 0.0) > line.at or member.untold_until >= line.at:
+            return Fate.UNKNOWN
+        if member.dropped_at >= line.at:
+            return Fate.DROPPED
+        return Fate.LATE if self.problem is None and now - line.at > LATE_AFTER else Fate.PENDING

@@ -1,0 +1,84 @@
+// Keeps the page as the server draws it: parts of HTML arrive once a second, and only what differs in them is changed, so
+// that focus, selection and what a screen reader has said stay as they are.
+"use strict";
+
+const LOST_AFTER = 4000; // ms without anything
+let heard = Date.now();
+let stream;
+
+function connect() {
+  stream = new EventSource("page/events");
+  stream.onmessage = (event) => {
+    heard = Date.now();
+    show(JSON.parse(event.data));
+  };
+  stream.onerror = () => {
+    // What ends is begun again by the browser; what is refused is not.
+    if (stream.readyState === EventSource.CLOSED) setTimeout(connect, 2000);
+  };
+}
+
+function show(view) {
+  document.title = view.title;
+  const root = document.documentElement;
+  if (root.dataset.level !== view.level) {
+    root.dataset.level = view.level;
+    document.querySelector("link[rel=icon]").href = `page/${view.level}.svg`;
+  }
+  for (const [id, markup] of Object.entries(view.parts)) {
+    const drawn = new DOMParser().parseFromString(markup, "text/html").body;
+    agree(document.getElementById(id), drawn);
+  }
+  told();
+}
+
+// Makes the children of `here` those of `there`.
+function agree(here, there) {
+  const kept = new Map();
+  for (const child of here.children) if (child.dataset.key) kept.set(child.dataset.key, child);
+  let next = here.firstChild;
+  for (const wanted of [...there.childNodes]) {
+    const key = wanted.dataset && wanted.dataset.key;
+    let found = key ? kept.get(key) : next;
+    if (found && !key && found.dataset && found.dataset.key) found = null;
+    if (found && found.nodeType === wanted.nodeType && found.nodeName === wanted.nodeName) {
+      if (found !== next) here.insertBefore(found, next);
+      else next = next.nextSibling;
+      become(found, wanted);
+    } else {
+      here.insertBefore(document.importNode(wanted, true), next);
+    }
+  }
+  while (next) {
+    const gone = next;
+    next = next.nextSibling;
+    gone.remove();
+  }
+}
+
+function become(here, wanted) {
+  if (here.nodeType !== Node.ELEMENT_NODE) {
+    if (here.data !== wanted.data) here.data = wanted.data;
+    return;
+  }
+  for (const { name, value } of wanted.attributes) {
+    if (here.getAttribute(name) !== value) here.setAttribute(name, value);
+  }
+  for (const { name } of [...here.attributes]) if (!wanted.hasAttribute(name)) here.removeAttribute(name);
+  agree(here, wanted);
+}
+
+// A page that shows what was, and not what is, says so.
+function told() {
+  const lost = Date.now() - heard > LOST_AFTER;
+  const root = document.documentElement;
+  if (root.classList.toggle("lost", lost) !== Boolean(document.getElementById("live").textContent)) {
+    const since = new Date(heard).toISOString().slice(11, 19);
+    document.getElementById("live").textContent = lost
+      ? `This page has heard nothing from its server since ${since} UTC: what is below is as of then.`
+      : "";
+  }
+}
+
+setInterval(told, 1000);
+connect();

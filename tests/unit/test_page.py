@@ -1,0 +1,463 @@
+"""What the page says: the sentence, the table, the writes; pure, with times that are made up."""
+
+from typing import Any
+
+import pytest
+
+from cacheinval.latencies import BUCKETS
+from cacheinval.page import fleet as rules
+from cacheinval.page.fleet import Condition, Fate, Fleet, Lag
+from cacheinval.page.markup import Html, html, milliseconds, printable, seconds
+from cacheinval.page.rendering import draw, whole
+from cacheinval.page.reports import understand
+from cacheinval.page.verdict import Level, Verdict, clock_time, judge
+from cacheinval.page.writes import MOST_LINES, Writes
+from cacheinval.recent import Evicted, Recent
+from cacheinval.registration import Registered
+
+NOW = 1_795_391_943.5  # 23:59:03 UTC
+LEADS = {"state": "leader", "since": 0.0, "reason": None, "oldest_row_age": None}
+
+
+def status(id_: str, **fields: Any) -> dict[str, Any]:
+    """What a healthy instance with a database answers."""
+    return {
+        "id": id_,
+        "host": "host",
+        "pid": 1,
+        "version": "1",
+        "state": "ready",
+        "reason": None,
+        "since": NOW - 100,
+        "started_at": NOW - 200,
+        "watermark_age": 0.4,
+        "relay": LEADS,
+    } | fields
+
+
+def fleet(*statuses: dict[str, Any], own: str | None = "one") -> Fleet:
+    """A fleet that has been asked for a while, and has just answered."""
+    seen = Fleet(own)
+    seen.asked(None, NOW - 60)
+    for one in statuses:
+        seen.heard(one, NOW)
+    seen.asked(None, NOW)
+    return seen
+
+
+def verdict(seen: Fleet, now: float = NOW) -> Verdict:
+    return judge(seen, "shop", [], now)
+
+
+SUSPECT = {"state": "suspect", "reason": "Connection reset", "since": NOW - 20}
+
+
+class TestVerdict:
+    def test_all_are_fresh(self) -> None:
+        said = verdict(fleet(status("one"), status("two", watermark_age=0.8)))
+        assert (said.level, said.sentence) == (Level.GOOD, "All 2 instances are fresh")
+        assert said.detail == "proven up to 0.8 s ago."
+        assert not said.todo
+        assert verdict(fleet(status("one"))).sentence == "The one instance is fresh"
+
+    def test_the_sentence_is_the_same_while_nothing_changes(self) -> None:
+        """It is a live region: what a screen reader says again with each second is of no use."""
+        for change in ({}, SUSPECT, {"watermark_age": 60.0}):
+            first = verdict(fleet(status("one", **change)))
+            again = fleet(status("one", **change))
+            again.heard(
+                status("one", **change | ({"watermark_age": 60.7} if "watermark_age" in change else {})),
+                NOW + 0.7,
+            )
+            assert verdict(again, NOW + 0.7).sentence == first.sentence
+
+    def test_one_is_suspect(self) -> None:
+        said = verdict(fleet(status("one"), status("two", **SUSPECT)))
+        assert (said.level, said.sentence) == (
+            Level.BAD,
+            "two may be stale since 23:58:43: Connection reset.",
+        )
+        assert "only what was loaded within the last 1 s" in said.detail
+        assert any("RabbitMQ" in step for step in said.todo)
+
+    def test_the_bound_is_the_one_that_is_set(self) -> None:
+        said = verdict(fleet(status("two", **SUSPECT, settings={"max_staleness": 5.0})))
+        assert "within the last 5 s" in said.detail
+
+    def test_several_are_suspect(self) -> None:
+        many = [status(f"shop-{number}", **SUSPECT) for number in range(5)]
+        said = verdict(fleet(status("one"), *many))
+        assert said.sentence == (
+            "shop-0, shop-1, shop-2 and 2 more (5 of 6 instances) may be stale, the first since 23:58:43: Connection reset."
+        )
+
+    @pytest.mark.parametrize(
+        ("change", "step"),
+        [
+            ({"reason": "eviction failed: down"}, "cache server"),
+            ({"reason": "no lease", "registration": {"reason": "no lease"}}, "Postgres"),
+            ({"reason": "silence: blocked"}, "alarms"),
+            ({"reason": "catching up with the queue"}, "unless it takes long"),
+            ({"broker": {"consumer": "standby"}}, "CACHEINVAL_INSTANCE_ID"),
+            ({"broker": {"consumer": "connecting", "reason": "refused"}}, "RabbitMQ runs"),
+        ],
+    )
+    def test_what_to_do_depends_on_the_reason(self, change: dict[str, Any], step: str) -> None:
+        said = verdict(fleet(status("two", **SUSPECT | change)))
+        assert any(step in one for one in said.todo), said.todo
+
+    def test_why_the_broker_cannot_be_reached_is_said(self) -> None:
+        broker = {"consumer": "connecting", "reason": "Connection refused"}
+        said = verdict(fleet(status("two", **SUSPECT, broker=broker)))
+        assert said.sentence.endswith("the broker cannot be reached (Connection refused).")
+
+    def test_the_broker_is_away(self) -> None:
+        seen = fleet(status("one"), status("two"), status("three"))
+        seen.asked("the broker cannot be reached", NOW + 1)
+        seen.heard(status("one", **SUSPECT), NOW + 9)
+        said = verdict(seen, NOW + 9)
+        assert said.sentence.startswith("one may be stale since")
+        assert "2 other instances cannot be asked from here" in said.detail
+
+    def test_only_asking_fails(self) -> None:
+        seen = fleet(status("one"), status("two"))
+        seen.asked("blocked", NOW + 1)
+        seen.heard(status("one"), NOW + 9)
+        said = verdict(seen, NOW + 9)
+        assert (said.level, said.sentence) == (
+            Level.BAD,
+            "Nobody can be asked from here since 23:59:04: blocked.",
+        )
+        assert "one, which serves this page, hears of changes. How 1 other instance" in said.detail
+
+    def test_one_does_not_answer(self) -> None:
+        seen = fleet(status("one"), status("two"))
+        seen.registry([Registered("two", "", None)], NOW)
+        seen.heard(status("one"), NOW + 8)
+        seen.asked(None, NOW + 8)
+        said = verdict(seen, NOW + 8)
+        assert (said.level, said.sentence) == (
+            Level.BAD,
+            "two has not answered since 23:59:03: it may be stale, cut off, or gone.",
+        )
+        assert "registered" in said.detail
+
+    def test_one_that_has_left_is_no_matter(self) -> None:
+        seen = fleet(status("one"), status("two"))
+        seen.registry([], NOW)
+        seen.heard(status("one"), NOW + 8)
+        seen.asked(None, NOW + 8)
+        assert verdict(seen, NOW + 8).sentence == "The one instance is fresh"
+
+    def test_one_that_is_registered_and_was_never_heard(self) -> None:
+        seen = fleet(status("one"))
+        seen.registry([Registered("one", "", None), Registered("two", "", None)], NOW)
+        said = verdict(seen)
+        assert (said.sentence, said.detail) == (
+            "1 of 2 instances are fresh",
+            "proven up to 0.4 s ago. 1 more is being asked.",
+        )
+        seen.heard(status("one"), NOW + 8)
+        seen.asked(None, NOW + 8)
+        assert verdict(seen, NOW + 8).sentence.startswith("two has not answered since 23:59:03")
+
+    def test_nothing_proves(self) -> None:
+        late = {"watermark_age": 60.0}
+        said = verdict(fleet(status("one", **late), status("two", **late)))
+        assert (said.level, said.sentence) == (
+            Level.BAD,
+            "Nothing proves that any cache is fresh, since 23:58:03: no relay sends ticks.",
+        )
+        said = verdict(fleet(status("one"), status("two", **late)))
+        assert said.sentence == "two is not proven to be fresh, since 23:58:03: ticks do not reach it."
+        said = verdict(fleet(status("one"), status("two", tick_refused="from the future", **late)))
+        assert "from the future" in said.sentence
+        assert any("clocks" in step for step in said.todo)
+
+    def test_slow_ticks_are_not_late(self) -> None:
+        slow = {"watermark_age": 25.0, "settings": {"tick_interval": 10.0}}
+        assert verdict(fleet(status("one", **slow))).level is Level.GOOD
+
+    def test_a_change_waits_to_be_published(self) -> None:
+        relay = LEADS | {"state": "blocked", "reason": "an alarm", "oldest_row_age": 12.0}
+        said = verdict(fleet(status("one"), status("two", relay=relay)))
+        assert (said.level, said.sentence) == (
+            Level.BAD,
+            "Committed changes wait to be published: an alarm.",
+        )
+        here = understand(status("relay", relay=relay))
+        assert here is not None
+        assert judge(fleet(status("one"), own=None), "shop", [here], NOW).sentence == said.sentence
+
+    def test_without_a_database_nothing_more_is_claimed(self) -> None:
+        bare = {"relay": None, "watermark_age": None}
+        said = verdict(fleet(status("one", **bare), status("two", **bare)))
+        assert (said.level, said.detail) == (Level.GOOD, "Without a database nothing proves more.")
+
+    def test_some_are_starting(self) -> None:
+        said = verdict(fleet(status("one"), status("two", state="starting", reason="not subscribed yet")))
+        assert (said.sentence, said.detail) == (
+            "1 of 2 instances are fresh",
+            "proven up to 0.4 s ago. 1 more is starting.",
+        )
+        assert verdict(fleet(status("two", state="starting"))).level is Level.WARNING
+
+    def test_nobody_answers(self) -> None:
+        assert verdict(fleet()).sentence == "No instance of namespace shop answers."
+        assert verdict(Fleet(None)).sentence == "Asking the fleet."
+
+
+class TestConditions:
+    def test_who_could_not_be_asked_is_not_called_silent(self) -> None:
+        """A question that the broker has not taken yet is no question."""
+        seen = fleet(status("one"), status("two"))
+        (_, two) = list(seen)
+        assert seen.condition(two, NOW + 60) is Condition.FRESH
+        seen.asked("blocked", NOW + 60)
+        assert seen.condition(two, NOW + 60) is Condition.UNKNOWN
+        seen.asked(None, NOW + 61)
+        assert seen.condition(two, NOW + 61) is Condition.UNKNOWN or Condition.FRESH
+        seen.asked(None, NOW + 66)
+        assert seen.condition(two, NOW + 66) is Condition.SILENT
+
+    def test_what_is_gone_is_forgotten(self) -> None:
+        seen = fleet(status("one"), status("two"), status("three"))
+        seen.registry([Registered("three", "", None)], NOW)
+        later = NOW + rules.FORGOTTEN_AFTER + 1
+        seen.heard(status("one"), later)
+        seen.asked(None, later)
+        seen.forget(later)
+        assert sorted(member.id for member in seen) == ["one", "three"]
+
+    def test_members_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rules, "MOST_MEMBERS", 3)
+        seen = fleet(*(status(f"i{number}") for number in range(9)))
+        seen.registry([Registered(f"r{number}", "", None) for number in range(9)], NOW)
+        assert len(seen) == 3
+        assert seen.not_understood == 6
+
+    @pytest.mark.parametrize(
+        "odd",
+        [
+            {"state": []},
+            {"watermark_age": "old"},
+            {"since": float("nan")},
+            {"watermark_age": float("inf")},
+            {"relay": "leader"},
+            {"counters": {"receiver": {"latencies": "many"}}},
+            {"evictions": {"since": 1}},
+        ],
+    )
+    def test_what_cannot_be_understood_is_counted(self, odd: dict[str, Any]) -> None:
+        seen = fleet(status("one"), status("two", **odd))
+        assert ([member.id for member in seen], seen.not_understood) == (["one"], 1)
+        assert b"1 answer could not be understood" in shown(seen)
+
+    def test_a_time_that_is_none_breaks_nothing(self) -> None:
+        seen = fleet(status("one", **SUSPECT | {"since": 1e300}, last_gap={"at": -1e300}))
+        assert b"since an unknown time" in shown(seen)
+        assert clock_time(None) == clock_time(float("nan")) == "an unknown time"
+
+
+class TestLag:
+    def test_it_counts_the_last_minute_by_the_buckets_of_the_metrics(self) -> None:
+        counts = [0] * (len(BUCKETS) + 1)
+        seen = Fleet(None)
+        for second in range(120):
+            counts[2] += 1  # up to 5 ms
+            seen.heard(status("one", counters={"receiver": {"latencies": counts[:]}}), NOW + second)
+        (member,) = seen
+        assert 60 <= member.lag.total <= 60 + rules.SAMPLE_EVERY
+        assert (member.lag.below(0.5), member.lag.below(0.99)) == (0.005, 0.005)
+        assert len(member._samples) <= rules.WINDOW / rules.SAMPLE_EVERY + 2
+
+    def test_a_restart_is_no_negative_number(self) -> None:
+        seen = Fleet(None)
+        for many in (9, 2, 3):
+            counts = [many] * (len(BUCKETS) + 1)
+            seen.heard(status("one", counters={"receiver": {"latencies": counts}}), NOW)
+        (member,) = seen
+        assert set(member.lag.counts) == {1}
+
+    def test_quantiles_are_upper_bounds(self) -> None:
+        counts = [0] * (len(BUCKETS) + 1)
+        assert Lag(counts).below(0.5) is None
+        counts[0], counts[3], counts[-1] = 50, 49, 1
+        assert [Lag(counts).below(part) for part in (0.5, 0.51, 0.99, 0.995)] == [
+            0.001,
+            0.01,
+            0.01,
+            float("inf"),
+        ]
+
+    def test_another_versions_buckets_are_not_mixed_in(self) -> None:
+        seen = fleet(status("one", counters={"receiver": {"latencies": [1, 2, 3]}}))
+        (member,) = seen
+        assert member.lag.total == 0
+
+
+def evicted(at: float, **fields: Any) -> Evicted:
+    return Evicted(**{"at": at, "committed_at": NOW, "origin": "o", "seq": 1, "keys": ["k"]} | fields)
+
+
+def tells(
+    id_: str, until: float, *told: Evicted, since: float | None = None, **fields: Any
+) -> dict[str, Any]:
+    recent = Recent(until - 60 if since is None else since, until, list(told))
+    return status(id_, evictions=recent, **fields)
+
+
+class TestWrites:
+    def test_a_write_fans_out(self) -> None:
+        seen = fleet(
+            tells("one", NOW + 1, evicted(NOW + 0.002, own=True)),
+            tells("two", NOW + 1, evicted(NOW + 0.0031)),
+        )
+        (line,) = seen.writes.newest(9)
+        assert (line.keys, line.after("one"), line.after("three")) == (["k"], 0.0, None)
+        assert line.after("two") == pytest.approx(0.0031, abs=1e-6)
+        markup = str(draw(seen, "shop", here(), NOW + 1).parts["writes"])
+        assert "<b>2 of 2</b> in 3.1 ms" in markup
+        assert "<bdi>one</bdi> <span>wrote it</span>" in markup
+        assert "<bdi>two</bdi> <span>3.1 ms</span>" in markup
+
+    def test_what_is_told_again_is_no_news(self) -> None:
+        seen = Fleet(None)
+        for second in range(3):
+            both = evicted(NOW + 0.5), evicted(NOW + 0.6, origin=None, seq=None)
+            seen.heard(tells("one", NOW + 1 + second, *both), NOW)
+        assert len(seen.writes.newest(9)) == 2
+
+    def test_who_is_late_is_said(self) -> None:
+        seen = fleet(tells("one", NOW + 1, evicted(NOW + 0.5)), tells("two", NOW + 1))
+        (line,), two = seen.writes.newest(9), list(seen)[1]
+        assert seen.fate(line, two, NOW + 1) is Fate.PENDING
+        assert seen.fate(line, two, NOW + 9) is Fate.LATE
+        assert "<bdi>two</bdi> <span>not yet</span>" in str(
+            draw(seen, "shop", here(), NOW + 9).parts["writes"]
+        )
+        seen.heard(tells("two", NOW + 10, evicted(NOW + 9.5)), NOW + 10)
+        assert seen.fate(line, two, NOW + 10) is Fate.EVICTED
+
+    @pytest.mark.parametrize(
+        ("answer", "fate"),
+        [
+            (
+                tells("two", NOW + 1, Evicted(at=NOW + 0.9, all=True, reason="gap")),
+                Fate.DROPPED,
+            ),
+            (tells("two", NOW + 1, since=NOW + 0.5), Fate.UNKNOWN),  # more than it tells
+            (tells("two", NOW + 1, started_at=NOW + 0.5), Fate.UNKNOWN),  # it was not there
+        ],
+    )
+    def test_who_need_not_tell_is_not_accused(self, answer: dict[str, Any], fate: Fate) -> None:
+        seen = fleet(tells("one", NOW + 1, evicted(NOW + 0.5)), answer)
+        line = seen.writes.newest(9)[-1]
+        assert seen.fate(line, list(seen)[1], NOW + 9) is fate
+
+    def test_a_clock_that_was_set_back_silences_nobody(self) -> None:
+        seen = Fleet(None)
+        seen.heard(tells("one", NOW + 3600), NOW)
+        seen.heard(tells("one", NOW, evicted(NOW - 1)), NOW)
+        assert len(seen.writes.newest(9)) == 1
+
+    def test_programs_without_numbers_are_told_apart_by_time(self) -> None:
+        writes = Writes()
+        anonymous: dict[str, Any] = {"origin": None, "seq": None, "committed_at": None}
+        for at in (NOW, NOW + 0.1, NOW + 30):
+            for who in ("one", "two"):
+                writes.told(who, evicted(at, **anonymous))
+        assert [len(line.evicted) for line in writes.newest(9)] == [2, 2, 2]
+
+    def test_lines_are_bounded(self) -> None:
+        writes = Writes()
+        for number in range(3 * MOST_LINES):
+            writes.told("one", evicted(NOW + number, seq=number + 1, committed_at=NOW + number))
+        assert len(writes.newest(10 * MOST_LINES)) == len(writes._by_name) == MOST_LINES
+        assert writes.newest(1)[0].at == NOW + 3 * MOST_LINES - 1
+
+    def test_of_many_instances_the_slowest_are_shown(self) -> None:
+        seen = fleet(
+            *(tells(f"i{number:03}", NOW + 1, evicted(NOW + number / 1000)) for number in range(100))
+        )
+        markup = str(draw(seen, "shop", here(), NOW + 1).parts["writes"])
+        assert markup.count("<bdi>i") == 3
+        assert "i099" in markup
+        assert "97 more" in markup
+
+    def test_an_epoch_of_an_instance_is_a_line_of_its_own(self) -> None:
+        seen = fleet(tells("one", NOW + 1, Evicted(at=NOW, all=True, reason="missing messages")))
+        markup = str(draw(seen, "shop", here(), NOW + 1).parts["writes"])
+        assert "<bdi>one</bdi> dropped everything: <bdi>missing messages</bdi>" in markup
+
+
+def here() -> Any:
+    return understand(status("one"))
+
+
+def shown(seen: Fleet, now: float = NOW) -> bytes:
+    return whole(draw(seen, "shop", here(), now))
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{id}\u202egpj.\x00\n"
+
+
+class TestMarkup:
+    def test_what_others_say_is_text(self) -> None:
+        gap = {"at": NOW - 1, "reason": HOSTILE}
+        seen = fleet(
+            tells("one", NOW + 1, evicted(NOW, keys=[HOSTILE], tags=[HOSTILE], origin=HOSTILE)),
+            status(HOSTILE, host=HOSTILE, version=HOSTILE, last_gap=gap, **SUSPECT | {"reason": HOSTILE}),
+            tells("two", NOW + 1, Evicted(at=NOW, all=True, reason=HOSTILE)),
+            status("late", tick_refused=HOSTILE, watermark_age=99.0, relay=LEADS | {"reason": HOSTILE}),
+        )
+        seen.asked(HOSTILE, NOW)
+        for own in ("one", None):
+            seen.own = own
+            page = whole(draw(seen, HOSTILE, here(), NOW)).decode()
+            assert page.count("<script") == 1
+            assert "<img" not in page
+            assert "\u202e" not in page
+            assert "\0" not in page
+            assert page.count("&lt;script&gt;") >= 8
+
+    def test_values_are_escaped_and_never_filled_in_again(self) -> None:
+        assert html("<b>{a}</b>{b}", a="{b}<", b=Html("<i>")) == "<b>{b}&lt;</b><i>"
+        assert printable("a\u202eb\x07c") == "a\\u202eb\\x07c"
+        assert printable("é 漢 \N{GRINNING FACE}") == "é 漢 \N{GRINNING FACE}"
+
+    def test_a_large_fleet_is_shown_in_part_the_worst_first(self) -> None:
+        seen = fleet(*(status(f"i{number:04}") for number in range(500)), status("zz", **SUSPECT))
+        markup = str(draw(seen, "shop", here(), NOW).parts["fleet"])
+        assert markup.count("<tr ") == 201
+        assert "and 301 more" in markup
+        assert markup.index("zz") < markup.index("i0000")
+
+    def test_long_names_are_told_apart_by_their_ends(self) -> None:
+        ids = [f"host-of-a-long-name-{number}-0a1b2c{number}" for number in range(2)]
+        seen = fleet(*(tells(id_, NOW + 1, evicted(NOW)) for id_ in ids))
+        markup = str(draw(seen, "shop", here(), NOW).parts["writes"])
+        assert "<bdi>…-0a1b2c1</bdi>" in markup
+
+    @pytest.mark.parametrize(
+        ("age", "text"),
+        [
+            (0.04, "0.0 s"),
+            (9.94, "9.9 s"),
+            (59.6, "60 s"),
+            (600, "10 min"),
+            (7200, "2 h"),
+            (2e5, "2 d"),
+            (-1, "0.0 s"),
+        ],
+    )
+    def test_ages_are_as_exact_as_one_wants_them(self, age: float, text: str) -> None:
+        assert seconds(age) == text
+
+    def test_short_durations(self) -> None:
+        assert [milliseconds(one) for one in (0.0012, 0.0312, 2.5, 21)] == [
+            "1.2 ms",
+            "31 ms",
+            "2500 ms",
+            "21 s",
+        ]
