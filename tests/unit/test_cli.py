@@ -207,9 +207,9 @@ class TestProcesses:
         import cacheinval.demo
         import cacheinval.sandbox
 
-        async def sandbox(command: list[str]) -> int:
+        async def sandbox(command: list[str], *, cluster: bool) -> int:
             assert command == ["ls", "-l", "--all"]
-            return 5
+            return 6 if cluster else 5
 
         def demo(bus: str) -> int:
             return {"rabbitmq": 3, "memory": 4}[bus]
@@ -217,6 +217,7 @@ class TestProcesses:
         monkeypatch.setattr(cacheinval.sandbox, "run", sandbox)
         monkeypatch.setattr(cacheinval.demo, "run", demo)
         assert ended(monkeypatch, "sandbox", "--", "ls", "-l", "--all") == 5
+        assert ended(monkeypatch, "sandbox", "--cluster", "--", "ls", "-l", "--all") == 6
         assert ended(monkeypatch, "demo") == 3
         assert ended(monkeypatch, "demo", "--bus", "memory") == 4
 
