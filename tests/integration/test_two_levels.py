@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from waiting import Eventually
 
+from cacheinval import Client, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.cache import Read, SharedCache
@@ -15,7 +16,7 @@ from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError
 from cacheinval.levels import TwoLevels
-from cacheinval.sandbox import Memcached, Redis
+from cacheinval.sandbox import Memcached, RabbitMQ, Redis
 
 EVICTIONS = [Eviction(["k"]), Eviction(tags=["t"]), Eviction(everything=True)]
 each_eviction = pytest.mark.parametrize("what", EVICTIONS, ids=["key", "tag", "everything"])
@@ -209,3 +210,30 @@ async def test_what_is_past_its_ttl_is_given_and_then_found_outside(
     assert given == Read("old", "hit", False, "stale-while-revalidate")
     await eventually(lambda: len(two.cache._reloads) == 0)
     assert await two.cache.read("k", refuse) == Read("new", "hit", False)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+async def test_a_hot_key_is_there_again_after_the_write_of_another_process(
+    rabbitmq: RabbitMQ, database_url: str, redis: Redis, namespace: str, levels: int, eventually: Eventually
+) -> None:
+    options: dict[str, Any] = {
+        "broker_url": rabbitmq.url, "database_url": database_url, "namespace": namespace, "warm_keys": 10
+    }  # fmt: skip
+    if levels == 2:
+        options |= {"cache_url": redis.url, "cache_local_entries": 10}
+    async with (
+        Client(Settings(**options, instance_id="reader")) as reader,
+        Client(Settings(**options, instance_id="writer")) as writer,
+    ):
+        await writer.apply_schema()
+        await writer.pool.execute("CREATE TABLE prices AS SELECT 'a' AS id, 99 AS price")
+        await reader.wait_ready(20)
+
+        @reader.cached("price:{product_id}")
+        async def price_of(product_id: str) -> int:
+            return await reader.pool.fetchval("SELECT price FROM prices WHERE id = $1", product_id)  # type: ignore[no-any-return]
+
+        assert [await price_of("a") for _ in range(3)] == [99] * 3
+        await writer.execute("UPDATE prices SET price = 109", invalidate=["price:a"])
+        await eventually(lambda: reader.stats()["warming"]["stored"] >= 1, 20)
+        assert await reader.cache.read("price:a", refuse) == Read(109, "hit", False)
