@@ -87,7 +87,7 @@ class Look(NamedTuple):
     as_of: float
     """The database's time: all that was committed before is in here, or was confirmed."""
     took: tuple[float, float]
-    """Our own wall clock before and after the database told its time."""
+    """Our own wall clock before and after that moment."""
     source: str
     waiting: set[UUID]
 
@@ -158,10 +158,10 @@ class Session:
 
     async def look(self) -> Look:
         """What the outbox holds, due or not."""
-        await _answer(self._connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"))
         before = time.time()
+        await _answer(self._connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"))
+        after = time.time()  # when it began is what the database tells, however long we take to ask for it
         as_of = await _answer(self._others[_TIME].fetchval())
-        after = time.time()
         row = await _answer(self._others[_LOOK].fetchrow(self._namespace, MOST_WAITING))
         await _answer(self._connection.execute("COMMIT"))
         assert row is not None
