@@ -258,7 +258,8 @@ class History:
         """From when on each instance must not give less than what it evicted.
 
         A write whose outcome its client does not know is published at once, and may become visible later or never; its
-        version may then be another write's.
+        version may then be another write's, of which nobody has been told by then. So what was evicted for such a version
+        before it was known to be committed says nothing.
         """
         known: dict[tuple[str, int | None], float] = {}
         unknown = {(write.key, write.version) for write in self.writes if write.acknowledged is None}
@@ -268,9 +269,8 @@ class History:
         evicted: dict[tuple[str, str], _Floor] = defaultdict(_Floor)
         for one in self.evictions:
             visible = known.get((one.key, one.version))
-            if visible is not None:
-                since = max(one.at, visible) if (one.key, one.version) in unknown else one.at
-                evicted[one.instance, one.key].add(since, one.version)
+            if visible is not None and (one.at >= visible or (one.key, one.version) not in unknown):
+                evicted[one.instance, one.key].add(one.at, one.version)
         return evicted
 
     def _check_staleness(

@@ -84,7 +84,11 @@ def test_what_nobody_promised_is_no_lie() -> None:
     early, late = Read("one", "a", 7.9, 7.9, 2, "miss"), Read("one", "a", 8.1, 8.1, 2, "miss")
     before = checked(unknown, told, again, promised=promised).breaches
     assert checked(unknown, told, again, early, promised=promised).breaches == before
-    assert len(checked(unknown, told, again, late, promised=promised).breaches) == len(before) + 1
+    assert checked(unknown, told, again, late, promised=promised).breaches == before
+    told_again = Evicted("one", "a", 3, 8.05)
+    after = checked(unknown, told, again, told_again, promised=promised).breaches
+    assert checked(unknown, told, again, told_again, early, promised=promised).breaches == after
+    assert len(checked(unknown, told, again, told_again, late, promised=promised).breaches) == len(after) + 1
     # What was loaded before the first tick of a subscription is not proven by it, and served for a second at most.
     first = Tick("two", 5.5, 5.4, extends=5.4)
     assert checked(first, Read("two", "a", 5.6, 5.6, 1, "hit")).breaches == []
