@@ -15,12 +15,12 @@ class Eventually(Protocol):
     """The fixture `eventually`, for annotations."""
 
     async def __call__(
-        self, predicate: Callable[[], _T | Awaitable[_T]], timeout: float = 10.0, *, describe: object = None
+        self, predicate: Callable[[], _T | Awaitable[_T]], timeout: float = 30.0, *, describe: object = None
     ) -> _T: ...
 
 
 async def until(
-    predicate: Callable[[], _T | Awaitable[_T]], timeout: float = 10.0, *, describe: object = None
+    predicate: Callable[[], _T | Awaitable[_T]], timeout: float = 30.0, *, describe: object = None
 ) -> _T:
     end = time.monotonic() + timeout
     pause = 0.001

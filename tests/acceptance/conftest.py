@@ -11,7 +11,7 @@ from running import Started
 @pytest.fixture
 async def started(tmp_path: Path) -> AsyncIterator[Started]:
     """Starts processes, and asks them over HTTP."""
-    async with httpx.AsyncClient(timeout=15) as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         started = Started(tmp_path, http)
         try:
             yield started

@@ -19,7 +19,7 @@ from cacheinval import Client, Settings
 from cacheinval.outbox import apply_schema
 from cacheinval.sandbox import RabbitMQ, Redis
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 EXAMPLES = Path(__file__).parent / "examples"
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -29,7 +29,7 @@ from cacheinval import Client, Read, Settings
 from cacheinval.outbox import apply_schema
 from cacheinval.processes import Guard
 
-EVENTUAL = 30.0  # seconds for what takes a second on a machine that has nothing else to do
+EVENTUAL = 60.0  # seconds for what takes a second on a machine that has nothing else to do
 SHARED = (str(Path(__file__).parent), str(Path(__file__).parent.parent))  # where tests have what they share
 FOREVER = 3600.0  # for the ttl of entries, so that no test is right because something expired
 
@@ -67,7 +67,7 @@ class Program:
                 cwd=log.parent,
                 start_new_session=True,
             )
-        self._http = httpx.AsyncClient(timeout=10, trust_env=False)
+        self._http = httpx.AsyncClient(timeout=EVENTUAL, trust_env=False)
         self._url = ""
 
     @property
@@ -286,12 +286,12 @@ async def is_refused(client: Client, key: str) -> bool:
 @asynccontextmanager
 async def operating(url: str) -> AsyncIterator[AbstractChannel]:
     """A channel of somebody else, who looks at queues, meddles, and publishes what no client would."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(EVENTUAL):
         connection = await aio_pika.connect(url)
     try:
         yield await connection.channel()
     finally:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(EVENTUAL):
             await connection.close()
 
 

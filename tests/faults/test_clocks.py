@@ -73,7 +73,7 @@ async def trusts(work: Work, reader: Observed, eventually: Eventually) -> None:
 # The clock of an instance
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("hours", [1, -1])
 async def test_an_instance_whose_clock_was_always_wrong(
     hours: int, work: Work, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
@@ -94,7 +94,7 @@ async def test_an_instance_whose_clock_was_always_wrong(
     await work.check("right")
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("hours", [1, -1])
 async def test_the_clock_of_an_instance_is_set(
     hours: int, work: Work, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
@@ -120,7 +120,7 @@ async def test_the_clock_of_an_instance_is_set(
 # The clock of the database, and of the relay's host
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("hours", [1, -1])
 async def test_the_clock_of_the_database_is_wrong(
     hours: int,
@@ -161,7 +161,7 @@ async def test_the_clock_of_the_database_is_wrong(
 # Ticks that nobody's relay has sent, or another one's
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_forged_ticks(
     work: Work, rabbitmq: RabbitMQ, database_url: str, stock: DB, namespace: str, eventually: Eventually
 ) -> None:
@@ -201,7 +201,7 @@ async def test_forged_ticks(
     await work.check()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_the_relay_of_a_second_database_speaks_in_the_same_namespace(
     work: Work,
     rabbitmq: RabbitMQ,

@@ -33,7 +33,7 @@ async def connected(url: str) -> AsyncIterator[DB]:
         connection.terminate()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 async def test_the_database_loses_replies_and_connections_and_dies_under_load(
     rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, eventually: Eventually
 ) -> None:
@@ -91,7 +91,7 @@ async def every_connection_of(client: Client) -> AsyncIterator[None]:
         yield
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_a_long_transaction_that_holds_the_oldest_row(
     rabbitmq: RabbitMQ, database_url: str, stock: DB, working: Working, eventually: Eventually
 ) -> None:
@@ -126,7 +126,7 @@ async def reads(reader: Any, key: str, version: int) -> bool:
     return bool((await reader.read(key)).version == version)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_a_commit_becomes_visible_after_its_client_gave_up_and_published(
     rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, eventually: Eventually
 ) -> None:
@@ -192,7 +192,7 @@ class Standby(Postgres):
         await self._run([self.program("pg_basebackup"), "--dbname", self._primary, *copy])
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_a_relay_that_is_pointed_at_a_standby(
     rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, clients: Clients, eventually: Eventually
 ) -> None:

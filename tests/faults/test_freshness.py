@@ -26,7 +26,7 @@ def work(working: Working, stock: DB, rabbitmq: RabbitMQ, database_url: str) -> 
     return working(stock, broker_url=rabbitmq.url, database_url=database_url)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_a_process_is_stopped_another_one_is_blocked(work: Work, eventually: Eventually) -> None:
     await work.relay()
     stopped, blocked = await asyncio.gather(work.process("stopped"), work.process("blocked", blocked=LONG))
@@ -53,7 +53,7 @@ async def test_a_process_is_stopped_another_one_is_blocked(work: Work, eventuall
     assert untroubled.client.stats()["coherence"]["skipped_echoes"] > 0
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("direction", ["both", "request", "reply"])
 async def test_a_half_open_connection(
     direction: Direction, work: Work, rabbitmq: RabbitMQ, eventually: Eventually
@@ -81,7 +81,7 @@ async def test_a_half_open_connection(
         await work.check()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_a_writer_whose_way_to_the_broker_is_slow(
     work: Work, rabbitmq: RabbitMQ, eventually: Eventually
 ) -> None:

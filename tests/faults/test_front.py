@@ -27,7 +27,7 @@ def consumer(client: Client) -> str:
     return state
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_a_message_reaches_both_levels_of_every_instance(
     settings: dict[str, Any], clients: Clients, eventually: Eventually
 ) -> None:
@@ -43,7 +43,7 @@ async def test_a_message_reaches_both_levels_of_every_instance(
     assert (await two.cache.read("k", giving("newer"))).value in ("new", "newer")  # it evicts outside as well
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_what_was_evicted_while_another_process_had_the_queue_is_served_no_more(
     settings: dict[str, Any], rabbitmq: RabbitMQ, clients: Clients, eventually: Eventually
 ) -> None:
@@ -66,7 +66,7 @@ async def test_what_was_evicted_while_another_process_had_the_queue_is_served_no
         assert (await first.cache.read("k", giving("new"))).value == "new"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_a_redis_that_is_killed_costs_no_read_an_error(
     settings: dict[str, Any], own_redis: Redis, clients: Clients, eventually: Eventually
 ) -> None:

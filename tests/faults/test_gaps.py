@@ -101,7 +101,7 @@ async def drop(broker: RabbitMQ, operator: AbstractChannel, reader: Observed) ->
     await broker.ctl("clear_policy", "too-long")
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("deaf_and_not_silent")
 @pytest.mark.parametrize("lose", [purge, drop])
 @pytest.mark.parametrize("cache", ["memory", "redis"])
@@ -164,7 +164,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("deaf_and_not_silent")
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_a_writer_is_killed_right_after_its_confirm_and_its_message_purged(
@@ -255,7 +255,7 @@ NOTICED = {
 }
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("trouble", NOTICED, ids=lambda trouble: trouble.__name__)
 async def test_it_is_noticed_and_a_new_epoch_begins(
     trouble: Callable[[Trouble], Awaitable[None]],
@@ -286,7 +286,7 @@ async def test_it_is_noticed_and_a_new_epoch_begins(
     await work.check()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_an_exchange_of_another_type_is_said_loudly_and_repaired_by_an_operator(
     work: Work,
     operator: AbstractChannel,
@@ -317,7 +317,7 @@ async def test_an_exchange_of_another_type_is_said_loudly_and_repaired_by_an_ope
     await work.check()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("loss", ["expired", "purged"])
 async def test_a_queue_loses_what_it_held_while_its_instance_is_away(
     loss: str,

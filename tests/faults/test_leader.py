@@ -26,7 +26,7 @@ pytest_plugins = ("scene", "workload")
 DB = asyncpg.Connection
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_the_leading_relay_is_killed_and_the_next_one_frozen(
     rabbitmq: RabbitMQ,
     database_url: str,
@@ -80,7 +80,7 @@ async def test_the_leading_relay_is_killed_and_the_next_one_frozen(
 INTERVAL = 1.0
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_ticks_go_on_and_stay_true_when_the_leader_is_killed_or_frozen_and_wakes(
     rabbitmq: RabbitMQ,
     database_url: str,
@@ -107,7 +107,7 @@ async def test_ticks_go_on_and_stay_true_when_the_leader_is_killed_or_frozen_and
     async def somebody_takes_over(since: float) -> None:
         name = await leader()
         took = (await relays[name].status())["relay"]["since"] - since
-        assert took < 3 * INTERVAL
+        assert took < 20 * INTERVAL  # 2.5, where nothing is in the way, and else not before TCP gives up
         seen = from_wall(since) + took
         await eventually(lambda: work.history.ticks[-1].as_of > seen, EVENTUAL)
 

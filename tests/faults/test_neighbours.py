@@ -45,7 +45,7 @@ def body(*keys: str, **fields: Any) -> bytes:
 # Other namespaces
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("cache", ["memory", "redis"])
 async def test_namespaces_whose_names_look_alike(
     cache: str,
@@ -104,7 +104,7 @@ async def test_namespaces_whose_names_look_alike(
 # Other versions, and other programs
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_messages_of_a_version_to_come_during_a_rolling_deploy(
     work: Work, operator: AbstractChannel, namespace: str, eventually: Eventually
 ) -> None:
@@ -132,7 +132,7 @@ async def test_messages_of_a_version_to_come_during_a_rolling_deploy(
     await work.check()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_messages_of_another_program_that_numbers_nothing(
     work: Work, operator: AbstractChannel, namespace: str, eventually: Eventually
 ) -> None:
@@ -157,7 +157,7 @@ async def test_messages_of_another_program_that_numbers_nothing(
 # A second process of the same name
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_a_half_open_consumer_still_holds_messages_while_another_process_takes_its_name(
     work: Work,
     redis: Redis,

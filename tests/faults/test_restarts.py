@@ -58,7 +58,7 @@ def epochs(client: Client) -> dict[str, int]:
     return dict(client.stats()["coherence"]["gap_reasons"])
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_an_instance_that_comes_back_goes_on_where_it_was(
     settings: dict[str, Any], clients: Clients, namespace: str, eventually: Eventually
 ) -> None:
@@ -99,7 +99,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_killed_between_making_the_queue_and_clearing(
     settings: dict[str, Any],
     clients: Clients,
@@ -127,7 +127,7 @@ async def test_killed_between_making_the_queue_and_clearing(
         assert await has_price(second, "a", 2)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("loss", ["emptied", "gone back"])
 @pytest.mark.parametrize("local_entries", [0, 10])
 async def test_redis_loses_what_it_held(

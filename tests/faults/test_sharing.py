@@ -62,7 +62,7 @@ def stored(observed: Observed) -> int:
     return counters.loads - counters.not_stored
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_what_is_stored_after_another_has_evicted_it_is_served_to_nobody(
     work: Work, redis: Redis, namespace: str, eventually: Eventually
 ) -> None:
@@ -95,7 +95,7 @@ async def test_what_is_stored_after_another_has_evicted_it_is_served_to_nobody(
         assert (await gives(two, "k0"))[0] == 2
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @with_and_without_a_first_level
 async def test_one_of_two_is_half_open(work: Work, rabbitmq: RabbitMQ, eventually: Eventually) -> None:
     await work.relay()
@@ -119,7 +119,7 @@ async def test_one_of_two_is_half_open(work: Work, rabbitmq: RabbitMQ, eventuall
         await work.check()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @with_and_without_a_first_level
 async def test_one_of_two_is_stopped(work: Work) -> None:
     await work.relay()
@@ -140,7 +140,7 @@ async def test_one_of_two_is_stopped(work: Work) -> None:
     await work.check()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_a_suspect_instance_loads_a_key_no_more_often_than_it_has_to(
     work: Work, rabbitmq: RabbitMQ, eventually: Eventually
 ) -> None:

@@ -55,7 +55,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 async def test_the_writer_is_killed_between_commit_and_publish(
     rabbitmq: RabbitMQ,
     database_url: str,
@@ -119,7 +119,7 @@ async def write_and_be_cancelled(writer: Client, proxy: Proxy, db: DB) -> None:
         await writing
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("write", [write_in_a_transaction, write_in_one_statement, write_and_be_cancelled])
 async def test_the_reply_to_a_commit_is_lost(
     write: Callable[[Client, Proxy, DB], Awaitable[None]],
@@ -234,7 +234,7 @@ asyncio.run(main())
 HELD = 0.05  # seconds
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_a_hundred_thousand_keys_and_a_mebibyte_of_keys_in_one_transaction(
     rabbitmq: RabbitMQ,
     database_url: str,
@@ -270,7 +270,7 @@ async def test_a_hundred_thousand_keys_and_a_mebibyte_of_keys_in_one_transaction
     assert written["held"] < HELD, "writing held everything else up"
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 async def test_nothing_is_stale_while_a_hundred_thousand_keys_go_by(
     rabbitmq: RabbitMQ, database_url: str, stock: DB, working: Working, eventually: Eventually
 ) -> None:
@@ -292,7 +292,7 @@ async def test_nothing_is_stale_while_a_hundred_thousand_keys_go_by(
     await work.check()
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("end", ["stop", "kill"])
 async def test_postgres_is_restarted_under_a_running_service(
     end: str,

@@ -135,8 +135,8 @@ async def test_a_client_keeps_an_attached_redis_cache_honest(
     settings = Settings(broker_url="memory://", database_url="", namespace=namespace)
     cache = redis_cache(redis, "attached")
     async with Client(settings) as client, Client(settings) as other:
-        await client.wait_ready(5)
-        await other.wait_ready(5)
+        await client.wait_ready(30)
+        await other.wait_ready(30)
         client.attach(cache)
         await cache.multi_set([("a", 1), ("b", 1)])
         await other.invalidate("a")

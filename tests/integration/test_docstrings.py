@@ -21,7 +21,7 @@ def test_everything_has_an_example_but_what_needs_none() -> None:
 async def test_an_example_prints_what_it_says(name: str, namespace: str) -> None:
     settings = Settings(broker_url="memory://", database_url="", namespace=namespace, instance_id="shop-1")
     async with Client(settings) as client:
-        await client.wait_ready(10)
+        await client.wait_ready(30)
         assert await differences(DOCUMENTED[name], client) == []
 
 

@@ -331,7 +331,7 @@ async def test_an_instance_is_in_the_table_as_long_as_it_lives(
     db: asyncpg.Connection, client_of: ClientOf
 ) -> None:
     async with client_of(instance_id="one", max_staleness=5) as client:
-        await client.wait_ready(10)
+        await client.wait_ready(30)
         (row,) = await db.fetch(ROWS)
         assert (row["id"], row["max_staleness"]) == ("one", 5.0)
         assert client.status()["registration"] == {
@@ -348,7 +348,7 @@ async def test_one_that_promises_freshness_is_not_ready_before_it_is_registered(
 ) -> None:
     await db.execute("ALTER TABLE cacheinval.instances RENAME TO elsewhere")
     async with client_of(max_staleness=5) as client, client_of() as eventual:
-        await eventual.wait_ready(10)
+        await eventual.wait_ready(30)
         await eventually(lambda: client.reason == str(SchemaMissingError()))
 
         async def load() -> int:
@@ -357,7 +357,7 @@ async def test_one_that_promises_freshness_is_not_ready_before_it_is_registered(
         for one, outcomes in ((client, ["bypass", "bypass"]), (eventual, ["miss", "hit"])):
             assert [(await one.cache.read("k", load)).outcome for _ in outcomes] == outcomes
         await db.execute("ALTER TABLE cacheinval.elsewhere RENAME TO instances")
-        await client.wait_ready(10)
+        await client.wait_ready(30)
         assert (await client.cache.read("k", load)).outcome == "bypass", "it was loaded before"
         assert (await client.cache.read("k", load)).outcome == "hit"
 
@@ -375,7 +375,7 @@ async def test_a_pool_that_is_exhausted_costs_no_registration(
         return bool(await db.fetchval("SELECT clock_timestamp() > to_timestamp($1)", at))
 
     async with client_of(max_staleness=60) as client, AsyncExitStack() as occupied:
-        await client.wait_ready(10)
+        await client.wait_ready(30)
         for _ in range(client.pool.get_max_size()):
             await occupied.enter_async_context(client.pool.acquire())
         with pytest.raises(TimeoutError):

@@ -213,7 +213,7 @@ class TestVersions:
 
 async def _somebody_waits(pool: Any) -> None:
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not await pool.fetchval(query):
             await asyncio.sleep(0.01)
 
@@ -243,7 +243,7 @@ class TestOutages:
         assert await products.get("a") is None
         own_postgres.pause()
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 with pytest.raises(DatabaseError, match="TimeoutError"):
                     await products.get("a")
         finally:

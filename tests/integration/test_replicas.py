@@ -85,7 +85,7 @@ async def service(
         max_replica_lag=LAG,
     )
     async with Client(settings) as client:
-        await client.wait_ready(10)
+        await client.wait_ready(30)
         yield Service(client, as_json=request.param == "redis")
 
 

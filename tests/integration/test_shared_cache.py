@@ -560,7 +560,7 @@ async def test_a_cache_that_hangs_costs_its_deadline(
     async with through_proxy(url, namespace) as (proxy, one):
         await one.cache.get_or_set("k", value_of("old"))
         proxy.swallow()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert await one.cache.read("k", value_of("new")) == Read("new", "miss", False)
             with pytest.raises(CacheError, match="cache failed: TimeoutError"):
                 await one.evict("k")
@@ -697,7 +697,7 @@ async def test_a_server_that_hangs_up_on_a_command_does_not_stop_the_world(names
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     one = instance(f"memcached://127.0.0.1:{port}", namespace)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises(CacheError, match="the memcached cache failed"):
             await one.evict("k", "l")
         with pytest.raises(CacheError, match="the memcached cache failed"):

@@ -45,7 +45,7 @@ def hardly_a_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def instances(namespace: str) -> AsyncIterator[list[Client]]:
     async with Client(settings(namespace, "a")) as a, Client(settings(namespace, "b")) as b:
-        await asyncio.gather(a.wait_ready(5), b.wait_ready(5))
+        await asyncio.gather(a.wait_ready(30), b.wait_ready(30))
         yield [a, b]
 
 
@@ -164,7 +164,7 @@ async def test_instances_that_share_an_id_are_each_heard(
     instances: list[Client], ask: Ask, namespace: str
 ) -> None:
     async with Client(settings(namespace, "a")) as twin:
-        await twin.wait_ready(5)
+        await twin.wait_ready(30)
         await poison(twin, "lie")
         for client in instances:
             await client.cache.get_or_set("truth", Source())
@@ -270,7 +270,7 @@ async def test_an_audit_that_fails_is_told_and_the_next_is_made(
 async def test_an_audit_under_way_does_not_outlive_its_client(namespace: str, eventually: Eventually) -> None:
     before = asyncio.all_tasks()
     async with Client(settings(namespace, "a")) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         await poison(client, "lie")
         client.bus.publish(Delivery(encode(Audit(v=1, delay=600)), "nobody"))  # type: ignore[attr-defined]
         await eventually(lambda: client.auditor.state["running"])
@@ -282,7 +282,7 @@ async def test_a_client_audits_by_itself_if_it_is_asked_to(
 ) -> None:
     before = asyncio.all_tasks()
     async with Client(settings(namespace, "a", audit_interval=0.01)) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         client.auditor._delay = 0.01
         await poison(client, "lie")
         await eventually(lambda: client.stats()["audit"]["inconsistent"] >= 2)

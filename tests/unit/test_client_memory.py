@@ -40,7 +40,7 @@ class Source:
 @pytest.fixture
 async def client(namespace: str) -> AsyncIterator[Client]:
     async with Client(settings(namespace)) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         yield client
 
 
@@ -48,7 +48,7 @@ async def client(namespace: str) -> AsyncIterator[Client]:
 async def other(namespace: str, client: Client) -> AsyncIterator[Client]:
     """Another client of the same namespace."""
     async with Client(settings(namespace)) as other:
-        await other.wait_ready(5)
+        await other.wait_ready(30)
         yield other
 
 
@@ -62,7 +62,7 @@ def test_a_client_can_be_made_and_used_to_decorate_before_there_is_an_event_loop
 
     async def main() -> None:
         async with client:
-            await client.wait_ready(5)
+            await client.wait_ready(30)
             assert await read(1) == await read(1) == "old"
             await client.invalidate("k:1")
             source.value = "new"
@@ -96,7 +96,7 @@ async def test_an_invalidation_reaches_every_client(
 
 async def test_other_namespaces_are_left_alone(client: Client, namespace: str) -> None:
     async with Client(settings(namespace + "2")) as stranger:
-        await stranger.wait_ready(5)
+        await stranger.wait_ready(30)
         source = Source()
         await stranger.cache.get_or_set("k", source)
         await client.invalidate("k", everything=True)
@@ -152,7 +152,7 @@ async def test_states(namespace: str, eventually: Eventually) -> None:
     client = Client(settings(namespace))
     assert (client.state, client.ready, client.reason) == ("starting", False, "not subscribed yet")
     async with client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         assert (client.state, client.ready, client.reason) == ("ready", True, None)
         client.instance.lost("cut")
         assert (client.state, client.ready, client.reason) == ("suspect", False, "cut")
@@ -171,7 +171,7 @@ async def test_a_client_is_entered_once(client: Client) -> None:
 async def test_after_the_end_nothing_is_left_running(namespace: str) -> None:
     before = asyncio.all_tasks()
     async with Client(settings(namespace)) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         await client.invalidate("k")
         assert len(asyncio.all_tasks()) > len(before)
     assert asyncio.all_tasks() == before
@@ -194,7 +194,7 @@ async def test_a_part_that_fails_is_started_again(
 ) -> None:
     monkeypatch.setattr(wiring, "RESTART_PAUSE", 0.01)
     async with Client(settings(namespace)) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         await client.cache.get_or_set("k", Source())
         evict = client.cache.evict
 
@@ -216,7 +216,7 @@ async def test_an_epoch_put_off_that_fails_does_not_leave_it_suspect_for_ever(
 ) -> None:
     monkeypatch.setattr(wiring, "RESTART_PAUSE", 0.01)
     async with Client(settings(namespace)) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         channel = await client.bus.open_channel()
         await channel.send(b"not JSON: a gap")
         await eventually(lambda: client.stats()["receiver"]["malformed"] == 1)
@@ -387,7 +387,7 @@ async def test_as_many_loaders_run_at_a_time_as_the_setting_says(
 
 async def test_replicas_lag_for_as_long_as_the_setting_says(namespace: str, eventually: Eventually) -> None:
     async with Client(settings(namespace, max_replica_lag=0.001)) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         replica, primary = Source(), Source()
 
         async def a_replica_was_asked() -> bool:  # soon after the subscription, not half a minute later

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 async def client(namespace: str) -> AsyncIterator[Client]:
     async with Client(Settings(broker_url="memory://", database_url="", namespace=namespace)) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         yield client
 
 
@@ -324,7 +324,7 @@ async def test_invalidating_one_result_reaches_everyone(client: Client, namespac
         return read
 
     async with Client(Settings(broker_url="memory://", database_url="", namespace=namespace)) as other:
-        await other.wait_ready(5)
+        await other.wait_ready(30)
         here, there = reader(client), reader(other)
         await here(1), await there(1), await there(2)
         await here.invalidate(1)

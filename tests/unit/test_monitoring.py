@@ -99,7 +99,7 @@ class TestPaths:
 class TestStatus:
     async def test_it_tells_of_the_client(self, settings: Settings) -> None:
         async with Client(settings) as client, asking(Monitoring(client, lambda: READY)) as http:
-            await client.wait_ready(5)
+            await client.wait_ready(30)
             status = (await http.get("/status")).json()
             assert (status["id"], status["state"]) == ("one", "ready")
             assert status["counters"]["cache"]["hits"] == 0
@@ -123,7 +123,7 @@ class TestMetrics:
             return "value"
 
         async with Client(settings) as client, asking(Monitoring(client, lambda: READY)) as http:
-            await client.wait_ready(5)
+            await client.wait_ready(30)
             for _ in range(3):
                 await client.cache.get_or_set("key", load)
             before = values((await http.get("/metrics")).text)
@@ -142,7 +142,7 @@ class TestMetrics:
             return "value"
 
         async with Client(settings) as client, asking(Monitoring(client, lambda: READY)) as http:
-            await client.wait_ready(5)
+            await client.wait_ready(30)
             for key in ("truth", "lie"):
                 await client.cache.get_or_set(key, load)
             client.cache._backend.look("lie").value = "lie"  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ class TestMetrics:
     async def test_latencies_are_a_histogram_in_seconds(self, settings: Settings) -> None:
         writer = Client(settings.model_copy(update={"instance_id": "other"}), subscribe=False)
         async with Client(settings) as client, writer, asking(Monitoring(client, lambda: READY)) as http:
-            await client.wait_ready(5)
+            await client.wait_ready(30)
             await writer.invalidate("key")
             async with asyncio.timeout(5):
                 while True:

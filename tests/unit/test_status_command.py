@@ -206,7 +206,7 @@ async def test_an_instance_tells_its_hit_ratio_its_last_gap_and_its_own_time(
 
     settings = Settings(broker_url="memory://", database_url="", namespace=namespace, max_staleness=9.0)
     async with Client(settings) as client:
-        await client.wait_ready(5)
+        await client.wait_ready(30)
         assert (client.status()["hit_ratio"], client.status()["last_gap"]) == (None, None)
         for _ in range(4):
             await client.cache.get_or_set("k", load)

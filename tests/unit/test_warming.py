@@ -414,8 +414,8 @@ async def test_one_setting_turns_it_on_and_the_status_shows_what_it_did(
 ) -> None:
     settings = Settings(broker_url="memory://", database_url="", warm_keys=10)
     async with Client(settings) as client, Client(settings) as other:
-        await client.wait_ready(5)
-        await other.wait_ready(5)
+        await client.wait_ready(30)
+        await other.wait_ready(30)
         load = client.cached("k", tags=["t"])(source.load)
         assert [await load(), await load(), await load()] == [1, 1, 1]
         source.value = 2
