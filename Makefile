@@ -17,10 +17,10 @@ demo: .venv/installed  ## the story, told with real servers in under a minute
 	@$(BIN)/cacheinval demo
 
 test: setup  ## all tests, against private servers
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 simulation: .venv/installed  ## the rules in every order of events: states explored, mutants and what caught them
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/simulation
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/simulation
 
 soak: setup  ## MINUTES=10 of walks through the rules, then as many of random faults under load, then the long tests; SEED=… plays them again
 	@cd tests && ../$(BIN)/python -m simulation.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
