@@ -100,7 +100,7 @@ async def test_it_migrates_while_a_writer_writes_and_nothing_is_lost(
     other = await asyncpg.connect(database_url, timeout=10, command_timeout=60)
     try:
         async with Client(settings) as client:
-            await client.wait_ready(10)
+            await client.wait_ready(30)
             written = 0
 
             async def write() -> None:

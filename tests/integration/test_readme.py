@@ -69,7 +69,7 @@ async def test_the_grants_are_what_a_client_needs(
                 broker_url=rabbitmq.url, database_url=url, namespace=namespace, max_staleness=5
             )
             async with Client(settings) as client:
-                await client.wait_ready(10)
+                await client.wait_ready(30)
                 await client.apply_schema()
                 await client.execute("UPDATE prices SET price = 2", invalidate=["price:a"])
                 async with client.transaction() as tx:
@@ -122,8 +122,8 @@ async def test_the_definitions_make_a_user_who_can_do_everything_that_is_needed(
         broker_url=url.format("opensesame"), database_url="", namespace=namespace, instance_id="one"
     )
     async with Client(settings) as one, Client(settings.model_copy(update={"instance_id": "two"})) as two:
-        await one.wait_ready(10)
-        await two.wait_ready(10)
+        await one.wait_ready(30)
+        await two.wait_ready(30)
         await one.invalidate("price:a")
         await eventually(lambda: two.stats()["receiver"]["messages"] == 1)
         assert [instance["id"] for instance in await one.ask_instances()] == ["one", "two"]

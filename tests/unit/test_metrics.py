@@ -137,7 +137,7 @@ class TestCounting:
             broker_url="memory://", database_url="", namespace=namespace, instance_id="one", max_staleness=5
         )
         async with Client(settings) as client:
-            await client.wait_ready(5)
+            await client.wait_ready(30)
             for reason in ("refresh", "subscription", "refresh"):
                 if reason == "subscription":
                     client.instance.lost("for the test")

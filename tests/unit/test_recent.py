@@ -74,8 +74,8 @@ class TestInstances:
         answers: list[dict[str, Any]] = []
         other = settings.model_copy(update={"instance_id": "other"})
         async with Client(settings) as writer, Client(other) as reader:
-            await writer.wait_ready(5)
-            await reader.wait_ready(5)
+            await writer.wait_ready(30)
+            await reader.wait_ready(30)
             await writer.invalidate("key", tags=["tag"])
             inquiry = writer.outlook.inquire(answers.append)
 
@@ -98,6 +98,6 @@ class TestInstances:
     async def test_nobody_is_told_who_did_not_ask_for_it(self, namespace: str) -> None:
         settings = Settings(broker_url="memory://", database_url="", namespace=namespace)
         async with Client(settings) as client:
-            await client.wait_ready(5)
+            await client.wait_ready(30)
             (status,) = await client.ask_instances(0.05)
         assert "evictions" not in status
