@@ -100,7 +100,7 @@ MUTANTS = [
     ),
     Mutant(
         "a judgement outlives its epoch",
-        Shape(keys=("a", "b"), writes=3, readers=1, drops=1, keeps_entries=True),
+        Shape(writes=3, readers=1, drops=1, keeps_entries=True),
         (("self.epoch += 1\n        self.standing.shake()", "self.epoch += 1"),),
     ),
     Mutant(
@@ -181,12 +181,12 @@ MUTANTS = [
     Mutant(
         "a lost subscription is trusted",
         REJOIN,
-        (('self.doubt("subscription", reason)', "pass"),),
+        (('self.doubt("subscription", self._lost)', "pass"),),
     ),
     Mutant(
         "a subscription that was lost counts as one",
         SLOW,
-        (("        self._subscribed = False\n        self._marker,", "        self._marker,"),),
+        (("        self._subscribed = False\n        self._lost", "        self._lost"),),
     ),
     Mutant(
         "every probe is taken for the marker",
@@ -205,7 +205,7 @@ MUTANTS = [
     ),
     Mutant(
         "a message with a gap before it waits for the epoch",
-        Shape(keys=("a", "b"), writes=3, readers=1, drops=1, malformed=1),
+        Shape(writes=3, readers=1, drops=1, malformed=1),
         (("return gap or _asked_by(message)", "return gap"),),
     ),
     Mutant(
@@ -228,8 +228,8 @@ MUTANTS = [
 DROPPED_IN_TIME = Span(staleness=0, until=3, drops=1)
 HUNG = Span(hung_loads=True, looks=1)
 RESUMED_IN_TIME = Span(staleness=0, until=3, durable=True, losses=1, looks=0)
-PUT_OFF = Span(staleness=0, until=3, malformed=1, drops=1, looks=3, grace=True)
-SKEWED = Span(skew=1, staleness=2, ahead=-1, until=6)
+PUT_OFF = Span(staleness=0, until=3, malformed=2, looks=3, grace=True)
+SKEWED = Span(skew=1, staleness=0, ahead=-1, until=3, grace=True)
 PUT_RIGHT = Span(database_ahead=2, ahead=2, clocks=(0,), clock_sets=1, staleness=0, until=5)
 FEW_ROWS = (
     (
@@ -247,13 +247,17 @@ TIMED_MUTANTS = [
     ),
     TimedMutant(
         "tick from a cursor instead of a set",
-        Span(writes=1, slow_writes=1, staleness=0, until=3),
+        Span(writes=1, slow_writes=1, staleness=0, until=3, grace=True),
         relaying=Relaying(by_cursor=True),
     ),
     TimedMutant(
         "numbers told as the look saw them", DROPPED_IN_TIME, relaying=Relaying(numbers_of_look=True)
     ),
-    TimedMutant("tick time read after the snapshot", Span(), relaying=Relaying(time_after_look=True)),
+    TimedMutant(
+        "tick time read after the snapshot",
+        Span(staleness=0, until=3, grace=True),
+        relaying=Relaying(time_after_look=True),
+    ),
     TimedMutant(
         "a tick of a look that saw only a part",
         MANY_ROWS,
@@ -301,7 +305,7 @@ TIMED_MUTANTS = [
     ),
     TimedMutant(
         "watermark trusted across epochs",
-        Span(staleness=0, until=3, losses=1, drops=1),
+        Span(staleness=0, until=3, losses=1, drops=1, grace=True),
         (
             # The first tick of the new subscription tells numbers, as ever; but the proof of the old one stays.
             (
@@ -330,7 +334,16 @@ TIMED_MUTANTS = [
     ),
     TimedMutant(
         "a tick that was believed by another clock",
-        Span(database_ahead=1, ahead=1, clocks=(0,), clock_sets=1, batches=True, staleness=0, until=4),
+        Span(
+            database_ahead=1,
+            ahead=1,
+            clocks=(0,),
+            clock_sets=1,
+            batches=True,
+            staleness=0,
+            until=2,
+            grace=True,
+        ),
         (
             (
                 "        self._tick_passed = None\n        self.proof.start_over()\n",
@@ -350,17 +363,17 @@ TIMED_MUTANTS = [
     ),
     TimedMutant(
         "a clock that was set begins no epoch",
-        Span(ahead=2, clocks=(0,), clock_sets=1, until=5),
+        Span(staleness=0, ahead=2, clocks=(0,), clock_sets=1, looks=0, until=3, grace=True),
         (('return Eviction(everything=True, reason="clock stepped")', "return Eviction()"),),
     ),
     TimedMutant(
         "the first tick extends what was loaded before",
-        Span(drops=1, baselined=False, staleness=0, until=3),
+        Span(drops=1, baselined=False, staleness=0, until=2, grace=True),
         (("            self.extends = now\n", "            self.extends = -1\n"),),
     ),
     TimedMutant(
         "what was loaded as the first tick came is extended",
-        Span(drops=1, baselined=False, staleness=0, until=3, looks=2),
+        Span(drops=1, baselined=False, staleness=0, until=2, looks=2, grace=True),
         (("load_started > self.extends", "load_started >= self.extends"),),
     ),
     TimedMutant(
@@ -393,7 +406,7 @@ TIMED_MUTANTS = [
     ),
     TimedMutant(
         "a gap put off raises no doubt",
-        PUT_OFF,
+        Span(staleness=0, until=1, malformed=1),
         (('        self.doubt("gap", reason)\n', ""),),
     ),
     TimedMutant(

@@ -7,7 +7,7 @@ import cacheinval.outbox.ticks as ticks
 
 from .conftest import Exploring
 from .freshness import Span, timed
-from .mutants import FEW_ORIGINS, FEW_ROWS, MANY_ROWS, TIMED_MUTANTS, TimedMutant, changed
+from .mutants import FEW_ORIGINS, FEW_ROWS, MANY_ROWS, PUT_OFF, TIMED_MUTANTS, TimedMutant, changed
 
 # With a staleness of 0 a second less has to pass before a wrong hit shows, so that more else can happen.
 SPANS = {
@@ -38,6 +38,7 @@ SPANS = {
     "the same, in batches": Span(staleness=0, until=3, durable=True, losses=1, batches=True),
     "evictions that fail": Span(staleness=0, until=3, batches=True, failures=1, drops=1),
     "gaps put off": Span(staleness=0, until=3, malformed=1, drops=1, looks=2),
+    "two gaps put off, three ticks": PUT_OFF,
     "gaps put off, clearing fails": Span(
         staleness=0, until=3, malformed=1, drops=1, looks=1, failures=1, batches=True
     ),
@@ -45,7 +46,7 @@ SPANS = {
     "loads that hang, two readers": Span(hung_loads=True, readers=2, looks=1, staleness=0, until=3),
     "two keys with a shared tag": Span(staleness=0, until=3, keys=("k", "l"), tagged=True, by_tag=True),
     "clocks that differ": Span(skew=1, staleness=2, database_ahead=1, until=6),
-    "clocks that differ, the other way": Span(skew=1, staleness=2, ahead=-1, until=6),
+    "clocks that differ, the other way": Span(skew=1, staleness=2, ahead=1, until=6),
     "ticks from the future": Span(database_ahead=1, until=4),
     "a clock set forwards and back": Span(clocks=(0, 2), clock_sets=2, until=4),
     "a clock put right": Span(database_ahead=2, ahead=2, clocks=(0,), clock_sets=1, staleness=0, until=5),
