@@ -59,6 +59,7 @@ from cacheinval.registration import Registered, Registration
 from cacheinval.reloading import Warmer
 from cacheinval.settings import Settings, mask_url
 from cacheinval.tasks import STOP_TIMEOUT, Tasks
+from cacheinval.tracing import Tracing, tracing
 from cacheinval.transactions import Invalidations, Transaction
 from cacheinval.versions import VersionOf
 from cacheinval.writes import Writes
@@ -221,6 +222,7 @@ class Client:
         self._bus_run: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
         self._started_at: float | None = None
+        self._tracing: Tracing | None = None
 
     # Life
 
@@ -228,6 +230,7 @@ class Client:
         if self._started_at is not None:
             raise CacheinvalError("a Client can be entered once; make another one")
         self._started_at = time.time()
+        self._trace()
         # Entered in this order, left in the reverse one: what feeds others stops before what it feeds.
         async with AsyncExitStack() as stack:
             if self._has_database and self._own_pool:
@@ -601,6 +604,7 @@ class Client:
                 evicted_here=evicting is None,
                 confirmed=confirmed,
                 question=question,
+                context=self._tracing.current() if self._tracing is not None else None,
             )
         )
         if evicting is not None:
@@ -630,6 +634,14 @@ class Client:
             raise DatabaseError(
                 f"the database cannot be used: {str(error) or 'no answer in time'}"
             ) from error
+
+    def _trace(self) -> None:
+        system = "memory" if self.settings.broker_url.startswith("memory:") else "rabbitmq"
+        exchange = f"cacheinval.{self.settings.namespace}"
+        self._tracing = tracing(system, exchange, self.settings.instance_id)
+        self.publisher.tracing = self.instance.tracing = self._outbox.tracing = self._tracing
+        if self.relay is not None:
+            self.relay.trace(self._tracing)
 
     # What the parts ask for
 

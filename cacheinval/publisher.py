@@ -17,6 +17,7 @@ from cacheinval.coherence import Coherence, higher
 from cacheinval.errors import PublishError
 from cacheinval.latencies import Latencies
 from cacheinval.messages import Beat, Invalidate, encode, split
+from cacheinval.tracing import Tracing, together
 
 __all__ = ["Publisher", "PublisherCounters", "Unpublished"]
 
@@ -50,7 +51,9 @@ class Channel(Protocol):
 
     @property
     def origin(self) -> str: ...
-    async def send(self, body: bytes, correlation_id: str | None = None, /) -> None: ...
+    async def send(
+        self, body: bytes, correlation_id: str | None = None, contexts: Sequence[str] = (), /
+    ) -> None: ...
     async def listen(self, answered: Callable[[str, bytes], None]) -> None: ...
     async def close(self) -> None: ...
 
@@ -81,6 +84,8 @@ class Unpublished:
     confirmed: "asyncio.Future[None] | None" = None
     question: Any = None
     """What the writer wants to know of the others, if it waits for them."""
+    context: str | None = None
+    """That of the write, where it is traced."""
 
     @property
     def size(self) -> int:
@@ -128,6 +133,8 @@ class Publisher:
         asking: Asking | None = None,
     ) -> None:
         self.counters = PublisherCounters()
+        self.tracing: Tracing | None = None
+        """With it there are spans of what is published for writes that were traced."""
         self._open_channel = open_channel
         self._delete_rows = delete_rows
         self._coherence = coherence
@@ -292,6 +299,7 @@ class Publisher:
         at, committed_at = time.time(), min(one.committed_at for one in batch)
         evicted_here = all(one.evicted_here for one in batch)
         channel, messages = self._channel, list(split(*_together(batch)))
+        contexts = [] if self.tracing is None else together(one.context for one in batch)
         questions = [one.question for one in batch if one.question is not None]
         if questions and self._asking is not None and self._listening is not channel:
             await channel.listen(self._asking.answered)
@@ -304,8 +312,12 @@ class Publisher:
             try:
                 for message, asked in todo:
                     # From here to the inside of `send` nothing awaits: messages go out in the order of their numbers.
-                    body = self._stamp(channel, message, at, committed_at, evicted_here)
-                    await channel.send(body, *asked)
+                    message = self._stamp(channel, message, at, committed_at, evicted_here)
+                    if self.tracing is None or not contexts:
+                        await channel.send(encode(message), *asked)
+                    else:
+                        with self.tracing.publishing(contexts, message):
+                            await channel.send(encode(message), asked[0] if asked else None, contexts)
                     self.counters.confirmed_messages += 1
             finally:
                 todo.close()  # after a failure the other senders end with what they have in hand
@@ -330,14 +342,12 @@ class Publisher:
 
     def _stamp(
         self, channel: Channel, message: Invalidate, at: float, committed_at: float, evicted_here: bool
-    ) -> bytes:
+    ) -> Invalidate:
         self._seq += 1
         if evicted_here:
             self._coherence.expect_echo(channel.origin, self._seq)
-        return encode(
-            msgspec.structs.replace(
-                message, origin=channel.origin, seq=self._seq, at=at, committed_at=committed_at
-            )
+        return msgspec.structs.replace(
+            message, origin=channel.origin, seq=self._seq, at=at, committed_at=committed_at
         )
 
     def _succeeded(self, batch: list[Unpublished]) -> None:

@@ -16,6 +16,7 @@ from cacheinval.errors import BlockedError, BusError, CacheError, EvictionError,
 from cacheinval.latencies import Latencies
 from cacheinval.messages import Ask, Audit, Invalidate, Message, Probe, Unknown, decode, encode
 from cacheinval.recent import RecentEvictions
+from cacheinval.tracing import Tracing
 
 __all__ = ["Instance", "ReceiverCounters"]
 
@@ -43,6 +44,8 @@ class Delivery(Protocol):
     def body(self) -> bytes: ...
     @property
     def reply_to(self) -> str | None: ...
+    @property
+    def contexts(self) -> Sequence[str]: ...
 
 
 class Evictable(Protocol):
@@ -77,7 +80,7 @@ class ReceiverCounters(Latencies):
 class _Batch:
     """What several deliveries come to."""
 
-    __slots__ = ("asking", "evicted", "eviction", "own", "problems")
+    __slots__ = ("arrived_at", "asking", "evicted", "eviction", "own", "problems", "traced")
 
     def __init__(self) -> None:
         self.problems: list[str | None] = []
@@ -85,6 +88,8 @@ class _Batch:
         self.evicted: list[Invalidate] = []
         self.own: list[Invalidate] = []
         self.asking: list[Delivery] = []
+        self.traced: list[tuple[Delivery, Invalidate]] = []
+        self.arrived_at = 0
 
 
 class Instance:
@@ -118,6 +123,8 @@ class Instance:
         recent: RecentEvictions | None = None,
     ) -> None:
         self.counters = ReceiverCounters()
+        self.tracing: Tracing | None = None
+        """With it there are spans of the evictions that traced writes cause."""
         self._coherence = coherence
         self._clock = clock
         self._caches = caches
@@ -237,8 +244,12 @@ class Instance:
                 evictions.append(eviction)
                 if isinstance(message, Invalidate):
                     batch.evicted.append(message)
+                    if self.tracing is not None and delivery.contexts:
+                        batch.traced.append((delivery, message))
             elif isinstance(message, Invalidate):  # skipped: it had been evicted here before it was published
                 batch.own.append(message)
+        if batch.traced:
+            batch.arrived_at = time.time_ns()
         if evictions:
             batch.eviction = evictions[0] if len(evictions) == 1 else Eviction.merged(evictions)
         return batch
@@ -361,6 +372,9 @@ class Instance:
                     seq=message.seq,
                     latency_ms=None if latency is None else latency * 1e3,
                 )
+        if self.tracing is not None:
+            for delivery, message in batch.traced:
+                self.tracing.evicted(delivery.contexts, message, batch.arrived_at)
         if batch.asking:
             self._confirm(batch.asking)
         self._note_trust()

@@ -193,6 +193,7 @@ class Writes:
                 evicted_here=evicted_here,
                 committed_at=time.time(),
                 question=question,
+                context=rows[0].context,
             )
         )
         return evicting

@@ -9,7 +9,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-extras='http,redis,memcached,sqlalchemy,dev'
+extras='http,redis,memcached,sqlalchemy,otel,dev'
 
 fail() {
     echo "setup: $*" >&2

@@ -1,20 +1,22 @@
 """Who carries messages: what a bus gives, and what it asks of whoever receives."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 __all__ = ["Bus", "Channel", "Delivery", "Receiver"]
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True, gc=False):
     """One message as it arrived; the AMQP properties are None where the sender set none."""
 
     body: bytes
     reply_to: str | None = None
     correlation_id: str | None = None
     redelivered: bool = False
+    contexts: tuple[str, ...] = ()
+    """Those of the writes that it tells of, where these were traced; see `cacheinval.tracing`."""
 
 
 class Receiver(Protocol):
@@ -53,10 +55,13 @@ class Channel(Protocol):
     def origin(self) -> str:
         """The random name of this channel's lifetime."""
 
-    async def send(self, body: bytes, correlation_id: str | None = None) -> None:
+    async def send(
+        self, body: bytes, correlation_id: str | None = None, contexts: Sequence[str] = ()
+    ) -> None:
         """Publishes `body` to every subscriber; returns when the broker has confirmed it.
 
-        With a `correlation_id` it asks each of them for an answer, which `listen` has to be called for before.
+        With a `correlation_id` it asks each of them for an answer, which `listen` has to be called for before. The
+        `contexts` arrive with it.
 
         Raises:
             PublishError: not confirmed in time, or refused. It may still arrive; the channel is to be closed.

@@ -132,7 +132,9 @@ class EventChannel:
         self.origin = secrets.token_hex(16)
         self._bus: EventBus | None = bus
 
-    async def send(self, body: bytes, correlation_id: str | None = None) -> None:
+    async def send(
+        self, body: bytes, correlation_id: str | None = None, contexts: Sequence[str] = ()
+    ) -> None:
         """Publishes `body` to every subscriber; it waits for each of them when this returns.
 
         Raises:
@@ -140,7 +142,9 @@ class EventChannel:
         """
         if self._bus is None:
             raise PublishError("the channel is closed")
-        self._bus.publish(Delivery(body, correlation_id and self.origin, correlation_id))
+        self._bus.publish(
+            Delivery(body, correlation_id and self.origin, correlation_id, contexts=tuple(contexts))
+        )
 
     async def listen(self, answered: Callable[[str, bytes], None]) -> None:
         """See `bus.Channel.listen`."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -19,6 +19,7 @@ from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, Counts, explain, wit
 from cacheinval.bus.wire import Connection, Frame, Wire
 from cacheinval.errors import BlockedError, PublishError
 from cacheinval.messages import CONTENT_TYPE, MESSAGE_TYPE
+from cacheinval.tracing import headers_of
 
 ANSWERS = "amq.rabbitmq.reply-to"
 """RabbitMQ's direct reply-to: what is sent to it goes to the channel that asked, and ends with it. There is no queue."""
@@ -67,11 +68,18 @@ class RabbitChannel:
         self._reply_to = ANSWERS
 
     async def send(
-        self, body: bytes, correlation_id: str | None = None, *, to: str = "", reply_to: str | None = None
+        self,
+        body: bytes,
+        correlation_id: str | None = None,
+        contexts: Sequence[str] = (),
+        *,
+        to: str = "",
+        reply_to: str | None = None,
     ) -> None:
         """Publishes `body`, with the routing key `to`; returns when the broker has confirmed it.
 
-        With a `correlation_id` it asks for answers: to `reply_to`, else to whoever has called `listen`.
+        With a `correlation_id` it asks for answers: to `reply_to`, else to whoever has called `listen`. The `contexts` go
+        as headers.
 
         That no queue was there to take it is a success. Calls may overlap; they go out in their order.
 
@@ -89,6 +97,7 @@ class RabbitChannel:
             delivery_mode=DeliveryMode.PERSISTENT,
             reply_to=reply_to or (self._reply_to if correlation_id else None),
             correlation_id=correlation_id,
+            headers=headers_of(contexts) if contexts else None,
         )
         task = asyncio.current_task()
         assert task is not None

@@ -16,6 +16,7 @@ from pamqp.heartbeat import Heartbeat
 from yarl import URL
 
 from cacheinval.bus import Delivery
+from cacheinval.tracing import contexts_of, names_context
 
 __all__ = ["Arrive", "Connection", "Frame", "Splitter", "Wire"]
 
@@ -28,6 +29,7 @@ END = 0xCE
 BASIC_DELIVER = bytes((0, 60, 0, 60))
 CONTENT = struct.Struct(">4xQH")  # of a header: the size of the body, and which properties there are
 ANSWERABLE = 0x0600  # reply_to or correlation_id among them
+HEADERS = 0x2000
 
 SIGN_OF_LIFE = 1.0  # seconds
 
@@ -120,6 +122,7 @@ class Splitter:
         self._tag = 0
         self._redelivered = False
         self._properties: Any = None
+        self._contexts: tuple[str, ...] = ()
         self._size = 0
         self._body = b""
 
@@ -173,6 +176,7 @@ class Splitter:
         if kind == HEADER:
             self._size, flags = CONTENT.unpack_from(data, payload)
             self._properties = _properties(data[payload:end]) if flags & ANSWERABLE else None
+            self._contexts = _contexts(data[payload:end]) if flags & HEADERS else ()
             self._body = b""
         elif kind == BODY:
             self._body += data[payload:end]
@@ -187,9 +191,11 @@ class Splitter:
         self._channel = -1
         properties = self._properties
         if properties is None:
-            delivery = Delivery(self._body, redelivered=self._redelivered)
+            delivery = Delivery(self._body, None, None, self._redelivered, self._contexts)
         else:
-            delivery = Delivery(self._body, properties.reply_to, properties.correlation_id, self._redelivered)
+            delivery = Delivery(
+                self._body, properties.reply_to, properties.correlation_id, self._redelivered, self._contexts
+            )
         self._complete.append((self._tag, delivery))
 
 
@@ -197,3 +203,12 @@ def _properties(payload: bytes) -> Any:
     header = ContentHeader()
     header.unmarshal(payload)
     return header.properties
+
+
+def _contexts(payload: bytes) -> tuple[str, ...]:
+    if not names_context(payload):
+        return ()
+    try:
+        return contexts_of(_properties(payload).headers)
+    except Exception:  # headers that cannot be read are not what a message says
+        return ()

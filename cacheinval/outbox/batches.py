@@ -10,6 +10,7 @@ import msgspec
 from cacheinval.coherence import higher
 from cacheinval.errors import InvalidKeyError
 from cacheinval.messages import Invalidate, check_names, split
+from cacheinval.tracing import together
 
 __all__ = ["Batch", "batches", "stamped"]
 
@@ -20,8 +21,8 @@ NAMES = 1_000  # in one message
 class Batch:
     """Rows that can be deleted once all of `messages` have been confirmed.
 
-    `oldest` is when the oldest of them was recorded, in seconds since 1970; `bad` says what is wrong with those that
-    no message can express, in whose place everything is invalidated.
+    `oldest` is when the oldest of them was recorded, in seconds since 1970; `contexts` are those of the writes that were
+    traced; `bad` says what is wrong with those that no message can express, in whose place everything is invalidated.
     """
 
     ids: list[UUID] = field(default_factory=list)
@@ -29,6 +30,7 @@ class Batch:
     tags: dict[str, None] = field(default_factory=dict)
     everything: bool = False
     oldest: float = float("inf")
+    contexts: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
 
     @property
@@ -61,6 +63,8 @@ def batches(rows: Iterable[Mapping[str, Any]]) -> Generator[Batch, None, None]:
             batch = Batch()
         batch.ids.append(row["id"])
         batch.oldest = min(batch.oldest, row["recorded_at"])
+        if row["context"]:
+            batch.contexts = together([*batch.contexts, row["context"]])
         if problem is None:
             batch.add(keys, row["versions"] or [None] * len(keys), tags, row["everything"])
         else:

@@ -16,6 +16,7 @@ from cacheinval.errors import DatabaseError, PublishError
 from cacheinval.outbox.sending import Channel, Sender
 from cacheinval.outbox.session import LOST, Session
 from cacheinval.outbox.ticks import Ticks
+from cacheinval.tracing import Tracing
 
 if TYPE_CHECKING:
     import asyncpg
@@ -88,6 +89,10 @@ class Relay:
         self._rows: int | None = None
         self._count_at = 0.0
         self._errors = 0
+
+    def trace(self, tracing: Tracing | None) -> None:
+        """From now on there are spans of what is published for writes that were traced; None: not from here."""
+        self._sender.tracing = tracing
 
     @property
     def leads(self) -> bool:

@@ -33,7 +33,7 @@ _AGAIN = 0.5
 _DEADLINE = 60.0
 
 _COMPLETE = """
-    SELECT to_regclass('cacheinval.outbox') IS NOT NULL
+    SELECT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('cacheinval.outbox') AND attname = 'context')
         AND to_regclass('cacheinval.instances') IS NOT NULL
         AND to_regprocedure('cacheinval.invalidate(text[], bigint[], text[], text)') IS NOT NULL
         AND to_regprocedure('cacheinval.untrack(regclass)') IS NOT NULL

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -11,6 +12,7 @@ from cacheinval import logs
 from cacheinval.errors import PublishError
 from cacheinval.messages import Invalidate, Tick, encode
 from cacheinval.outbox.batches import Batch, batches, stamped
+from cacheinval.tracing import Tracing
 
 __all__ = ["Channel", "Sender"]
 
@@ -24,7 +26,9 @@ class Channel(Protocol):
 
     @property
     def origin(self) -> str: ...
-    async def send(self, body: bytes) -> None: ...
+    async def send(
+        self, body: bytes, correlation_id: str | None = None, contexts: Sequence[str] = (), /
+    ) -> None: ...
     async def close(self) -> None: ...
 
 
@@ -47,6 +51,8 @@ class Sender:
         self.confirmed: dict[str, int] = {}
         """The last number by origin up to which all were confirmed, as of the last publish."""
         self.published_rows = self.published_messages = self.bad_rows = self.ticks = 0
+        self.tracing: Tracing | None = None
+        """With it there are spans of what is published for writes that were traced."""
 
     async def publish(self, rows: Sequence[Mapping[str, Any]], confirmed: list[UUID]) -> PublishError | None:
         """Publishes all rows, and notes in `confirmed` which may be deleted; returns what went wrong first, if anything.
@@ -131,23 +137,24 @@ class Sender:
             for batch in todo:
                 last = 0
                 for message in batch.messages:
-                    last = await self._send_one(channel, message, batch.oldest)
+                    last = await self._send_one(channel, message, batch)
                 sent.append((last, batch))
                 self.published_rows += len(batch.ids)
                 self._report_bad(batch)
         finally:
             todo.close()  # after a failure the other senders end with what they have in hand
 
-    async def _send_one(self, channel: Channel, message: Invalidate, committed_at: float) -> int:
+    async def _send_one(self, channel: Channel, message: Invalidate, batch: Batch) -> int:
         self._seq += 1
         seq = self._seq
         # From here to the inside of `send` nothing awaits: messages go out in the order of their numbers.
-        body = encode(
-            stamped(message, origin=channel.origin, seq=seq, at=time.time(), committed_at=committed_at)
-        )
+        message = stamped(message, origin=channel.origin, seq=seq, at=time.time(), committed_at=batch.oldest)
+        tracing = self.tracing if batch.contexts else None
         try:
-            async with asyncio.timeout(self._deadline):
-                await channel.send(body)
+            with tracing.publishing(batch.contexts, message) if tracing is not None else nullcontext():
+                async with asyncio.timeout(self._deadline):
+                    # The contexts go on also where this process makes no spans of its own.
+                    await channel.send(encode(message), *((None, batch.contexts) if batch.contexts else ()))
         except TimeoutError:
             raise PublishError(
                 f"the broker did not confirm within {self._deadline:g} s (CACHEINVAL_PUBLISH_TIMEOUT)"

@@ -47,7 +47,7 @@ _LOCK = "SELECT pg_try_advisory_lock(hashtextextended('cacheinval.relay.' || $1,
 
 # Whatever is visible, as a set: rows become visible in any order. One row at least, however large it is.
 _DUE = """
-    SELECT id, {names}, everything, extract(epoch FROM recorded_at)::float8 AS recorded_at
+    SELECT id, {names}, everything, left(context, 600) AS context, extract(epoch FROM recorded_at)::float8 AS recorded_at
     FROM (
         SELECT *, sum(pg_column_size(keys) + pg_column_size(tags))
             OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before

@@ -21,7 +21,7 @@ from cacheinval.outbox.writing import insert_sql
 __all__ = ["combine", "leaves_session"]
 
 LONGEST = 15 * 1024  # asyncpg keeps no longer statement prepared; and a round trip is little beside it
-MOST_PARAMETERS = 32_767 - 7
+MOST_PARAMETERS = 32_767 - 8
 
 _NAME = "cacheinval_recorded"
 # PostgreSQL takes every byte above 127 for a letter. (A range of them takes `re` ten times as long as all the rest.)

@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from cacheinval.errors import DatabaseError, SchemaMissingError
+from cacheinval.tracing import Tracing
 
 __all__ = ["Executor", "Outbox", "Row", "explain", "insert_sql"]
 
@@ -43,6 +44,8 @@ class Row:
 
     id: UUID
     arguments: tuple[object, ...]
+    context: str | None = None
+    """That of the write, where it is traced; among the arguments, too."""
 
 
 def insert_sql(first: int = 1) -> str:
@@ -50,10 +53,10 @@ def insert_sql(first: int = 1) -> str:
 
     Each has its type beside it, so that none depends on the statement in which this one may be embedded.
     """
-    types = ("uuid", "text", "text[]", "bigint[]", "text[]", "boolean", "interval")
+    types = ("uuid", "text", "text[]", "bigint[]", "text[]", "boolean", "text", "interval")
     values = [f"${number}::{name}" for number, name in enumerate(types, first)]
     values[-1] = f"clock_timestamp() + {values[-1]}"
-    columns = "id, namespace, keys, versions, tags, everything, publish_at"
+    columns = "id, namespace, keys, versions, tags, everything, context, publish_at"
     return f"INSERT INTO cacheinval.outbox ({columns}) VALUES ({', '.join(values)})"  # noqa: S608 (constants)
 
 
@@ -69,6 +72,8 @@ class Outbox:
         self._namespace = namespace
         self._grace = timedelta(seconds=grace)
         self._insert = insert_sql()
+        self.tracing: Tracing | None = None
+        """With it rows bear the context of the span in which they are made."""
 
     def rows(
         self,
@@ -88,9 +93,10 @@ class Outbox:
             publish_here: the caller will publish them itself, so the relay is to wait a moment.
         """
         grace = self._grace if publish_here else timedelta()
+        context = self.tracing.current() if self.tracing is not None else None
         if everything:
-            return [self._row([], None, [], True, grace)]
-        return [self._row(*part, False, grace) for part in _parts(keys, versions, tags)]
+            return [self._row([], None, [], True, context, grace)]
+        return [self._row(*part, False, context, grace) for part in _parts(keys, versions, tags)]
 
     def _row(
         self,
@@ -98,10 +104,12 @@ class Outbox:
         versions: list[int | None] | None,
         tags: list[str],
         everything: bool,
+        context: str | None,
         grace: timedelta,
     ) -> Row:
         row_id = uuid4()
-        return Row(row_id, (row_id, self._namespace, keys, versions, tags, everything, grace))
+        arguments = (row_id, self._namespace, keys, versions, tags, everything, context, grace)
+        return Row(row_id, arguments, context)
 
     async def record(
         self, connection: Executor, rows: Sequence[Row], *, timeout: float | None = None

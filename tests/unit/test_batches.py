@@ -19,6 +19,7 @@ def row(
     tags: Sequence[Any] | None = (),
     everything: bool = False,
     recorded_at: float = 0.0,
+    context: str | None = None,
 ) -> dict[str, Any]:
     return {
         "id": UUID(int=number),
@@ -27,6 +28,7 @@ def row(
         "tags": None if tags is None else list(tags),
         "everything": everything,
         "recorded_at": recorded_at,
+        "context": context,
     }
 
 
@@ -110,6 +112,19 @@ rows = st.builds(
     everything=st.booleans(),
     recorded_at=st.floats(0, 1e10),
 )
+
+
+def test_the_contexts_of_a_batch_are_those_of_its_rows() -> None:
+    full = range(1_000)
+    rows = [
+        row(1, context="one"),
+        row(2),
+        row(3, context="two"),
+        row(4, context="one"),
+        row(5, [f"k{n}" for n in full]),
+        row(6, context="three"),
+    ]
+    assert [batch.contexts for batch in batches(rows)] == [["one", "two"], [], ["three"]]
 
 
 @given(st.lists(rows, max_size=30, unique_by=lambda one: one["id"]))

@@ -284,7 +284,7 @@ def test_the_image_is_built_from_files_that_are_there_and_sent() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {project["readme"], *project["license-files"]} <= sent  # the build needs them
     (extras,) = re.findall(r'"\.\[([a-z,]+)\]"', DOCKERFILE)
-    no_command = {"dev", "bench", "sqlalchemy"}  # nothing that the image runs uses these
+    no_command = {"dev", "bench", "sqlalchemy", "otel"}  # nothing that the image runs uses these
     assert set(extras.split(",")) == project["optional-dependencies"].keys() - no_command
 
 
