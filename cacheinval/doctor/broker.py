@@ -3,12 +3,13 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from aio_pika import ExchangeType
 from aio_pika.abc import AbstractChannel, AbstractQueue
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+from aiormq.abc import AbstractChannel as UnderlayChannel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 from pamqp.commands import Basic
@@ -39,7 +40,8 @@ __all__ = ["BrokerSeen", "HeardTick"]
 
 CONNECT_WITHIN = 8.0  # seconds
 ANSWER_WITHIN = 4.0
-CONFIRM_WITHIN = 3.0
+CONFIRM_WITHIN = 5.0
+LOOK_EVERY = 0.2
 ANSWERS_WITHIN = 1.5
 DEPENDENT = ("exchange", "dead letters", "permissions", "round trip", "ticks", "instances")
 
@@ -66,6 +68,7 @@ class BrokerSeen:
         self._connection: Connection | None = None
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
         self._ear: AbstractQueue | None = None
+        self._blocked = False
         self.listens = False
         """Whether ticks could be heard."""
         self.answered: list[dict[str, Any]] | None = None
@@ -80,8 +83,15 @@ class BrokerSeen:
             self._checks.add(self._not_checked("the exchange cannot be used", 1))
             return None
         await self._checks.run("dead letters", ANSWER_WITHIN, self._dead_letters)
-        if await self._checks.run("permissions", ANSWER_WITHIN + CONFIRM_WITHIN, self._listen):
-            await self._checks.run("round trip", 2 * CONFIRM_WITHIN + 1, self._round_trip)
+        permitted = await self._checks.run("permissions", ANSWER_WITHIN, self._listen)
+        if self.listens:
+            deadline = 2 * CONFIRM_WITHIN + ANSWER_WITHIN
+            permitted &= await self._checks.run("round trip", deadline, self._round_trip)
+        if permitted:
+            self._checks.add(ok("permissions", "all that an instance and a relay need"))
+        if self._blocked:
+            self._checks.add(self._not_checked("nobody can publish", 4))
+            return None
         _, tick = await asyncio.gather(
             self._checks.run("instances", ANSWERS_WITHIN + 2 * CONNECT_WITHIN, self._ask),
             self._tick() if self.listens else _none(),
@@ -171,11 +181,8 @@ class BrokerSeen:
         finally:
             for _, step in steps:
                 step.close()
-        found = [await self._may_publish(self._broker.exchange), await self._may_publish("")]
-        if self._settings.cache_is_external:
-            found.append(await self._may_use_durable())
-        refused = [finding for finding in found if finding is not None]
-        return refused or [ok("permissions", "all that an instance and a relay need")]
+        refused = await self._may_use_durable() if self._settings.cache_is_external else None
+        return [] if refused is None else [refused]
 
     async def _declare(self, channel: AbstractChannel, arguments: Any) -> None:
         self._ear = await channel.declare_queue(exclusive=True, auto_delete=True, arguments=arguments)
@@ -193,37 +200,6 @@ class BrokerSeen:
         await underlay.basic_consume(self._ear.name, hear, no_ack=True)
         self.listens = True
 
-    async def _may_publish(self, exchange: str) -> Finding | None:
-        """Publishes to `exchange` what reaches nobody: to the default one by a name that no queue has."""
-        channel = await self._channel(confirms=True)
-        if exchange:
-            # A fanout would reach everybody: a message of a kind that is ignored, and only once.
-            return await self._publish_probe(channel)
-        try:
-            underlay = await channel.get_underlay_channel()
-            async with asyncio.timeout(CONFIRM_WITHIN):
-                await underlay.basic_publish(b"", routing_key=secrets.token_hex(16))
-        except ChannelAccessRefused as error:
-            return of_refusal(self._url, "write on amq.default (for answers)", explain(error))
-        except TimeoutError:
-            return None  # `_round_trip` says that better
-        return None
-
-    async def _publish_probe(self, channel: AbstractChannel) -> Finding | None:
-        underlay = await channel.get_underlay_channel()
-        self._probe = secrets.token_hex(8)
-        properties = Basic.Properties(content_type="application/json", message_type=MESSAGE_TYPE)
-        body = encode(Probe(v=1, id=self._probe))
-        self._began = time.monotonic()
-        try:
-            async with asyncio.timeout(CONFIRM_WITHIN / 2):
-                await underlay.basic_publish(body, exchange=self._broker.exchange, properties=properties)
-        except ChannelAccessRefused as error:
-            return of_refusal(self._url, f"write on {self._broker.exchange}", explain(error))
-        except TimeoutError:
-            return None  # `_round_trip` says that better
-        return None
-
     async def _may_use_durable(self) -> Finding | None:
         """Looks at the queue of the cache outside the process; 405 or not, that it answers is enough."""
         name = f"{self._broker.exchange}.{self._settings.instance_id}"
@@ -236,29 +212,62 @@ class BrokerSeen:
             return of_refusal(self._url, f"configure and read on {name}", explain(error))
         return None
 
-    async def _round_trip(self) -> Finding:
-        """Whether the probe comes back: that the exchange routes, and that nothing blocks publishers."""
+    async def _round_trip(self) -> list[Finding]:
+        """Publishes to both exchanges, and waits for what was published to come back."""
+        exchange, probe = self._broker.exchange, secrets.token_hex(8)
+        properties = Basic.Properties(content_type="application/json", message_type=MESSAGE_TYPE)
+        body, began = encode(Probe(v=1, id=probe)), time.monotonic()
+        channel = await self._confirming()
+        sending = channel.basic_publish(body, exchange=exchange, properties=properties)
+        problem = await self._published(sending, f"write on {exchange}")
+        if problem is not None:
+            return [problem]
         try:
             async with asyncio.timeout(CONFIRM_WITHIN):
-                while not _is_probe(await self._heard.get(), self._probe):
+                while not _is_probe(await self._heard.get(), probe):
                     pass
         except TimeoutError:
-            if await self._blocked():
-                return failed(
-                    "alarms",
-                    "the broker blocks publishers: an alarm, of memory or disk",
-                    "`rabbitmq-diagnostics alarms` says which: free disk or memory. Writes go on meanwhile, their rows wait",
-                )
             remedy = "see whether the broker is overloaded (`rabbitmq-diagnostics status`)"
-            return failed("round trip", f"a message did not come back within {CONFIRM_WITHIN:g} s", remedy)
-        took = (time.monotonic() - self._began) * 1e3
-        return ok("round trip", f"no alarm; a message came back after {took:.0f} ms")
+            return [failed("round trip", f"a message did not come back within {CONFIRM_WITHIN:g} s", remedy)]
+        took = (time.monotonic() - began) * 1e3
+        found = [ok("round trip", f"no alarm; a message came back after {took:.0f} ms")]
+        # As answers are sent, but by a name that no queue has.
+        sending = (await self._confirming()).basic_publish(b"", routing_key=secrets.token_hex(16))
+        problem = await self._published(sending, "write on amq.default (for answers)")
+        return found if problem is None else [*found, problem]
 
-    async def _blocked(self) -> bool:
+    async def _confirming(self) -> UnderlayChannel:
+        return await (await self._channel(confirms=True)).get_underlay_channel()
+
+    async def _published(self, sending: Coroutine[Any, Any, object], permission: str) -> Finding | None:
+        """Why it was not confirmed; None if it was."""
+        publishing = asyncio.ensure_future(sending)
+        end = time.monotonic() + CONFIRM_WITHIN
+        try:
+            while not (await asyncio.wait({publishing}, timeout=LOOK_EVERY))[0]:
+                if await self._is_blocked():
+                    self._blocked = True
+                    return failed(
+                        "alarms",
+                        "the broker blocks publishers: an alarm, of memory or disk",
+                        "`rabbitmq-diagnostics alarms` says which: free some. Writes go on meanwhile, their rows wait",
+                    )
+                if time.monotonic() > end:
+                    remedy = "see whether the broker is overloaded (`rabbitmq-diagnostics status`)"
+                    return failed("round trip", f"no confirm within {CONFIRM_WITHIN:g} s", remedy)
+            publishing.result()
+        except ChannelAccessRefused as error:
+            return of_refusal(self._url, permission, explain(error))
+        finally:
+            publishing.cancel()
+            publishing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return None
+
+    async def _is_blocked(self) -> bool:
         assert self._connection is not None
         assert self._connection.transport is not None
         try:
-            await within(0.1, self._connection.transport.ready())
+            await within(0.01, self._connection.transport.ready())
         except TimeoutError:
             return True
         return False

@@ -24,6 +24,8 @@ from cacheinval.sandbox import RabbitMQ
 
 pytest_plugins = ("scene",)
 
+pytestmark = pytest.mark.timeout(180)  # of which nearly all is for a broker to start where others are busy
+
 DB = asyncpg.Connection
 ROOT = Path(__file__).parents[2]
 TICK = 0.2
