@@ -52,20 +52,11 @@ _LEADER = """
     JOIN pg_stat_activity USING (pid)
 """
 
-# Of each table and template that is tracked: the triggers that work, of four; and parts of such a table that have none.
 _TRACKED = """
-    WITH working AS (
-        SELECT tgrelid, right(tgname, 16) AS digest, count(*) FILTER (WHERE tgenabled = 'A') AS triggers
-        FROM pg_trigger WHERE tgfoid = to_regprocedure('cacheinval.record_change()') GROUP BY 1, 2
-    )
-    SELECT
-        ARRAY(SELECT DISTINCT tgrelid::regclass::text FROM working WHERE triggers < 4 ORDER BY 1) AS incomplete,
-        ARRAY(
-            SELECT DISTINCT member::text FROM working, cacheinval.with_children(tgrelid) AS member
-            WHERE NOT EXISTS (SELECT FROM working AS own WHERE own.tgrelid = member AND own.digest = working.digest)
-            ORDER BY 1
-        ) AS untracked,
-        (SELECT count(DISTINCT tgrelid) FROM working) AS tracked
+    SELECT array_agg(DISTINCT relation::text) FILTER (WHERE triggers < 4 AND NOT attached_later) AS incomplete,
+        array_agg(DISTINCT relation::text) FILTER (WHERE triggers < 4 AND attached_later) AS untracked,
+        count(DISTINCT relation) AS tracked
+    FROM cacheinval.tracking()
 """
 
 
@@ -169,7 +160,7 @@ class DatabaseSeen:
 
     async def _tracked(self) -> Sequence[Finding]:
         row = await self._connection.fetchrow(_TRACKED)
-        return of_tracking(row["incomplete"], row["untracked"], row["tracked"])
+        return of_tracking(row["incomplete"] or [], row["untracked"] or [], row["tracked"])
 
     async def _registered(self) -> list[Finding]:
         instances = Instances(

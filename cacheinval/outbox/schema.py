@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA_VERSION", "apply_schema", "schema_sql"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OLDEST_SERVER = 14  # idle_session_timeout, on which the relay's leadership stands
 
 _FILES = ("schema.sql", "track.sql")
@@ -37,6 +37,7 @@ _COMPLETE = """
         AND to_regclass('cacheinval.instances') IS NOT NULL
         AND to_regprocedure('cacheinval.invalidate(text[], bigint[], text[], text)') IS NOT NULL
         AND to_regprocedure('cacheinval.untrack(regclass)') IS NOT NULL
+        AND to_regprocedure('cacheinval.tracking()') IS NOT NULL
 """
 
 

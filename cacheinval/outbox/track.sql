@@ -180,6 +180,48 @@ BEGIN
 END
 $$;
 
+-- What is tracked, by table and the end of its triggers' names, so that one can tell when triggers are gone (version 2).
+CREATE TABLE IF NOT EXISTS cacheinval.tracked (
+    target regclass NOT NULL,
+    digest text NOT NULL,
+    PRIMARY KEY (target, digest)
+);
+INSERT INTO cacheinval.tracked -- by an older version
+    SELECT DISTINCT tgrelid, right(tgname, 16) FROM pg_trigger WHERE tgfoid = 'cacheinval.record_change()'::regprocedure
+    ON CONFLICT DO NOTHING;
+
+-- Notes which triggers there are, and so nothing that is not so, whoever calls it.
+CREATE OR REPLACE FUNCTION cacheinval.note_tracked(target regclass) RETURNS void
+    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO cacheinval.tracked
+        SELECT DISTINCT tgrelid, right(tgname, 16) FROM pg_trigger
+        WHERE tgrelid IN (SELECT cacheinval.with_children(target)) AND tgfoid = 'cacheinval.record_change()'::regprocedure
+        ON CONFLICT DO NOTHING
+$$;
+
+-- Forgets what has no trigger any more.
+CREATE OR REPLACE FUNCTION cacheinval.forget_tracked(target regclass) RETURNS void
+    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    DELETE FROM cacheinval.tracked AS noted
+        WHERE noted.target IN (SELECT cacheinval.with_children(forget_tracked.target)) AND NOT EXISTS (
+            SELECT FROM pg_trigger WHERE tgrelid = noted.target AND tgfoid = 'cacheinval.record_change()'::regprocedure
+        )
+$$;
+
+-- Every table that is tracked, or was and has not been untracked, with its parts; `triggers` are those of its four that work.
+CREATE OR REPLACE FUNCTION cacheinval.tracking() RETURNS TABLE (relation regclass, attached_later boolean, triggers bigint)
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT member, NOT EXISTS (
+            SELECT FROM cacheinval.tracked AS own WHERE own.target = member AND own.digest = noted.digest
+        ), count(tgname) FILTER (WHERE tgenabled = 'A')
+    FROM cacheinval.tracked AS noted
+    JOIN pg_class ON pg_class.oid = noted.target -- else the table is gone
+    CROSS JOIN cacheinval.with_children(noted.target) AS member
+    LEFT JOIN pg_trigger ON tgrelid = member AND right(tgname, 16) = noted.digest
+        AND tgfoid = 'cacheinval.record_change()'::regprocedure
+    GROUP BY member, noted.target, noted.digest
+$$;
+
 -- From now on every INSERT, UPDATE, DELETE and TRUNCATE on the table, whoever makes it, records its own invalidations;
 -- changes from before are covered by invalidating everything once. The same again does nothing. Another template or
 -- namespace is tracked besides; other tags or another version column replace those given before.
@@ -214,6 +256,7 @@ BEGIN
                 )
         )
     ) THEN
+        PERFORM cacheinval.note_tracked(target);
         RETURN;
     END IF;
     BEGIN
@@ -239,6 +282,7 @@ BEGIN
             EXECUTE format('ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %I', member, name);
         END LOOP;
     END LOOP;
+    PERFORM cacheinval.note_tracked(target);
     PERFORM cacheinval.invalidate_all(namespace);
 END
 $$;
@@ -259,6 +303,7 @@ BEGIN
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', name, member);
     END LOOP;
+    PERFORM cacheinval.forget_tracked(target);
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION '% is in use by a transaction that did not end within 3 s', target
         USING ERRCODE = 'lock_not_available', HINT = 'Nothing was changed: try again.';
@@ -271,6 +316,9 @@ GRANT EXECUTE ON FUNCTION cacheinval.trigger_arguments(regclass, text, name, tex
 GRANT EXECUTE ON FUNCTION cacheinval.record_change() TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cacheinval.track(regclass, text, name, text[], text) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cacheinval.untrack(regclass) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION cacheinval.note_tracked(regclass) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION cacheinval.forget_tracked(regclass) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION cacheinval.tracking() TO PUBLIC;
 
 COMMENT ON FUNCTION cacheinval.track(regclass, text, name, text[], text) IS
     'Makes every change of the table, whoever makes it, record what it invalidates.';

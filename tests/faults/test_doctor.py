@@ -333,6 +333,16 @@ async def test_triggers_are_gone_and_a_partition_was_attached_later(settings: di
     await db.execute("ALTER TABLE products DISABLE TRIGGER USER")
     checks = await found(settings)
     assert {one.text.split()[0] for one in checks["tracked tables"]} == {"products", "orders_2"}
+    # All of them, as somebody does who restores a table without its triggers.
+    for name in await db.fetch("SELECT tgname FROM pg_trigger WHERE tgrelid = 'orders'::regclass"):
+        await db.execute(f"DROP TRIGGER {name['tgname']} ON orders")
+    checks = await found(settings)
+    assert {one.text.split()[0] for one in checks["tracked tables"]} == {"products", "orders", "orders_2"}
+    for table in ("products", "orders"):
+        await db.execute(f"SELECT cacheinval.track('{table}', '{table}:{{id}}')")
+    assert only(await found(settings), "tracked tables").text == "4 are complete"
+    await db.execute("SELECT cacheinval.untrack('orders'); DROP TABLE products")
+    assert only(await found(settings), "tracked tables").text == "none"
 
 
 @pytest.fixture

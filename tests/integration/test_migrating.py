@@ -56,11 +56,16 @@ def test_the_schema_as_it_is_now_is_kept_for_those_who_migrate_from_it() -> None
 @pytest.mark.parametrize("version", sorted(RELEASED))
 async def test_every_version_becomes_the_present_one(version: int, db: asyncpg.Connection) -> None:
     await db.execute(RELEASED[version])
-    await db.execute("SELECT cacheinval.invalidate('{a}')")
+    await db.execute("CREATE TABLE things (id int); SELECT cacheinval.track('things', 'thing:{id}')")
+    await db.execute("DELETE FROM cacheinval.outbox; SELECT cacheinval.invalidate('{a}')")
     await apply_schema(db)
+    await db.execute("DELETE FROM things")
+    tracked = await db.fetch("SELECT relation::text, triggers FROM cacheinval.tracking()")
+    assert [tuple(row) for row in tracked] == [("things", 4)], "also what was tracked before"
     migrated = await catalog(db)
     assert await db.fetchval("SELECT max(version) FROM cacheinval.schema_version") == SCHEMA_VERSION
     assert await db.fetchval("SELECT keys FROM cacheinval.outbox") == ["a"]
+    await db.execute("DROP TABLE things")
     await db.execute("DROP SCHEMA cacheinval CASCADE")
     await apply_schema(db)
     assert migrated == await catalog(db)
