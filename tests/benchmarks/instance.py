@@ -22,18 +22,20 @@ import uvloop
 
 from cacheinval import Client
 
-from .fleet import LOOK_AGAIN, fill, gone, names, note_evictions, settings
+from .fleet import fill, gone, names, note_evictions, settings
 from .peers import PEERS
 from .servers import Urls
 
 OURS = "cacheinval"
 AT_A_TIME = 8
 """Who connect to the servers."""
+EVICTED_WITHIN = 50.0
 
 
 class _Cache(Protocol):
     async def fill(self, keys: list[str]) -> None: ...
-    async def gone(self) -> None: ...
+    async def gone(self) -> None:
+        """Raises AssertionError where the cache is not empty, or something else has emptied it."""
 
 
 class _Ours:
@@ -65,8 +67,7 @@ class _Dictionary:
         self._entries.update(dict.fromkeys(keys, "value"))
 
     async def gone(self) -> None:
-        while self._entries:
-            await asyncio.sleep(LOOK_AGAIN)
+        assert not self._entries
 
 
 @asynccontextmanager
@@ -89,8 +90,9 @@ class _Process:
         self._urls = urls
         self._stack = AsyncExitStack()
         self._times: dict[str, float] = {}
+        self._filled = 0
+        self._empty = asyncio.Event()
         self._cache: _Cache
-        self._gone: asyncio.Task[float]
         self._used = 0.0
 
     async def open(self, variant: str, namespace: str) -> str:
@@ -100,20 +102,23 @@ class _Process:
 
     def _note(self, key: str) -> None:
         self._times[key] = time.perf_counter()
+        if len(self._times) == self._filled:
+            self._empty.set()
 
     async def fill(self, count: str) -> str:
-        await self._cache.fill(names(int(count)))
+        self._filled = int(count)
+        await self._cache.fill(names(self._filled))
         self._times.clear()
+        self._empty.clear()
         self._used = time.process_time()
-        self._gone = asyncio.create_task(self._until_gone())
         return "filled"
 
-    async def _until_gone(self) -> float:
-        await self._cache.gone()
-        return time.process_time() - self._used
-
     async def wait(self) -> dict[str, Any]:
-        return {"processor": await self._gone, "times": self._times}
+        async with asyncio.timeout(EVICTED_WITHIN):
+            await self._empty.wait()
+        processor = time.process_time() - self._used
+        await self._cache.gone()
+        return {"processor": processor, "times": self._times}
 
     async def close(self) -> str:
         await self._stack.aclose()
