@@ -21,7 +21,9 @@ OLDEST_SERVER = 14  # idle_session_timeout, on which the relay's leadership stan
 
 _FILES = ("schema.sql", "track.sql")
 
-MIGRATIONS: dict[int, str] = {}
+MIGRATIONS: dict[int, str] = {
+    2: "ALTER TABLE cacheinval.outbox ADD COLUMN IF NOT EXISTS context text;",
+}
 """By version: SQL that turns the tables of the version before into those of this one, where CREATE … IF NOT EXISTS would leave
 them as they were; functions need none. Clients of the version before go on working on what it makes: it may add what they
 need not know of, and take nothing away that they use. Each is kept for good, so that every released version migrates."""

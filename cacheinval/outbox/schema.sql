@@ -74,14 +74,6 @@ CREATE TABLE IF NOT EXISTS cacheinval.outbox (
     toast.autovacuum_vacuum_insert_threshold = -1
 );
 
-DO $$
-BEGIN -- an ALTER TABLE waits for whoever writes, and others for it, so none without need
-    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cacheinval.outbox'::regclass AND attname = 'context') THEN
-        ALTER TABLE cacheinval.outbox ADD COLUMN context text;
-    END IF;
-END
-$$;
-
 -- The last confirmed number of each publishing channel, noted together with the deletion of what it confirmed. Ticks tell
 -- these numbers, so that an instance which missed a message learns of it although nothing further is published. A row
 -- for each channel that was open lately; the relay's leader removes old ones.

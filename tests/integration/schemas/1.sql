@@ -59,7 +59,6 @@ CREATE TABLE IF NOT EXISTS cacheinval.outbox (
     versions bigint[], -- null, or one for each key (null where unknown)
     tags text[] NOT NULL DEFAULT '{}',
     everything boolean NOT NULL DEFAULT false,
-    context text, -- of the trace that the write is part of, if it is traced
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     publish_at timestamptz NOT NULL DEFAULT clock_timestamp() -- the relay leaves the row to its client until then
 ) WITH (
@@ -72,14 +71,6 @@ CREATE TABLE IF NOT EXISTS cacheinval.outbox (
     toast.autovacuum_vacuum_cost_delay = 0,
     toast.autovacuum_vacuum_insert_threshold = -1
 );
-
-DO $$
-BEGIN -- an ALTER TABLE waits for whoever writes, and others for it, so none without need
-    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cacheinval.outbox'::regclass AND attname = 'context') THEN
-        ALTER TABLE cacheinval.outbox ADD COLUMN context text;
-    END IF;
-END
-$$;
 
 -- The last confirmed number of each publishing channel, noted together with the deletion of what it confirmed. Ticks tell
 -- these numbers, so that an instance which missed a message learns of it although nothing further is published. A row

@@ -42,6 +42,11 @@ CREATE TABLE IF NOT EXISTS cacheinval.schema_version (
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
+DO $migrate$ BEGIN
+    IF (SELECT max(version) FROM cacheinval.schema_version) < 2 THEN
+        ALTER TABLE cacheinval.outbox ADD COLUMN IF NOT EXISTS context text;
+    END IF;
+END $migrate$;
 
 -- Invalidations that are committed and not yet confirmed by the broker. Rows are inserted and deleted, never updated,
 -- and live for milliseconds, so the table is nearly always empty:
@@ -59,6 +64,7 @@ CREATE TABLE IF NOT EXISTS cacheinval.outbox (
     versions bigint[], -- null, or one for each key (null where unknown)
     tags text[] NOT NULL DEFAULT '{}',
     everything boolean NOT NULL DEFAULT false,
+    context text, -- of the trace that the write is part of, if it is traced
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     publish_at timestamptz NOT NULL DEFAULT clock_timestamp() -- the relay leaves the row to its client until then
 ) WITH (
