@@ -159,9 +159,10 @@ async def test_the_broker_is_killed(
 
 
 async def test_the_broker_raises_an_alarm(
-    settings: dict[str, Any], own_rabbitmq: RabbitMQ, healthy: Healthy
+    settings: dict[str, Any], own_rabbitmq: RabbitMQ, healthy: Healthy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings |= {"broker_url": own_rabbitmq.url}
+    monkeypatch.setattr(broker, "ANSWER_WITHIN", EVENTUAL)  # it answers, but in its own time
     await healthy()
     await own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.0000001")
     try:

@@ -85,26 +85,26 @@ SPANS = {
 MOST = 100_000
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SPANS)
 def test_no_hit_is_staler_than_promised(exploring: Exploring, name: str) -> None:
     exploring(name, timed(rules, ticks, SPANS[name]), MOST)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_more_origins_than_are_remembered_cost_epochs_and_no_freshness(exploring: Exploring) -> None:
     few = changed(rules, FEW_ORIGINS, "few origins")
     span = Span(staleness=0, until=3, writes=1, unrecorded=1, drops=1, looks=1, grace=True)
     exploring("more origins than are remembered", timed(few, ticks, span), MOST)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_look_that_sees_only_a_part_makes_no_tick(exploring: Exploring) -> None:
     few = changed(ticks, FEW_ROWS, "few rows")
     exploring("more rows than a look takes in", timed(rules, few, MANY_ROWS), MOST)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", TIMED_MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_changed_line_is_caught(exploring: Exploring, mutant: TimedMutant) -> None:
     wrong_rules = changed(rules, mutant.changes, mutant.name)

@@ -152,13 +152,13 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SPANS)
 def test_nobody_serves_the_old_value_after_a_complete_receipt(exploring: Exploring, name: str) -> None:
     exploring(name, registering(rules, registration, receipts, SPANS[name]), 200_000)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_changed_line_is_caught(exploring: Exploring, mutant: Mutant) -> None:
     modules = {"rules": rules, "registration": registration, "receipts": receipts}

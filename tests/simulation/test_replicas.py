@@ -8,13 +8,13 @@ from .conftest import Exploring
 from .replicas import MUTANTS, SPANS, Mutant, replicated
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SPANS)
 def test_what_a_replica_gives_is_never_staler_than_what_was_evicted(exploring: Exploring, name: str) -> None:
     exploring(name, replicated(rules, SPANS[name]), 200_000)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_changed_line_is_caught(exploring: Exploring, mutant: Mutant) -> None:
     exploring(mutant.name, replicated(mutant.rules(), mutant.span), 200_000, caught=True)

@@ -31,20 +31,20 @@ SHAPES = {
 MOST = 100_000
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_rules_hold_in_every_order_of_events(exploring: Exploring, name: str) -> None:
     exploring(name, world(rules, SHAPES[name]), MOST)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 def test_more_tags_than_are_kept_evict_too_much_rather_than_too_little(exploring: Exploring) -> None:
     few = changed(rules, FEW_TAGS, "few tags")
     shape = Shape(keys=("a", "b"), tagged=True, by_tag=True, own_tags=True, writes=2, readers=1)
     exploring("more tags than are kept", world(few, shape), MOST)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_changed_line_is_caught(exploring: Exploring, mutant: Mutant) -> None:
     exploring(mutant.name, world(mutant.rules(), mutant.shape, mutant.glue), MOST, caught=True)
