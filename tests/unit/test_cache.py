@@ -549,9 +549,10 @@ async def test_two_factories_may_share_a_part(cache: InProcessCache) -> None:
 
 async def test_within_a_transaction_the_cache_is_left_alone(cache: InProcessCache) -> None:
     await cache.get_or_set("k", value_of("committed"))
-    with without_cache():
+    with without_cache("a transaction"):
         assert await cache.read("k", value_of("own change")) == Read("own change", "bypass", False)
         assert await cache.read("other", value_of("own change")) == Read("own change", "bypass", False)
+    assert cache.counters.bypass_reasons == {"transaction": 2}
     assert await cache.get_or_set("k", refuse) == "committed"
     assert len(cache) == 1
 

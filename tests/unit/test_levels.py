@@ -222,8 +222,10 @@ async def test_who_reads_a_key_at_the_same_time_shares_one_look(cache: TwoLevels
 
 async def test_within_a_transaction_neither_is_asked(cache: TwoLevels, outside: Outside) -> None:
     await cache.read("k", refuse)
-    with without_cache():
+    with without_cache("a transaction"):
         assert await cache.read("k", value_of("mine")) == Read("mine", "bypass", False)
+    assert cache.counters.bypass_reasons == {"transaction": 1}
+    assert cache.second.counters.bypasses == 0  # nobody has looked there in vain
     assert await cache.read_source("k", value_of("source")) == "source"
     assert outside.asked == ["find"]
 

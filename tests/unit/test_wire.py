@@ -16,6 +16,7 @@ from pamqp.heartbeat import Heartbeat
 from cacheinval.bus import Delivery
 from cacheinval.bus import wire as wires
 from cacheinval.bus.wire import Splitter, Wire
+from cacheinval.tracing import headers_of
 
 Arrived = list[tuple[int, Delivery]]
 
@@ -29,6 +30,7 @@ def delivered(
         message_id="1",
         reply_to=delivery.reply_to,
         correlation_id=delivery.correlation_id,
+        headers=headers_of(delivery.contexts),
     )
     body = delivery.body
     frames: list[Frame | ContentHeader | ContentBody] = [
@@ -59,6 +61,7 @@ deliveries = st.builds(
     reply_to=st.none() | st.just("amq.rabbitmq.reply-to.g1"),
     correlation_id=st.none() | st.just("origin.1"),
     redelivered=st.booleans(),
+    contexts=st.sampled_from([(), ("00-1-2-01",), ("00-1-2-01 vendor=a", "00-3-4-01")]),
 )
 other = st.sampled_from([HEARTBEAT, BLOCKED, QOS_OK, CONFIRM, b"".join(RETURNED)])
 
