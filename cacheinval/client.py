@@ -896,7 +896,7 @@ class Client:
             "tick_refused": self._coherence.proof.refused,
             "source": self._coherence.proof.source,
             "last_gap": None if gap is None else {"at": gap.at, "reason": gap.reason},
-            "queue_depth": None if broker is None else broker["unsettled"],
+            "queue_depth": None if broker is None else broker.get("unsettled"),
             "hit_ratio": cache.hits / reads if reads else None,
             "registration": self._registrar.state if self._subscribe and self._has_database else None,
             "broker": broker,

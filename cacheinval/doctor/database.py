@@ -181,5 +181,5 @@ def _way(error: Exception) -> str:
     if isinstance(error, asyncpg.TooManyConnectionsError):
         return "raise max_connections, or have fewer and smaller pools"
     if "ertificate" in str(error) or "SSL" in str(error):
-        return "see sslmode and sslrootcert in CACHEINVAL_DATABASE_URL"
+        return "see sslmode, sslrootcert, sslcert and sslkey in CACHEINVAL_DATABASE_URL"
     return "see that the server runs (pg_isready), and that CACHEINVAL_DATABASE_URL leads to it from here"
