@@ -131,7 +131,7 @@ def _row(instance: Mapping[str, Any]) -> list[Text]:
         Text(_or_dash(instance.get("hit_ratio"), "{:.1%}")),
         Text(_or_dash((counters.get("cache") or {}).get("evicted_entries"))),
         Text(_last_gap(instance)),
-        Text(str(instance.get("reason") or "")),
+        Text(str(instance.get("reason") or instance.get("tick_refused") or "")),
     ]
 
 

@@ -12,7 +12,8 @@ from rich.text import Text
 from cacheinval.doctor.broker import BrokerSeen, HeardTick
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.database import DatabaseSeen
-from cacheinval.doctor.findings import Finding, of_instances, of_settings, of_tick, warning
+from cacheinval.doctor.findings import Finding, of_settings, warning
+from cacheinval.doctor.instances import of_instances, of_tick
 from cacheinval.fleet import silent_registered
 from cacheinval.settings import Settings, unknown_variables
 

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from cacheinval.outbox.grants import Right, quoted
-from cacheinval.registration import Registered
 from cacheinval.settings import Settings
 
 __all__ = ["Finding", "failed", "ok", "warning"]
@@ -15,7 +14,6 @@ __all__ = ["Finding", "failed", "ok", "warning"]
 Level = Literal["ok", "warning", "failed"]
 
 OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
-DEEP_QUEUE = 1_000  # messages
 
 CONFIGURE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
 WRITE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*|amq\.default)$"
@@ -234,110 +232,3 @@ def of_tracking(incomplete: Sequence[str], untracked: Sequence[str], tracked: in
         for part in untracked
     ]
     return found or [ok("tracked tables", f"{tracked} are complete" if tracked else "none")]
-
-
-# Ticks and instances
-
-
-def of_tick(age: float | None, waited: float, source: str | None, own_source: str | None) -> Finding:
-    """`age`: of the first tick that was heard within `waited` seconds; None where there was none."""
-    if age is None:
-        return failed(
-            "ticks",
-            f"none within {waited:g} s: with MAX_STALENESS every instance soon reads the database each time",
-            "see leader, clock and outbox: a leader ticks once everything before has been confirmed",
-        )
-    if None not in (source, own_source) and source != own_source:
-        return failed(
-            "ticks",
-            f"they come from database {source}, this one is {own_source}: they prove nothing here",
-            "give each database a namespace of its own (CACHEINVAL_NAMESPACE)",
-        )
-    return ok("ticks", f"heard; all that was committed {max(0.0, age):.1f} s ago is on its way")
-
-
-def of_instances(
-    answered: Sequence[Mapping[str, Any]], silent: Sequence[Registered], namespace: str, max_skew: float
-) -> list[Finding]:
-    """How the instances are: who is suspect, silent, behind, or set up differently.
-
-    Each of `answered` is what it told of itself, with `asked` and `arrived`, when that was by the clock here.
-    """
-    found = [*_of_state(answered, namespace), *_of_silent(silent), *_of_differences(answered)]
-    for one in answered:
-        offset = _clock_offset(one)
-        if abs(offset) > max_skew:
-            found.append(
-                failed(
-                    "instances",
-                    f"{one['id']}: its clock is at least {abs(offset):.3f} s {'ahead' if offset > 0 else 'behind'}",
-                    f"run a time service (chrony) on {one.get('host')} and here",
-                )
-            )
-    return found
-
-
-def _of_state(answered: Sequence[Mapping[str, Any]], namespace: str) -> Iterable[Finding]:
-    ready = [one for one in answered if one["state"] == "ready"]
-    if not answered:
-        yield warning(
-            "instances",
-            f"none of namespace {namespace} answers",
-            "start one, or correct CACHEINVAL_NAMESPACE and CACHEINVAL_BROKER_URL, which have to be the same for all",
-        )
-    elif ready:
-        heard = "its queue and binding are there, for the question came through them"
-        yield ok("instances", f"{len(ready)} of {len(answered)} that answer are ready ({heard})")
-    for one in answered:
-        if one["state"] != "ready":
-            yield warning(
-                "instances",
-                f"{one['id']} is {one['state']}: {one.get('reason')}",
-                f"its log says more: host {one.get('host')}, pid {one.get('pid')}",
-            )
-        if (one.get("queue_depth") or 0) > DEEP_QUEUE:
-            yield warning(
-                "queues",
-                f"{one['queue_depth']} messages wait for {one['id']}: it evicts more slowly than others write",
-                "invalidate tags instead of many keys; see whether its host or its cache is overloaded",
-            )
-
-
-def _of_silent(silent: Sequence[Registered]) -> Iterable[Finding]:
-    for one in silent:
-        yield failed(
-            "instances",
-            f"{one.id} is registered and silent: it died within its lease, or its queue or binding is gone",
-            "look at its process and log; where it lives, it subscribes anew within 3 ticks, else restart it",
-        )
-
-
-def _of_differences(answered: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
-    for what, values in {
-        "version": {one["id"]: one.get("version") for one in answered},
-        "source": {one["id"]: one["source"] for one in answered if one.get("source")},
-        **{
-            name: {one["id"]: one["settings"].get(name) for one in answered if one.get("settings")}
-            for name in ("max_staleness", "max_clock_skew", "tick_interval", "max_replica_lag")
-        },
-    }.items():
-        different = sorted({str(value) for value in values.values()})
-        if len(different) > 1:
-            told = "; ".join(
-                f"{value}: {', '.join(sorted(str(id_) for id_, one in values.items() if str(one) == value))}"
-                for value in different
-            )
-            remedy = {
-                "version": "fine during a rolling deploy; afterwards restart those that were left out",
-                "source": "all instances of a namespace have to use one database: give the others another namespace",
-            }.get(what, f"give all the same CACHEINVAL_{what.upper()}, unless you mean it")
-            level = failed if what == "source" else warning
-            yield level("instances", f"they differ in {what} ({told})", remedy)
-
-
-def _clock_offset(one: Mapping[str, Any]) -> float:
-    """By how much its clock surely differs: it answered some time between the question and the arrival."""
-    now = one.get("now")
-    if now is None:
-        return 0.0
-    return float(max(0.0, now - one["arrived"]) - max(0.0, one["asked"] - now))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cacheinval import Settings, doctor
-from cacheinval.doctor import checking, findings
+from cacheinval.doctor import checking, findings, instances
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import Finding, ok
 from cacheinval.outbox.grants import NEEDED, grants
@@ -158,15 +158,15 @@ def test_tracked_tables() -> None:
 
 
 def test_ticks() -> None:
-    assert findings.of_tick(0.2, 3.0, "s", "s").level == "ok"
-    assert findings.of_tick(0.2, 3.0, None, "s").level == "ok"
-    assert findings.of_tick(None, 3.0, None, "s").level == "failed"
-    other = findings.of_tick(0.2, 3.0, "theirs", "mine")
+    assert instances.of_tick(0.2, 3.0, "s", "s").level == "ok"
+    assert instances.of_tick(0.2, 3.0, None, "s").level == "ok"
+    assert instances.of_tick(None, 3.0, None, "s").level == "failed"
+    other = instances.of_tick(0.2, 3.0, "theirs", "mine")
     assert (other.level, "theirs" in other.text) == ("failed", True)
 
 
 def judged(*answers: dict[str, Any], silent: tuple[Registered, ...] = ()) -> list[Finding]:
-    return findings.of_instances(answers, silent, "shop", 0.1)
+    return instances.of_instances(answers, silent, "shop", 0.1)
 
 
 def test_instances_that_are_well() -> None:
@@ -181,6 +181,14 @@ def test_instances_that_are_well() -> None:
         ({"source": "other"}, "failed", "they differ in source (other: b; s: a)"),
         ({"settings": {"max_staleness": None}}, "warning", "they differ in max_staleness (5.0: a; None: b)"),
         ({"queue_depth": 1001}, "warning", "1001 messages wait for b"),
+        ({"tick_refused": "a tick from the future"}, "warning", "b believes no tick: a tick from the future"),
+        (
+            {"registration": {"state": "unregistered", "reason": "lapsed", "session": "x"}},
+            "warning",
+            "b is not registered, and no writer waits for it: lapsed",
+        ),
+        ({"publisher": {"failing": True}}, "warning", "b cannot publish"),
+        ({"relay": {"state": "blocked", "reason": "refused"}}, "warning", "b cannot relay: refused"),
         ({"now": 101.2}, "failed", "b: its clock is at least 0.200 s ahead"),
         ({"now": 98.5}, "failed", "b: its clock is at least 0.500 s behind"),
     ],

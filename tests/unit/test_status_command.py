@@ -101,6 +101,14 @@ async def test_the_table_says_how_each_one_is(client: Client, asked: Asked, said
     assert older.split() == ["shop-0", "right", "0.0.9", "suspect", "-", "-", "-", "-", "-", "silence"]
 
 
+async def test_a_tick_that_is_not_believed_is_a_reason_also_while_it_is_ready(
+    client: Client, asked: Asked, said: Said
+) -> None:
+    asked.answers = [READY | {"tick_refused": "a tick from the future"}]
+    await status(client, as_json=False)
+    assert said()[0].splitlines()[1].endswith("  a tick from the future")
+
+
 async def test_who_is_registered_and_does_not_answer_is_silent(
     client: Client, asked: Asked, said: Said
 ) -> None:
