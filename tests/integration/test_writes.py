@@ -832,7 +832,8 @@ async def test_a_large_write_is_warned_of_once_before_it_is_committed(
     assert len(warned()) == 1
     await client.invalidate(*keys)
     assert len(warned()) == 1
-    await client.invalidate(*keys, everything=True)
+    async with client.transaction() as tx:
+        tx.invalidate(*keys, everything=True)
     await client.invalidate(*keys[:1_500])
     assert warned() == []
 
