@@ -77,10 +77,10 @@ class RecentEvictions:
     def told(self, seconds: float, now: float) -> Recent:
         """The newest of the last `seconds`."""
         since = now - seconds
-        if len(self._kept) == MOST_KEPT:
-            since = max(since, self._kept[0][0])
         newest = [kept for kept in self._kept if kept[0] >= since]
-        if len(newest) > MOST_TOLD:
+        if (
+            len(newest) > MOST_TOLD
+        ):  # fewer than are kept, so that what was forgotten is never claimed to be told
             newest = newest[-MOST_TOLD:]
             since = newest[0][0]
         return Recent(since, now, [_evicted(*kept) for kept in newest])

@@ -27,6 +27,9 @@ LATE_TICKS, LATE = 3, 2.0
 LATE_AFTER = 2.5
 """Seconds without a word of its eviction after which a write is late somewhere."""
 
+CLOCK_SET = 5.0
+"""Seconds that an answer is older than the one before it only where a clock was set back: answers may overtake others."""
+
 WINDOW, SAMPLE_EVERY = 60.0, 5.0
 MOST_MEMBERS = 1_000
 NUMBER_OF_BUCKETS = len(BUCKETS) + 1
@@ -89,10 +92,11 @@ class Member:
         self.heard_at: float | None = None
         self.registered = False
         self.report: Report | None = None
+        self.told_since: float | None = None
         self.told_until = -float("inf")
-        """By its clock: until then it has told what it evicted."""
-        self.untold_until = -float("inf")
-        """By its clock: until then it may have evicted more than it told."""
+        """By its clock: between these it has told what it evicted."""
+        self.untold_from = self.untold_until = -float("inf")
+        """By its clock: but between these it may have evicted more."""
         self.dropped_at = -float("inf")
         """By its clock: when it dropped everything, last."""
         self._samples: deque[tuple[float, list[int]]] = deque()
@@ -177,17 +181,23 @@ class Fleet:
             self._told(member, recent)
 
     def _told(self, member: Member, recent: Recent) -> None:
-        if recent.until < member.told_until:
-            member.told_until = recent.since  # its clock was set back
-        if recent.since > member.told_until:
-            member.untold_until = recent.since
+        if recent.until < member.told_until - CLOCK_SET:
+            member.told_until = recent.since
         for evicted in recent.told:
-            if evicted.at <= member.told_until:
-                continue
-            self.writes.told(member.id, evicted)
-            if evicted.all:
-                member.dropped_at = evicted.at
-        member.told_until = recent.until
+            if evicted.at > member.told_until or member.untold_from < evicted.at < member.untold_until:
+                self.writes.told(member.id, evicted)
+                if evicted.all:
+                    member.dropped_at = max(member.dropped_at, evicted.at)
+        if member.told_since is None:
+            member.told_since = recent.since
+        elif recent.since > member.told_until:
+            if member.untold_until == -float("inf"):
+                member.untold_from = member.told_until
+            member.untold_until = recent.since
+        elif recent.since < member.untold_until:
+            # One that has slept answers what it was asked meanwhile, the narrowest question first.
+            member.untold_until = recent.since if recent.since > member.untold_from else -float("inf")
+        member.told_until = max(member.told_until, recent.until)
 
     def asked(self, problem: str | None, now: float) -> None:
         """Everybody was asked; or could not be, and why."""
@@ -252,7 +262,9 @@ class Fleet:
         if member.id in line.evicted:
             return Fate.EVICTED
         report = member.report
-        if report is None or (report.started_at or 0.0) > line.at or member.untold_until >= line.at:
+        if report is None or member.told_since is None or (report.started_at or 0.0) > line.at:
+            return Fate.UNKNOWN
+        if line.at <= max(member.told_since, member.untold_until):
             return Fate.UNKNOWN
         if member.dropped_at >= line.at:
             return Fate.DROPPED

@@ -15,6 +15,9 @@ __all__ = ["Level", "Verdict", "clock_time", "judge", "plural"]
 OLD_ROW = 5.0
 """Seconds for which a committed change may wait to be published before somebody should look."""
 
+PASSING = 3.0
+"""Seconds for which the broker may not answer this page before that means anything."""
+
 MOST_NAMED = 3
 """Instances that the sentence names."""
 
@@ -54,7 +57,7 @@ def judge(fleet: Fleet, namespace: str, relays: Sequence[Report], now: float) ->
     if suspect:
         return _suspect(suspect, len(present), fleet)
     if fleet.problem is not None:
-        return _not_asked(fleet, by_condition[Condition.UNKNOWN])
+        return _not_asked(fleet, by_condition[Condition.UNKNOWN], now)
     if silent:
         return _silent(silent, len(present), now)
     if not present:
@@ -89,11 +92,10 @@ def _suspect(suspect: Sequence[Member], of: int, fleet: Fleet) -> Verdict:
 def _meanwhile(report: Report, *, many: bool = False) -> str:
     bound = report.settings.max_staleness
     age = SUSPECT_AGE if bound is None else bound
+    within = "second" if age == 1 else f"{age:g} s"
     if many:
-        return (
-            f"read the database, and serve from their caches only what was loaded within the last {age:g} s"
-        )
-    return f"reads the database, and serves from its cache only what was loaded within the last {age:g} s"
+        return f"read the database, and serve from their caches only what was loaded within the last {within}"
+    return f"reads the database, and serves from its cache only what was loaded within the last {within}"
 
 
 def _laxest(members: Sequence[Member]) -> Report:
@@ -101,14 +103,15 @@ def _laxest(members: Sequence[Member]) -> Report:
     return max(reports, key=lambda report: report.settings.max_staleness or SUSPECT_AGE)
 
 
-def _not_asked(fleet: Fleet, unknown: Sequence[Member]) -> Verdict:
+def _not_asked(fleet: Fleet, unknown: Sequence[Member], now: float) -> Verdict:
     since = clock_time(fleet.problem_since)
     sentence = f"Nobody can be asked from here since {since}: {fleet.problem}."
-    detail = "" if fleet.own is None else f"{fleet.own}, which serves this page, hears of changes. "
+    detail = "" if fleet.own is None else f"{fleet.own}, which serves this page, is subscribed. "
     if unknown:
-        detail += f"How {plural(len(unknown), 'other instance')} fare is unknown."
+        detail += f"How it is with {plural(len(unknown), 'other instance')} is unknown."
+    lasting = now - (fleet.problem_since or now) > PASSING
     return Verdict(
-        Level.BAD,
+        Level.BAD if lasting else Level.WARNING,
         sentence,
         detail,
         [
@@ -221,7 +224,7 @@ def _fresh(by_condition: dict[Condition, list[Member]], present: Sequence[Member
     ages = [age for member in fresh if (age := member.proven_age(now)) is not None]
     others = len(present) - len(fresh)
     if others:
-        who = f"{len(fresh)} of {len(present)} instances are"
+        who = f"{len(fresh)} of {len(present)} instances {'is' if len(fresh) == 1 else 'are'}"
         more = f" {plural(others, 'more')} {'is' if others == 1 else 'are'} {'starting' if starting else 'being asked'}."
     else:
         who, more = "The one instance is" if len(present) == 1 else f"All {len(fresh)} instances are", ""

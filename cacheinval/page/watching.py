@@ -117,9 +117,8 @@ class Watch:
                     log.exception("the page cannot show the fleet")
                 await asyncio.sleep(INTERVAL - ANSWERS_WITHIN)
         finally:
-            self.view = self._looking = (
-                None  # whoever looks from now on begins anew, and need not wait for this end
-            )
+            # Whoever looks from now on begins anew, and need not wait for this end.
+            self.view = self._looking = None
             await round_.end()
 
     def _show(self, view: View) -> None:
@@ -136,10 +135,17 @@ class _Round:
         self._here = _here(watched.status())
         self._fleet = Fleet(self._here.id if watched.instance else None)
         self._namespace = str(watched.status().get("namespace", ""))
-        self._inquiry = watched.inquire(lambda status: self._fleet.heard(status, time.time()))
+        self._depth: Any = None  # of the queue of this process, which the broker knows
+        self._inquiry = watched.inquire(self._answered)
         self._asking: asyncio.Task[None] | None = None
         self._counting: asyncio.Task[None] | None = None
         self._count_at = 0.0
+
+    def _answered(self, status: dict[str, Any]) -> None:
+        if status.get("id") == self._fleet.own:
+            self._depth = status.get("queue_depth")
+        else:
+            self._fleet.heard(status, time.time())
 
     def begin(self) -> None:
         """Asks everybody, unless an earlier question has not gone out yet."""
@@ -182,8 +188,10 @@ class _Round:
         now, status = time.time(), self._watched.status()
         self._here = _here(status)
         if self._watched.instance:
-            evictions = self._watched.recent(MOST_EVICTIONS)
-            self._fleet.heard({**status, "evictions": evictions}, now)
+            status["evictions"] = self._watched.recent(MOST_EVICTIONS)
+            if self._fleet.problem is None and self._depth is not None:
+                status["queue_depth"] = self._depth
+            self._fleet.heard(status, now)
         self._fleet.forget(now)
         return draw(self._fleet, self._namespace, self._here, now)
 

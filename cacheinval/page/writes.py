@@ -95,5 +95,7 @@ def _name(instance: str, evicted: Evicted) -> object:
 
 
 def _belongs(line: Line, instance: str, evicted: Evicted) -> bool:
+    if line.reason is not None:
+        return True
     first = min((other.at for other in line.evicted.values()), default=evicted.at)
     return instance not in line.evicted and abs(evicted.at - first) <= SAME_WITHIN

@@ -77,7 +77,7 @@ class TestVerdict:
             Level.BAD,
             "two may be stale since 23:58:43: Connection reset.",
         )
-        assert "only what was loaded within the last 1 s" in said.detail
+        assert "only what was loaded within the last second" in said.detail
         assert any("RabbitMQ" in step for step in said.todo)
 
     def test_the_bound_is_the_one_that_is_set(self) -> None:
@@ -128,7 +128,8 @@ class TestVerdict:
             Level.BAD,
             "Nobody can be asked from here since 23:59:04: blocked.",
         )
-        assert "one, which serves this page, hears of changes. How 1 other instance" in said.detail
+        assert verdict(seen, NOW + 2).level is Level.WARNING
+        assert "one, which serves this page, is subscribed. How it is with 1 other instance" in said.detail
 
     def test_one_does_not_answer(self) -> None:
         seen = fleet(status("one"), status("two"))
@@ -154,7 +155,7 @@ class TestVerdict:
         seen.registry([Registered("one", "", None), Registered("two", "", None)], NOW)
         said = verdict(seen)
         assert (said.sentence, said.detail) == (
-            "1 of 2 instances are fresh",
+            "1 of 2 instances is fresh",
             "proven up to 0.4 s ago. 1 more is being asked.",
         )
         seen.heard(status("one"), NOW + 8)
@@ -197,7 +198,7 @@ class TestVerdict:
     def test_some_are_starting(self) -> None:
         said = verdict(fleet(status("one"), status("two", state="starting", reason="not subscribed yet")))
         assert (said.sentence, said.detail) == (
-            "1 of 2 instances are fresh",
+            "1 of 2 instances is fresh",
             "proven up to 0.4 s ago. 1 more is starting.",
         )
         assert verdict(fleet(status("two", state="starting"))).level is Level.WARNING
@@ -355,11 +356,36 @@ class TestWrites:
         line = seen.writes.newest(9)[-1]
         assert seen.fate(line, list(seen)[1], NOW + 9) is fate
 
+    def test_what_a_sleeper_could_not_tell_at_first_it_tells_later(self) -> None:
+        """Of the questions that waited for it, the first one asked for less than it has slept."""
+        late = evicted(NOW + 0.5)
+        seen = fleet(tells("one", NOW + 1, evicted(NOW + 0.1)), tells("two", NOW + 0.2))
+        line = seen.writes.newest(1)[0]
+        two = list(seen)[1]
+        seen.heard(tells("two", NOW + 10, since=NOW + 5), NOW + 10)
+        assert seen.fate(line, two, NOW + 10) is Fate.UNKNOWN
+        seen.heard(tells("two", NOW + 10.1, since=NOW + 3), NOW + 10)
+        assert two.untold_until == NOW + 3
+        seen.heard(tells("two", NOW + 10.19, since=NOW + 10.15), NOW + 10)  # and has slept once more
+        seen.heard(tells("two", NOW + 10.2, late, since=NOW + 0.1), NOW + 10)
+        assert seen.fate(line, two, NOW + 10) is Fate.EVICTED
+        assert two.untold_until == -float("inf")
+        seen.heard(tells("two", NOW + 10.3, late, since=NOW + 0.1), NOW + 10)
+        assert len(seen.writes.newest(9)) == 1
+
     def test_a_clock_that_was_set_back_silences_nobody(self) -> None:
         seen = Fleet(None)
         seen.heard(tells("one", NOW + 3600), NOW)
         seen.heard(tells("one", NOW, evicted(NOW - 1)), NOW)
         assert len(seen.writes.newest(9)) == 1
+
+    def test_answers_that_overtake_each_other_are_told_once(self) -> None:
+        seen = Fleet(None)
+        dropped = Evicted(at=NOW, all=True, reason="gap")
+        for until in (NOW + 2, NOW + 1, NOW + 3, NOW - 60):
+            seen.heard(tells("one", until, dropped, evicted(NOW + 0.5, origin=None)), NOW)
+        assert len(seen.writes.newest(9)) <= 3
+        assert sum(line.reason is not None for line in seen.writes.newest(9)) == 1
 
     def test_programs_without_numbers_are_told_apart_by_time(self) -> None:
         writes = Writes()
