@@ -44,18 +44,21 @@ async def cluster(_cluster: Cluster) -> Cluster:
 
 @asynccontextmanager
 async def without(node: RabbitMQ, cluster: Cluster, fault: str) -> AsyncIterator[None]:
-    """Within this block `node` is dead, or frozen, or cut off from the others only; afterwards it is not."""
+    """Within this block `node` is dead, or answers nobody, or is cut off from the others only; afterwards it is not."""
     if fault == "lost":
         await node.kill()
         yield
         await node.start()
-    elif fault == "frozen":
-        await cluster.notice_silence_after(8)
+    elif fault == "silent":
+        await cluster.notice_silence_after(12)
         node.pause()
         try:
             yield
         finally:
-            node.resume()
+            # Not resumed: RabbitMQ does not recover by itself from a node that does not know that it was given up.
+            await node.kill()
+        await node.start()
+        await cluster.notice_silence_after(60)
     else:
         await cluster.part(node)
         try:
@@ -102,7 +105,7 @@ async def test_the_nodes_find_each_other(cluster: Cluster) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("fault", ["lost", "cut off", pytest.param("frozen", marks=pytest.mark.long)])
+@pytest.mark.parametrize("fault", ["lost", "cut off", pytest.param("silent", marks=pytest.mark.long)])
 async def test_without_one_node_all_goes_on_at_the_others(
     fault: str,
     cluster: Cluster,
@@ -146,7 +149,7 @@ async def test_without_one_node_all_goes_on_at_the_others(
         await eventually(lambda: work.says("outside").ready, IN_TIME, describe=lambda: reason(outside))
     # What was published meanwhile never came into its queue, which is there again with what it held before.
     assert work.says("outside").epoch > before
-    await work.check()
+    await work.check(timeout=IN_TIME)
 
 
 # What a cluster does that has no `pause_minority`
@@ -218,7 +221,7 @@ async def test_where_both_sides_go_on_what_has_no_delta_is_stale_and_what_has_re
         await rejoin(divided)
         work.history.fault("over")
         await eventually(lambda: deaf.client.ready and hearing.client.ready, IN_TIME)
-    await work.check()
+    await work.check(timeout=IN_TIME)
 
 
 @pytest.mark.long
@@ -245,4 +248,4 @@ async def test_where_both_sides_go_on_a_tick_from_this_side_tells_what_was_confi
         await rejoin(divided)
         work.history.fault("over")
         await eventually(lambda: deaf.client.ready, IN_TIME)
-    await work.check()
+    await work.check(timeout=IN_TIME)
