@@ -25,7 +25,7 @@ from .servers import PARTS, Processor, Urls, private_servers
 __all__ = ["run"]
 
 RATE = 200
-WRITES = {1: 250, 4: 250, 16: 250, 64: 150}
+WRITES = {1: 200, 4: 200, 16: 200, 64: 100}
 """By the number of instances."""
 APART = (16,)
 

@@ -90,7 +90,7 @@ async def _clear(report: Report, rounds: int) -> None:
     sizes = {
         Cacheinval: CLEARED,
         Cachebox: CLEARED,
-        Moka: CLEARED,
+        Moka: CLEARED[:2],
         Theine: CLEARED[:2],
         Aiocache: CLEARED[:2],
         Cashews: CLEARED[:1],

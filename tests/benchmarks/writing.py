@@ -29,7 +29,7 @@ from .servers import private_servers
 
 ROWS = 10_000
 WRITERS = (1, 16, 64)
-SECONDS = 0.6
+SECONDS = 0.5
 OUTBOX_ROWS = int(os.environ.get("BENCH_OUTBOX_ROWS", "1000000"))
 """Rows that pass through the outbox which is then compared with a new one; ten million take two minutes."""
 ROWS_AT_ONCE = 2_000
