@@ -16,6 +16,7 @@ import msgspec
 
 from cacheinval.floors import MAX_AT_ONCE, NO_FLOOR, Floors
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
+from cacheinval.position import Interruption, Position
 from cacheinval.registration import NOT_YET, Registration
 from cacheinval.standing import Standing
 
@@ -66,6 +67,7 @@ GapReason = Literal[
     "nothing kept with the cache",
     "the cache lost what it kept",
     "clock stepped",
+    Interruption,
 ]
 
 
@@ -434,6 +436,7 @@ class Coherence:
         self._origins_told = 0
         self._echoes: set[tuple[str, int]] = set()
         self._subscribed = False
+        self.position = Position()
         self._lost: str | None = None
         self._marker: str | None = None
         self._marker_passed = False
@@ -730,6 +733,7 @@ class Coherence:
         self._lost = self._lost or reason  # what follows from the first one explains nothing
         self._marker, self._marker_passed = None, False
         self._tick_passed = None
+        self.position.leave()
         self.doubt("subscription", self._lost)
 
     def joined_anew(self, now: float) -> Eviction:
@@ -738,11 +742,16 @@ class Coherence:
             self.last_gap, self._lost = Gap(now, f"new subscription: {self._lost}"), None
         self._subscribed = True
         self._heard_at = now
+        self._begin_to_count()
+        self.position.forget()
+        self.position.begin()
+        self.doubt("subscription", "new subscription: not cleared yet")
+        return Eviction(everything=True, reason="new subscription")
+
+    def _begin_to_count(self) -> None:
         self._seqs.clear()
         self._echoes.clear()
         self.proof.start_over()
-        self.doubt("subscription", "new subscription: not cleared yet")
-        return Eviction(everything=True, reason="new subscription")
 
     def resumed(self, marker: str, now: float, state: ProofState | None) -> Eviction | None:
         """The queue was still there; the instance is behind until it has processed `marker`, a probe of its own.
@@ -766,6 +775,18 @@ class Coherence:
         self.proof.restore(state)
         return None
 
+    def continued(self, marker: str, now: float) -> None:
+        """The stream is read again from `position`; the instance is behind until it has processed `marker`, a probe of its own.
+
+        Nothing has to go: the first message has to be the one that was read there, or it is a gap, and those that came
+        since follow it. What this process knows of numbers and ticks holds, as if it had not been away.
+        """
+        self._subscribed, self._lost = True, None
+        self._heard_at = now
+        self._marker, self._marker_passed = marker, False
+        self.position.begin()
+        self.doubt("subscription", "catching up with the stream")
+
     def proof_state(self) -> ProofState:
         """What to keep with a cache outside the process, before that is acknowledged which led to it."""
         latest = list(self._seqs.items())[-max(MAX_ORIGINS_KEPT, self._origins_told) :]
@@ -788,6 +809,7 @@ class Coherence:
 
     def evicted(self, now: float) -> None:
         """All that `received` has answered so far is evicted, in every cache. Acknowledge after this, never before."""
+        self.position.evicted()
         if self._marker_passed:
             self._marker, self._marker_passed = None, False
             self.trust()
@@ -800,9 +822,31 @@ class Coherence:
 
     # What arrives
 
-    def received(self, message: Message | Unknown, now: float) -> Eviction | None:
-        """What has to go because `message` arrived at `now`; None where nothing has to."""
+    def received(
+        self, message: Message | Unknown | None, now: float, offset: int | None = None
+    ) -> Eviction | None:
+        """What has to go because `message` arrived at `now`; None where nothing has to.
+
+        Args:
+            message: None if it cannot be understood: it may have been an invalidation of anything.
+            offset: its place in a stream; None where it came by a queue.
+        """
         self._heard_at = now
+        if offset is None:
+            return self._received(message, now)
+        if self.position.recognises(offset, message):
+            return None
+        missing = self.position.passes(offset, message)
+        if missing is None:
+            return self._received(message, now)
+        self._begin_to_count()  # or each origin of which something is missing would be a gap of its own
+        gap = self.gap(missing, now)
+        asked = self._received(message, now)  # in any case, since it may be the marker, or tell a number
+        return gap or asked
+
+    def _received(self, message: Message | Unknown | None, now: float) -> Eviction | None:
+        if message is None:
+            return self.gap("malformed message", now)
         if isinstance(message, Invalidate):
             return self._received_invalidate(message, now)
         if isinstance(message, Probe):

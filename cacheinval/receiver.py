@@ -46,6 +46,8 @@ class Delivery(Protocol):
     def reply_to(self) -> str | None: ...
     @property
     def contexts(self) -> Sequence[str]: ...
+    @property
+    def offset(self) -> int | None: ...
 
 
 class Evictable(Protocol):
@@ -147,8 +149,14 @@ class Instance:
         self.since = time.time()
         """Wall clock time of the last change between trusted and suspect."""
 
+    @property
+    def position(self) -> int | None:
+        """See `bus.Receiver.position`."""
+        return self._coherence.position.offset
+
     async def renewing(self) -> None:
         """See `bus.Receiver.renewing`."""
+        self._coherence.position.forget()
         if self._keeper is not None:
             await self._keeper.forget()
 
@@ -162,16 +170,22 @@ class Instance:
             self._coherence.trust()
             self._note_trust()
             return
-        state = None if self._keeper is None else await self._insist(self._keeper.restore)
         marker = secrets.token_hex(8)
-        eviction = self._coherence.resumed(marker, self._clock.now(), state)
-        if eviction is not None:
-            await self._evict(eviction)
-            await self._keep()
+        if self.position is None:
+            await self._resume(marker)
+        else:
+            self._coherence.continued(marker, self._clock.now())
         # What waits in the queue is to be evicted also while nothing can be published: see `watch`.
         with suppress(BusError, TimeoutError):
             await self._publish_probe(encode(Probe(v=1, id=marker)))
         self._marker_sent_at = self._clock.now()
+
+    async def _resume(self, marker: str) -> None:
+        state = None if self._keeper is None else await self._insist(self._keeper.restore)
+        eviction = self._coherence.resumed(marker, self._clock.now(), state)
+        if eviction is not None:
+            await self._evict(eviction)
+            await self._keep()
 
     async def _keep(self) -> None:
         """Keeps the proof state, before anything is acknowledged that it rests on."""
@@ -234,12 +248,9 @@ class Instance:
         for delivery in deliveries:
             message, problem = self._understand(delivery)
             batch.problems.append(problem)
-            if message is None:
-                eviction = self._coherence.gap("malformed message", now)
-            else:
-                eviction = self._coherence.received(message, now)
-                if delivery.reply_to and isinstance(message, Invalidate):
-                    batch.asking.append(delivery)  # also where it had been evicted before
+            eviction = self._coherence.received(message, now, delivery.offset)
+            if delivery.reply_to and isinstance(message, Invalidate):
+                batch.asking.append(delivery)  # also where it had been evicted before
             if eviction is not None:
                 evictions.append(eviction)
                 if isinstance(message, Invalidate):
@@ -263,9 +274,12 @@ class Instance:
             logs.event(
                 log,
                 logging.WARNING,
-                "malformed message dead-lettered",
+                "malformed message dead-lettered"
+                if delivery.offset is None
+                else "malformed message in the stream",
                 reason=error,
                 bytes=len(delivery.body),
+                offset=delivery.offset,
             )
             return None, str(error)
         if isinstance(message, Ask | Audit) and delivery.reply_to:
@@ -405,6 +419,7 @@ class Instance:
         self._marker_sent_at = self._clock.now()
 
     async def _probe(self, silence: float) -> None:
+        deaf = False
         self._heard.clear()
         try:
             await self._publish_probe(encode(Probe(v=1, id=secrets.token_hex(8))))
@@ -418,11 +433,14 @@ class Instance:
         except BusError as error:
             reason = f"silence, and a probe could not be published: {error}"
         except TimeoutError:
-            reason = "silence: a probe was published and did not arrive"
+            reason, deaf = "silence: a probe was published and did not arrive", True
         else:
             return
         if not self._heard.is_set() and self._coherence.silent(self._clock.now(), silence):
             self.lost(reason)
+            if deaf:
+                # A stream that nothing is put into any more goes on where it was left, without what was lost.
+                self._coherence.position.forget()
             self._resubscribe(reason)
 
     async def _start_clock_over(self) -> None:

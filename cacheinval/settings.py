@@ -95,8 +95,8 @@ def _name(value: str) -> str:
 
 
 def _instance_name(value: str) -> str:
-    if _name(value) == "dead":
-        raise ValueError("accepted: any name but 'dead', which is the dead-letter queue's")
+    if _name(value) in ("dead", "stream"):
+        raise ValueError("accepted: any name but 'dead' and 'stream', which queues of the namespace have")
     return value
 
 
@@ -155,6 +155,11 @@ class Settings(BaseSettings):
     )
     broker_key_file: Annotated[str | None, BeforeValidator(_none_if_empty)] = Field(
         default=None, description="PEM file of its key, without a passphrase; unset: in the same file"
+    )
+    bus: Annotated[Literal["fanout", "stream"], BeforeValidator(_lower)] = Field(
+        default="fanout",
+        description="`fanout`: a queue for each instance; `stream`: one RabbitMQ stream that all of them read, for caches in "
+        "the process",
     )
     database_url: Annotated[str, AfterValidator(_url("postgresql", "postgres", empty=True))] = Field(
         default="postgresql://postgres@127.0.0.1:5432/postgres",
@@ -275,6 +280,18 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"cache_local_entries={self.cache_local_entries}: accepted: 0 unless CACHEINVAL_CACHE_URL names a cache "
                 "outside the process (CACHEINVAL_CACHE_MAX_ENTRIES bounds the one in it)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_read_by_caches_in_the_process(self) -> "Settings":
+        if self.bus == "stream" and self.cache_is_external:
+            raise ValueError(
+                "bus=stream: accepted: fanout where CACHEINVAL_CACHE_URL names a cache outside the process"
+            )
+        if self.bus == "stream" and self.broker_url.startswith("memory:"):
+            raise ValueError(
+                "bus=stream: accepted: fanout where CACHEINVAL_BROKER_URL names no RabbitMQ (memory://)"
             )
         return self
 

@@ -12,6 +12,7 @@ class Recorder:
     def __init__(self, judge: Callable[[bytes], str | None] = lambda body: None) -> None:
         self.told: list[str] = []
         self.renewals = 0
+        self.position: int | None = None
         self.begun: list[Delivery] = []
         self.bodies: list[bytes] = []
         self.failure: Exception | None = None

@@ -17,20 +17,27 @@ class Delivery(msgspec.Struct, frozen=True, gc=False):
     redelivered: bool = False
     contexts: tuple[str, ...] = ()
     """Those of the writes that it tells of, where these were traced; see `cacheinval.tracing`."""
+    offset: int | None = None
+    """Its place in the stream, where it came from one."""
 
 
 class Receiver(Protocol):
     """Whoever keeps caches honest by what the bus delivers."""
 
+    @property
+    def position(self) -> int | None:
+        """The offset in the stream at which to go on reading; None: with what is published from now on."""
+
     async def renewing(self) -> None:
         """A queue that outlives its subscriptions is about to be made, since there is none: whatever was known of an
-        older one is to be forgotten first. `joined` follows, be it in another process that finds the queue."""
+        older one is to be forgotten first. `joined` follows, be it in another process that finds the queue. The same where
+        a stream does not hold the `position`."""
 
     async def joined(self, *, resumed: bool) -> None:
         """The subscription stands: every message published from now on will be received.
 
-        `resumed` says that the queue was there before, with everything published meanwhile; otherwise messages may
-        have been missed.
+        `resumed` says that the queue was there before, with everything published meanwhile, or that a stream is read
+        from `position`; otherwise messages may have been missed.
         """
 
     def lost(self, reason: str) -> None:

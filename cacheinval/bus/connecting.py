@@ -90,7 +90,7 @@ class Counts:
 
     sessions: int = 0  # subscriptions that stood
     deliveries: int = 0
-    rejected: int = 0  # dead-lettered
+    rejected: int = 0  # not understood: dead-lettered, or left in the stream
     confirmed: int = 0
     unrouted: int = 0  # confirmed, while nobody was there to receive it
 
@@ -106,6 +106,7 @@ class Broker:
         self.url = mask_url(settings.broker_url)
         self.exchange = f"cacheinval.{settings.namespace}"
         self.dead_letters = f"{self.exchange}.dead"
+        self.stream = f"{self.exchange}.stream"
         self._name = f"cacheinval {settings.namespace} {settings.instance_id}"
         if settings.broker_url.startswith("amqps:") and settings.broker_ca_file is not None:
             _check_ca_file(settings.broker_ca_file)
@@ -115,8 +116,10 @@ class Broker:
         self._failed_at: dict[URL, float] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
-    async def connect(self, purpose: str, arrive: Arrive | None = None) -> Connection:
-        """A new connection; `purpose` tells it from others in the broker's list, `arrive` is as in `Wire`.
+    async def connect(
+        self, purpose: str, arrive: Arrive | None = None, *, offsets: bool = False
+    ) -> Connection:
+        """A new connection; `purpose` tells it from others in the broker's list, the others are as in `Wire`.
 
         Of a cluster it is with any node. A different one each time: what is wrong with a node may be that it accepts
         connections, and hears nothing of what is published at the others.
@@ -128,7 +131,7 @@ class Broker:
         errors: dict[URL, Exception] = {}
         for node in self._in_order():
             try:
-                connection = await self._connect_to(node, seconds, purpose, arrive)
+                connection = await self._connect_to(node, seconds, purpose, arrive, offsets=offsets)
             except Exception as error:
                 errors[node] = error
                 self._failed_at[node] = time.monotonic()
@@ -146,7 +149,7 @@ class Broker:
 
         async def look(node: URL) -> str | None:
             try:
-                self.discard(await self._connect_to(node, CONNECT_TO_EACH_WITHIN, purpose, None))
+                self.discard(await self._connect_to(node, CONNECT_TO_EACH_WITHIN, purpose))
             except Exception as error:
                 return explain(error)
             return None
@@ -163,8 +166,16 @@ class Broker:
         shuffled = random.sample(self._nodes, len(self._nodes))
         return sorted(shuffled, key=lambda node: self._failed_at.get(node, lately) > lately)
 
-    async def _connect_to(self, node: URL, seconds: float, purpose: str, arrive: Arrive | None) -> Connection:
-        connection = Connection(node, f"{self._name} {purpose}", arrive)
+    async def _connect_to(
+        self,
+        node: URL,
+        seconds: float,
+        purpose: str,
+        arrive: Arrive | None = None,
+        *,
+        offsets: bool = False,
+    ) -> Connection:
+        connection = Connection(node, f"{self._name} {purpose}", arrive, offsets=offsets)
         attempt = asyncio.create_task(_open(connection))
         try:
             return await within(seconds, attempt)

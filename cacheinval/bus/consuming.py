@@ -118,18 +118,11 @@ class Subscription:
 
     async def _consume(self) -> bool:
         """Whether the queue is consumed now; if not, another process consumes it."""
-        channel = self._channel = await self._new_channel()
-        underlay = self._underlay = await channel.get_underlay_channel()
-        await within(ANSWER_WITHIN, channel.set_qos(self._prefetch))
+        channel = await self._consuming_channel()
         if not self.resumed:
             await self._declare(channel)
-        # The one and only sign of a deleted queue: neither channel nor connection is closed.
-        underlay.on_consumer_cancel_callbacks.add(
-            lambda _: self._reception.end("the broker cancelled the consumer: queue deleted")
-        )
         try:
-            consuming = underlay.basic_consume(self.queue, self._arrive_elsewhere, exclusive=self._durable)
-            self._consumer = (await within(ANSWER_WITHIN, consuming)).consumer_tag or ""
+            await self._begin(exclusive=self._durable)
         except ChannelAccessRefused as error:
             if "exclusive use" in str(error):
                 return False
@@ -138,12 +131,37 @@ class Subscription:
             # Only now: had it been deleted since it was seen, declaring would have made an empty one and called
             # that resumed. While it is consumed, its deletion is noticed.
             await self._declare(channel)
+        self._see_to_it(channel)
+        return True
+
+    async def _consuming_channel(self) -> AbstractChannel:
+        channel = self._channel = await self._new_channel()
+        underlay = self._underlay = await channel.get_underlay_channel()
+        await within(ANSWER_WITHIN, channel.set_qos(self._prefetch))
+        # The one and only sign of a deleted queue: neither channel nor connection is closed.
+        underlay.on_consumer_cancel_callbacks.add(
+            lambda _: self._reception.end("the broker cancelled the consumer: queue deleted")
+        )
+        return channel
+
+    async def _begin(self, *, exclusive: bool = False, arguments: FieldTable | None = None) -> None:
+        assert self._underlay is not None
+        consuming = self._underlay.basic_consume(
+            self.queue, self._arrive_elsewhere, exclusive=exclusive, arguments=arguments
+        )
+        self._consumer = (await within(ANSWER_WITHIN, consuming)).consumer_tag or ""
+
+    def _see_to_it(self, channel: AbstractChannel) -> None:
+        """From now on the end of `channel` is the end of this.
+
+        Raises:
+            SubscriptionError: it has ended already.
+        """
         channel.close_callbacks.add(lambda _, error: self._reception.end(explain(error)))
         if channel.is_closed:  # before there was a callback to say so
             self._reception.end("closed by the broker")
         if self._reception.ended is not None:
             raise SubscriptionError(self._reception.ended)
-        return True
 
     async def _new_channel(self) -> AbstractChannel:
         assert self._connection is not None

@@ -15,6 +15,7 @@ from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, Counts, explain, wi
 from cacheinval.bus.consuming import Subscription
 from cacheinval.bus.publishing import Publishing, RabbitChannel, open_exchange
 from cacheinval.bus.receiving import LONGEST_PAUSE, STOPPED, Answers, pause
+from cacheinval.bus.streaming import StreamSubscription
 from cacheinval.bus.wire import Connection
 from cacheinval.errors import CacheError, PublishError, SubscriptionError
 from cacheinval.logs import event
@@ -26,10 +27,10 @@ _log = logging.getLogger("cacheinval.bus")
 
 
 class RabbitBus:
-    """A fanout exchange of RabbitMQ, with a queue for this instance (PROTOCOL.md, "RabbitMQ").
+    """A fanout exchange of RabbitMQ, with a queue for this instance, or a stream for all (PROTOCOL.md, "RabbitMQ").
 
     A cache in this process gets a new queue with each subscription; for one outside it the queue is durable and
-    named after `instance_id`.
+    named after `instance_id`. With `bus=stream` there is one stream, and each instance reads it.
 
     Raises:
         ConfigurationError: a file of `broker_ca_file`, `broker_cert_file` or `broker_key_file` cannot be used.
@@ -46,6 +47,7 @@ class RabbitBus:
         self._durable_queue = (
             f"{self._broker.exchange}.{settings.instance_id}" if settings.cache_is_external else None
         )
+        self._reads_stream = settings.bus == "stream"
         self._queue = self._durable_queue
         self._subscription: Subscription | None = None
         self._consumer = "idle"
@@ -96,9 +98,7 @@ class RabbitBus:
             else:
                 self._tell(logging.WARNING, "subscription lost", reason)
 
-        subscription = Subscription(
-            self._broker, receiver, self._counts, name=self._durable_queue, prefetch=self._prefetch, lost=lost
-        )
+        subscription = self._new_subscription(receiver, lost)
         try:
             await subscription.open(self._stand_by)
             self._queue, self._subscription = subscription.queue, subscription
@@ -125,6 +125,12 @@ class RabbitBus:
         finally:
             self._subscription = None
             await subscription.close()
+
+    def _new_subscription(self, receiver: Receiver, lost: Callable[[str], None]) -> Subscription:
+        broker, counts, prefetch = self._broker, self._counts, self._prefetch
+        if self._reads_stream:
+            return StreamSubscription(broker, receiver, counts, prefetch=prefetch, lost=lost)
+        return Subscription(broker, receiver, counts, name=self._durable_queue, prefetch=prefetch, lost=lost)
 
     def _stand_by(self) -> None:
         text = "standing by: another process consumes this queue"

@@ -29,7 +29,10 @@ END = 0xCE
 BASIC_DELIVER = bytes((0, 60, 0, 60))
 CONTENT = struct.Struct(">4xQH")  # of a header: the size of the body, and which properties there are
 ANSWERABLE = 0x0600  # reply_to or correlation_id among them
-HEADERS = 0x2000
+CONTENT_TYPE, CONTENT_ENCODING, HEADERS = 0x8000, 0x4000, 0x2000  # in this order
+ONLY_OFFSET = (
+    b"\x00\x00\x00\x19\x0fx-stream-offsetl"  # a table of 25 bytes: a name, a type, and 8 bytes that follow
+)
 
 SIGN_OF_LIFE = 1.0  # seconds
 
@@ -40,10 +43,12 @@ class Wire(aiormq.TransportFactory):
     Args:
         arrive: called with deliveries as they arrive, each with its tag, where the connection has a consumer. Whatever
             else the broker says is aiormq's to read.
+        offsets: they come from a stream, and their offsets are wanted.
     """
 
-    def __init__(self, arrive: Arrive | None = None) -> None:
+    def __init__(self, arrive: Arrive | None = None, *, offsets: bool = False) -> None:
         self._arrive = arrive
+        self._offsets = offsets
         self._writer: asyncio.StreamWriter | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -52,7 +57,9 @@ class Wire(aiormq.TransportFactory):
         context = await provider.get_context() if url.scheme == "amqps" else None
         loop = asyncio.get_running_loop()
         reader = (
-            asyncio.StreamReader(loop=loop) if self._arrive is None else _Reader(Splitter(self._arrive), loop)
+            asyncio.StreamReader(loop=loop)
+            if self._arrive is None
+            else _Reader(Splitter(self._arrive, offsets=self._offsets), loop)
         )
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         try:
@@ -83,9 +90,9 @@ class Wire(aiormq.TransportFactory):
 class Connection(aio_pika.Connection):
     """A connection of aio-pika, and its wire."""
 
-    def __init__(self, url: URL, name: str, arrive: Arrive | None = None) -> None:
+    def __init__(self, url: URL, name: str, arrive: Arrive | None = None, *, offsets: bool = False) -> None:
         super().__init__(url, client_properties={"connection_name": name})
-        self.wire = Wire(arrive)
+        self.wire = Wire(arrive, offsets=offsets)
         self.kwargs["transport_factory"] = self.wire  # goes on to aiormq, as all of these do
 
 
@@ -113,8 +120,9 @@ class _Reader(asyncio.StreamReader):
 class Splitter:
     """Tells deliveries from all else in the bytes of one connection, which has one consumer."""
 
-    def __init__(self, arrive: Arrive) -> None:
+    def __init__(self, arrive: Arrive, *, offsets: bool = False) -> None:
         self._arrive = arrive
+        self._offsets = offsets
         self._begun = b""  # a frame of which the end has not come yet
         self._understood = True
         self._complete: list[tuple[int, Delivery]] = []
@@ -123,6 +131,7 @@ class Splitter:
         self._redelivered = False
         self._properties: Any = None
         self._contexts: tuple[str, ...] = ()
+        self._offset: int | None = None
         self._size = 0
         self._body = b""
 
@@ -177,6 +186,7 @@ class Splitter:
             self._size, flags = CONTENT.unpack_from(data, payload)
             self._properties = _properties(data[payload:end]) if flags & ANSWERABLE else None
             self._contexts = _contexts(data[payload:end]) if flags & HEADERS else ()
+            self._offset = _offset(data[payload:end], flags) if self._offsets and flags & HEADERS else None
             self._body = b""
         elif kind == BODY:
             self._body += data[payload:end]
@@ -191,12 +201,34 @@ class Splitter:
         self._channel = -1
         properties = self._properties
         if properties is None:
-            delivery = Delivery(self._body, None, None, self._redelivered, self._contexts)
+            delivery = Delivery(self._body, None, None, self._redelivered, self._contexts, self._offset)
         else:
             delivery = Delivery(
-                self._body, properties.reply_to, properties.correlation_id, self._redelivered, self._contexts
+                self._body,
+                properties.reply_to,
+                properties.correlation_id,
+                self._redelivered,
+                self._contexts,
+                self._offset,
             )
         self._complete.append((self._tag, delivery))
+
+
+def _offset(payload: bytes, flags: int) -> int | None:
+    """That of the header `x-stream-offset`; without making objects of it, if it is the only one."""
+    at = CONTENT.size
+    for present in (CONTENT_TYPE, CONTENT_ENCODING):
+        if flags & present:
+            at += 1 + payload[at]
+    if payload.startswith(ONLY_OFFSET, at):
+        at += len(ONLY_OFFSET)
+        return int.from_bytes(payload[at : at + 8])
+    try:
+        offset = _properties(payload).headers.get("x-stream-offset")
+    except Exception:  # what somebody else put beside it cannot be read
+        _, named, rest = payload.rpartition(ONLY_OFFSET[4:])
+        return int.from_bytes(rest[:8]) if named else None
+    return offset if isinstance(offset, int) else None
 
 
 def _properties(payload: bytes) -> Any:

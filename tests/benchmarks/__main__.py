@@ -22,6 +22,7 @@ BENCHMARKS = {
     "writing": "a write with its invalidation, beside a bare transaction",
     "relay": "what is left in the outbox, and what triggers record",
     "tags": "evicting tags and clearing large caches",
+    "stream": "one stream for all instances, beside a queue for each",
     "starting": "imports, the command line, a worker until it is ready",
 }
 

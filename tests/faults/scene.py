@@ -180,9 +180,10 @@ NOT_OURS = (
 
 
 class Clients(Protocol):
-    """The fixture `clients`: enters a client of the test's namespace; keyword arguments are settings."""
+    """The fixture `clients`: enters a client of the test's namespace, `over` a bus of its own or the one that its settings
+    name; other keyword arguments are settings."""
 
-    async def __call__(self, *, bus: Any = None, subscribe: bool = True, **settings: Any) -> Client: ...
+    async def __call__(self, *, over: Any = None, subscribe: bool = True, **settings: Any) -> Client: ...
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ async def clients(namespace: str) -> AsyncIterator[Clients]:
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     async with AsyncExitStack() as stack:
 
-        async def enter(*, bus: Any = None, subscribe: bool = True, **settings: Any) -> Client:
+        async def enter(*, over: Any = None, subscribe: bool = True, **settings: Any) -> Client:
             settings = {
                 "namespace": namespace,
                 "database_url": "",
@@ -203,7 +204,9 @@ async def clients(namespace: str) -> AsyncIterator[Clients]:
                 "cache_ttl": FOREVER,
                 **settings,
             }
-            return await stack.enter_async_context(Client(Settings(**settings), bus=bus, subscribe=subscribe))
+            return await stack.enter_async_context(
+                Client(Settings(**settings), bus=over, subscribe=subscribe)
+            )
 
         yield enter
     gc.collect()

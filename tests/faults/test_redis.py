@@ -138,7 +138,7 @@ async def test_a_worker_that_was_away_catches_up_before_it_serves(
         await writer.invalidate("c")
 
         bus = HeldBus(RabbitBus(Settings(**settings)))
-        second = await clients(bus=bus, **settings)
+        second = await clients(over=bus, **settings)
         await eventually(lambda: bus.held > 0, EVENTUAL)
         assert not second.ready
         assert second.reason == "catching up with the queue"

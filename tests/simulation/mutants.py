@@ -313,8 +313,8 @@ TIMED_MUTANTS = [
                 "        self._gap_due = None\n        self._first = False\n",
             ),
             (
-                '        self.proof.start_over()\n        self.doubt("subscription", "new',
-                '        self._first = True\n        self.doubt("subscription", "new',
+                "        self._begin_to_count()\n        self.position.forget()",
+                "        self._seqs.clear()\n        self._first = True\n        self.position.forget()",
             ),
             (
                 "if any(behind):",

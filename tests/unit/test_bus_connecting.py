@@ -15,6 +15,7 @@ from yarl import URL
 from cacheinval.bus import Delivery, connecting
 from cacheinval.bus.connecting import Broker, Counts, explain, within
 from cacheinval.bus.consuming import Subscription
+from cacheinval.bus.streaming import StreamSubscription
 from cacheinval.settings import Settings
 
 
@@ -81,7 +82,7 @@ async def test_a_connection_that_comes_after_all_is_closed(
     closed = asyncio.Event()
 
     class Late:
-        def __init__(self, *_: Any) -> None: ...
+        def __init__(self, *_: Any, **__: Any) -> None: ...
 
         async def connect(self) -> None:
             with suppress(asyncio.CancelledError):
@@ -105,7 +106,7 @@ class Nodes:
         self.hanging: set[str] = set()
         self.tried: list[str] = []
 
-    def __call__(self, url: URL, *_: Any) -> "Nodes.Connection":
+    def __call__(self, url: URL, *_: Any, **__: Any) -> "Nodes.Connection":
         return Nodes.Connection(self, url)
 
     class Connection:
@@ -221,3 +222,13 @@ async def test_a_delivery_out_of_order_ends_the_subscription() -> None:
         subscription._arrive([(tag, Delivery(b""))])
     assert counts.deliveries == 2
     assert subscription._reception.ended == "delivery 4 came after 2"
+
+
+async def test_a_delivery_of_a_stream_without_its_offset_ends_the_subscription() -> None:
+    subscription = StreamSubscription(
+        Broker(Settings()), Recorder(), counts := Counts(), prefetch=10, lost=lambda reason: None
+    )
+    subscription._arrive([(1, Delivery(b"", offset=7))])
+    subscription._arrive([(2, Delivery(b"", offset=8)), (3, Delivery(b""))])
+    assert counts.deliveries == 1
+    assert subscription._reception.ended == "a delivery of the stream without its offset"

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from waiting import Eventually
@@ -21,6 +21,7 @@ from cacheinval.receiver import Instance
 class Delivery:
     body: bytes
     reply_to: str | None = None
+    offset: int | None = None
 
 
 class Cache:
@@ -274,6 +275,88 @@ async def test_silence_in_an_alarm_is_a_doubt_and_no_reason_to_subscribe_anew() 
     assert instance.trusted.is_set()
     assert coherence.epoch == epoch
     assert subscribed_anew == []
+
+
+# Reading a stream
+
+
+def at(offset: int, delivery: Delivery) -> Delivery:
+    """The same, from this place of a stream."""
+    return replace(delivery, offset=offset)
+
+
+@pytest.fixture
+async def reading(house: House) -> House:
+    """An instance that has joined, and read the first message of a stream."""
+    house.instance._keeper = None
+    await house.instance.joined(resumed=False)
+    await house.instance.receive([at(0, invalidate("first", seq=1))])
+    for cache in house.caches:
+        cache.evicted.clear()
+    return house
+
+
+async def test_reading_on_it_clears_nothing_and_waits_for_its_own_marker(reading: House) -> None:
+    assert reading.instance.position == 0
+    reading.instance.lost("cut")
+    await reading.instance.joined(resumed=True)
+    assert not reading.instance.trusted.is_set()
+    (probe,) = reading.probes
+    await reading.instance.receive([at(0, invalidate("first", seq=1)), at(1, invalidate("a", seq=2))])
+    assert (reading.caches[0].keys, reading.caches[0].resets) == (["a"], 0)
+    assert not reading.instance.trusted.is_set()
+    await reading.instance.receive([at(2, Delivery(probe))])
+    assert reading.instance.trusted.is_set()
+
+
+async def test_what_was_not_evicted_is_read_again(reading: House) -> None:
+    reading.caches[0].open.clear()
+    receiving = asyncio.create_task(reading.instance.receive([at(1, invalidate("a", seq=2))]))
+    while not reading.caches[0].attempts:
+        await asyncio.sleep(0)
+    assert reading.instance.position == 0
+    receiving.cancel()
+    await asyncio.wait({receiving})
+    reading.instance.lost("cut")
+    assert reading.instance.position == 0
+
+
+async def test_a_place_that_the_stream_does_not_have_is_forgotten(reading: House) -> None:
+    await reading.instance.renewing()
+    assert reading.instance.position is None
+
+
+async def test_what_cannot_be_understood_is_told_with_its_place(
+    reading: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert await reading.instance.receive([at(1, BAD)]) != [None]
+    assert "malformed message in the stream" in caplog.text
+    assert "offset=1" in caplog.text
+    assert reading.caches[0].resets == 1
+
+
+@pytest.mark.parametrize("published", [True, False])
+async def test_the_place_is_kept_in_silence_only_where_nothing_could_be_heard(
+    reading: House, monkeypatch: pytest.MonkeyPatch, published: bool
+) -> None:
+    """Where a probe was published and not heard, nothing more is put into the stream: it would go on without a gap."""
+    monkeypatch.setattr(receiver, "PROBE_TIMEOUT", 0.01)
+    subscribed_anew = asyncio.Event()
+    instance = reading.instance
+
+    async def publish(body: bytes) -> None:
+        if not published:
+            raise PublishError("the broker cannot be reached")
+
+    instance._publish_probe = publish
+    instance._resubscribe = lambda reason: subscribed_anew.set()
+    instance._tick_interval = 0.01
+    reading.clock.time += 1
+    watching = asyncio.create_task(instance.watch())
+    async with asyncio.timeout(5):
+        await subscribed_anew.wait()
+    watching.cancel()
+    assert instance.position == (None if published else 0)
 
 
 # Receiving

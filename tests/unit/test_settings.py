@@ -25,6 +25,8 @@ WRONG = [
     ("NAMESPACE", "naïve", "accepted: 1 to 64 letters"),
     ("NAMESPACE", "a\n", "accepted: 1 to 64 letters"),
     ("INSTANCE_ID", "dead", "any name but 'dead'"),
+    ("INSTANCE_ID", "stream", "any name but 'dead' and 'stream'"),
+    ("BUS", "queue", "'fanout' or 'stream'"),
     ("INSTANCE_ID", "a/b", "accepted: 1 to 64 letters"),
     ("INSTANCE_ID", "", "accepted: 1 to 64 letters"),
     ("CACHE_TTL", "0", "greater than 0"),
@@ -329,3 +331,20 @@ def test_misspelt_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "CACHEINVAL_NAMESPCE is not a setting; did you mean CACHEINVAL_NAMESPACE?",
         "CACHEINVAL_ZZZZZZZZZ is not a setting",
     ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        (
+            "cache_url",
+            "redis://127.0.0.1",
+            "fanout where CACHEINVAL_CACHE_URL names a cache outside the process",
+        ),
+        ("broker_url", "memory://", "fanout where CACHEINVAL_BROKER_URL names no RabbitMQ"),
+    ],
+)
+def test_a_stream_is_refused_where_there_is_none_to_read(variable: str, value: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^CACHEINVAL_BUS=stream: accepted: {words}"):
+        Settings(bus="stream", instance_id="one", **{variable: value})
+    assert Settings(bus="STREAM").bus == "stream"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pamqp.base import Frame
 from pamqp.body import ContentBody
 from pamqp.commands import Basic, Channel, Connection
+from pamqp.common import FieldTable
 from pamqp.frame import marshal
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
@@ -22,7 +23,13 @@ Arrived = list[tuple[int, Delivery]]
 
 
 def delivered(
-    tag: int, delivery: Delivery, *, channel: int = 1, most: int = 131_064, others: Iterable[bytes] = ()
+    tag: int,
+    delivery: Delivery,
+    *,
+    channel: int = 1,
+    most: int = 131_064,
+    others: Iterable[bytes] = (),
+    headers: FieldTable | None = None,
 ) -> list[bytes]:
     """The frames of one delivery, with `others` behind the first of them."""
     properties = Basic.Properties(
@@ -30,7 +37,7 @@ def delivered(
         message_id="1",
         reply_to=delivery.reply_to,
         correlation_id=delivery.correlation_id,
-        headers=headers_of(delivery.contexts),
+        headers={**(headers or {}), **(headers_of(delivery.contexts) or {})} or None,
     )
     body = delivery.body
     frames: list[Frame | ContentHeader | ContentBody] = [
@@ -107,6 +114,36 @@ def test_what_comes_together_arrives_together() -> None:
     data = b"".join(frame for tag in (1, 2, 3) for frame in delivered(tag, Delivery(b"x")))
     Splitter(calls.append).split(data)
     assert calls == [[(tag, Delivery(b"x")) for tag in (1, 2, 3)]]
+
+
+@pytest.mark.parametrize(
+    ("headers", "offset"),
+    [
+        ({"x-stream-offset": 2**40}, 2**40),
+        ({"x-stream-offset": 2**40 + 7, "other": "00-1"}, 2**40 + 7),
+        ({"a": {"b": [1, "x-stream-offset"]}, "x-stream-offset": 2**40 + 1}, 2**40 + 1),
+        ({"x-stream-offset": "7"}, None),
+        ({"x-stream-offsets": 2**40}, None),
+        ({"x-stream-off": 2**40}, None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("reply_to", [None, "me"])
+def test_the_offset_is_taken_from_the_headers(
+    headers: FieldTable | None, offset: int | None, reply_to: str | None
+) -> None:
+    for wanted in (True, False):
+        arrived: Arrived = []
+        frames = delivered(1, Delivery(b"body", reply_to), headers=headers)
+        assert Splitter(arrived.extend, offsets=wanted).split(b"".join(frames)) == b""
+        assert arrived == [(1, Delivery(b"body", reply_to, offset=offset if wanted else None))]
+
+
+def test_an_offset_beside_what_cannot_be_read_is_taken_too() -> None:
+    arrived: Arrived = []
+    frames = b"".join(delivered(1, Delivery(b"body"), headers={"x-stream-offset": 2**40, "odd": "value"}))
+    Splitter(arrived.extend, offsets=True).split(frames.replace(b"\x03oddS", b"\x03odd?"))
+    assert arrived == [(1, Delivery(b"body", offset=2**40))]
 
 
 def test_a_channel_that_is_closed_amid_a_delivery_says_so() -> None:
