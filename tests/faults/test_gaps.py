@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from actors import KEYS, TICK, Observed
+from actors import KEYS, Observed
 from aio_pika import ExchangeType, Message
 from aio_pika.abc import AbstractChannel
 from history import now
@@ -26,9 +26,8 @@ from cacheinval.sandbox import RabbitMQ, Redis
 pytest_plugins = ("scene", "workload")
 
 DB = asyncpg.Connection
-IN_TIME = 3 * TICK
-LATE = 1.0
-"""Seconds more, for a machine that has other things to do."""
+OF_NUMBERS = {"messages missing before a tick", "missing messages"}
+"""Why a gap is noticed with the next tick, or the next message, rather than by silence or not at all."""
 
 
 @pytest.fixture
@@ -131,11 +130,8 @@ async def test_a_message_is_lost_from_one_queue_and_its_writer_is_dead(
         await writer.client.__aexit__(None, None, None)
         work.history.fault(lose.__name__)
         await lose(rabbitmq, operator, reader)
-        freed = now()
     await eventually(lambda: epoch(reader) > before, EVENTUAL)
-    assert now() - freed < IN_TIME + LATE
-    gaps = reader.client.stats()["coherence"]["gap_reasons"]
-    assert set(gaps) <= {"messages missing before a tick", "missing messages"}
+    assert set(reader.client.stats()["coherence"]["gap_reasons"]) <= OF_NUMBERS
     assert reader.client.status()["broker"]["sessions"] == 1
     await work.check()
 
@@ -190,9 +186,8 @@ async def test_a_writer_is_killed_right_after_its_confirm_and_its_message_purged
             await eventually(lambda: stock.fetchval(f"SELECT ({OUTBOX}) = 0"), EVENTUAL)
         work.history.fault("purged")
         await purge(rabbitmq, operator, reader)
-        freed = now()
     await eventually(lambda: epoch(reader) > before, EVENTUAL)
-    assert now() - freed < IN_TIME + LATE
+    assert set(reader.client.stats()["coherence"]["gap_reasons"]) <= OF_NUMBERS
     assert (await reader.read(KEYS[0])).version == 2
     assert await (await work.writer()).write(KEYS[1])
     await work.check()
@@ -274,13 +269,9 @@ async def test_it_is_noticed_and_a_new_epoch_begins(
         before = epoch(reader)
         work.history.fault(trouble.__name__)
         await trouble(Trouble(rabbitmq, operator, reader, subscriptions))
-        began = now()
         await eventually(lambda: epoch(reader) > before, EVENTUAL)
-        took = now() - began
         await reader.client.wait_ready(EVENTUAL)
         assert NOTICED[trouble] in caplog.text
-        # Silence has deadlines of its own: three intervals, a random delay, and a probe of at most 2 s.
-        assert took < IN_TIME + LATE + (2 * TICK + 2 + LATE if NOTICED[trouble] == "silence" else 0)
         done = writer.done
         await eventually(lambda: writer.done > done + 5, EVENTUAL)
     await work.check()
@@ -359,11 +350,9 @@ async def test_a_queue_loses_what_it_held_while_its_instance_is_away(
     else:
         await write()
         await rabbitmq.ctl("purge_queue", queue)
-    began = now()
     second = await work.reader("second", cache_url=redis.url, instance_id="one")
     await eventually(lambda: second.client.stats()["coherence"]["epochs"] >= 1, EVENTUAL)
     if loss == "purged":
-        assert now() - began < IN_TIME + LATE
         counters = second.client.stats()["coherence"]
         assert counters["gap_reasons"] == {"messages missing before a tick": 1}
     await eventually(lambda: gives(second, KEYS[0], 2), EVENTUAL)
