@@ -90,14 +90,16 @@ def ids(span: Any) -> tuple[int, int]:
     return context.trace_id, context.span_id
 
 
+@pytest.mark.parametrize("bus", ["fanout", "stream"])
 async def test_an_eviction_elsewhere_is_a_part_of_the_trace_of_the_write(
+    bus: str,
     join: Callable[..., Any],
     service: trace.Tracer,
     exported: InMemorySpanExporter,
     namespace: str,
     eventually: Eventually,
 ) -> None:
-    writer, reader = await join("writer"), await join("reader")
+    writer, reader = await join("writer", bus=bus), await join("reader", bus=bus)
     with service.start_as_current_span("PUT /products") as request:
         await writer.execute("INSERT INTO p VALUES (1)", invalidate=["a"])
     with service.start_as_current_span("POST /products") as other:
