@@ -81,6 +81,7 @@ class Subscription:
         self._last_acknowledged = 0
         self._ack_at = max(1, prefetch // 4)  # so many make the broker wait no longer
         self._soon: asyncio.TimerHandle | None = None
+        self._counting: asyncio.Task[int] | None = None
 
     async def open(self, standing_by: Callable[[], None]) -> None:
         """Connects, declares and consumes.
@@ -211,14 +212,21 @@ class Subscription:
 
     async def depth(self) -> int | None:
         """How many messages wait, in the broker and here; None if the broker does not say. Never raises."""
-        try:
-            return await within(DEPTH_WITHIN, self._ready()) + self.unsettled
-        except Exception:  # the subscription has ended, or is about to
-            return None
+        counting = self._counting
+        if counting is None or counting.done():
+            counting = self._counting = asyncio.create_task(self._ready())
+        # Where it takes too long it is left to end, and asked again: the number of a channel that is given up half-way is
+        # used again, which to the broker is an error of the connection, and so the end of the subscription.
+        await asyncio.wait({counting}, timeout=DEPTH_WITHIN)
+        if not counting.done() or counting.cancelled() or counting.exception() is not None:
+            return None  # or the subscription has ended, or is about to
+        return counting.result() + self.unsettled
 
     async def _ready(self) -> int:
         # On a channel of its own, since what fails closes it; on no other connection is an exclusive queue to be seen.
-        channel = await self._new_channel()
+        assert self._connection is not None
+        channel = self._connection.channel(publisher_confirms=False)
+        await channel.initialize()
         try:
             found = await channel.declare_queue(self.queue, passive=True)
         finally:
@@ -279,5 +287,7 @@ class Subscription:
     async def close(self) -> None:
         """Closes the connection. Never raises, and ends within seconds."""
         self._acknowledge()
+        if self._counting is not None:
+            self._counting.cancel()
         if self._connection is not None:
             await self._broker.leave(self._connection)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import aio_pika
 import pytest
@@ -257,6 +258,36 @@ async def test_how_much_waits_in_a_queue_of_its_own_is_known_until_the_subscript
     assert receiver.ready, "and asking costs no subscription"
     await stop(task)
     assert await bus.depth() is None
+
+
+async def test_asking_a_slow_broker_how_much_waits_costs_no_subscription(
+    rabbitmq: RabbitMQ,
+    instances: Instances,
+    subscribe: Subscribe,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Eventually,
+) -> None:
+    """A channel that was given up half-way is an error of the whole connection."""
+    port = int(urlsplit(rabbitmq.url).port or 0)
+    async with Proxy("127.0.0.1", port) as proxy:
+        near, far = instances(), instances(rabbitmq.url.replace(str(port), str(proxy.port)))
+        receiver = Recorder()
+        subscribe(far, receiver)
+        await eventually(lambda: receiver.ready)
+        proxy.delay(0.1)  # both ways: to open a channel, to ask, and to close it takes 0.6 s
+        monkeypatch.setattr(consuming, "DEPTH_WITHIN", 0.5)
+        for _ in range(4):
+            await far.depth()
+        proxy.pass_()
+
+        async def known() -> bool:
+            return await far.depth() is not None
+
+        await eventually(known)
+        channel = await near.open_channel()
+        await channel.send(b"{}")
+        await eventually(lambda: receiver.bodies == [b"{}"])
+        assert far.state["sessions"] == 1
 
 
 async def test_malformed_messages_are_dead_lettered_and_their_neighbours_acknowledged(
