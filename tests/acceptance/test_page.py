@@ -155,6 +155,10 @@ async def test_the_fleet_its_writes_and_the_loss_of_the_broker_are_seen(
 
     await own_rabbitmq.start()
     await expect(sentence).to_have_text("All 2 instances are fresh", timeout=40_000)
+    await expect(row(page, "shop-2")).to_contain_text("new subscription")  # its last gap, which is not short
+    for width in (1280, 400):
+        await page.set_viewport_size({"width": width, "height": 800})
+        assert await page.evaluate(overflow) <= 0
     assert watching.wrong == []
 
 
