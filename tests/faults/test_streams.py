@@ -67,7 +67,7 @@ async def cut(stage: Stage) -> None:
 
 async def killed(stage: Stage) -> None:
     """The broker dies and comes back, with the stream: neither does anybody then."""
-    await asyncio.sleep(1)  # a stream that is younger when its broker is killed may never come back
+    await asyncio.sleep(3)  # the first stream of a broker that is killed at once may never come back
     before = epoch(stage.near), epoch(stage.far)
     await stage.broker.kill()
     await stage.broker.start()
@@ -119,6 +119,9 @@ async def test_nobody_keeps_what_was_replaced(
             "x-stream-max-segment-size-bytes": 20_000,
         }.items():
             monkeypatch.setitem(streaming.STREAM, name, value)
+    if breaks in (cut, killed):
+        # Which tells of a stream that is not the same; a broker that is busy may take longer to deliver.
+        monkeypatch.setattr(streaming, "FOUND_WITHIN", EVENTUAL)
     broker: RabbitMQ = request.getfixturevalue("own_rabbitmq" if breaks is killed else "rabbitmq")
     settings: dict[str, Any] = {"broker_url": broker.url, "database_url": database_url}
     async with Proxy("127.0.0.1", broker.port) as proxy:

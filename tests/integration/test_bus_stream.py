@@ -298,8 +298,9 @@ def reasons(client: Client) -> dict[str, int]:
 
 
 async def test_a_connection_that_is_cut_costs_no_entry_and_loses_no_message(
-    client: Client, writer: Client, through: Proxy, eventually: Eventually
+    client: Client, writer: Client, through: Proxy, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(streaming, "FOUND_WITHIN", EVENTUAL)
     before, keys = epoch(client), [f"k{number}" for number in range(60)]
     await fill(client, "other", *keys)
 

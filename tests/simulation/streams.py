@@ -72,7 +72,9 @@ class Reading:
     at: int | None = None
     """Where the broker goes on delivering; None while there is no subscription."""
     open: list[tuple[int, Any]] = field(default_factory=list)
-    """The segment that is being read: the broker has it open, and reads it to its end though it was removed."""
+    """The segment that is being read, once it was removed: the broker has it open, and reads it to its end."""
+    reads: int = -1
+    """A message of the segment that is being read."""
     published_before: int = 1
     """The version that the row had when the subscription was made."""
     markers: int = 0
@@ -158,7 +160,9 @@ class Reading:
 
     def trim(self) -> None:
         self.left["trims"] -= 1
-        del self.segments[0]
+        removed = self.segments.pop(0)
+        if self.reads in [offset for offset, _ in removed]:
+            self.open = removed
 
     def renew(self) -> None:
         self.left["renewals"] -= 1
@@ -199,6 +203,7 @@ class Reading:
         if position is not None and position >= self.end:
             self.coherence.position.forget()
             position = None
+        self.reads = self.end - 1 if position is None else position
         if position is None:
             self.at = self.end
             self.todo = ["join", "trust"]
@@ -240,7 +245,7 @@ class Reading:
         assert found is not None
         offset, message = found
         self.at = offset + 1
-        self.open = next((segment for segment in self.segments if found in segment), self.open)
+        self.reads = offset
         self.eviction = self.coherence.received(message, self.now, offset)
         self.todo = ["say that it is evicted"]
         if self.eviction is not None:
@@ -276,7 +281,11 @@ class Reading:
 
     # What must hold
 
+    def arrive(self) -> None:
+        """Nothing depends on the way."""
+
     def check(self) -> None:
+        """Who is trusted has caught up; and whatever happens, it comes to rest, and then nothing old is served."""
         if self._serves_older_than(self.published_before, later=2.0):
             raise BrokenError(f"trusted, and serves {self.entry.value}, replaced before it subscribed")
         world = copied(self)
@@ -318,7 +327,7 @@ class Reading:
         return (
             self.now, self.version, self.seq, self.end, self.bound, self.at, self.published_before,
             self.markers, tuple(self.todo), str(self.eviction), tuple(self.left.items()),
-            str(self.segments), str([one for one in self.open if self.at is not None and one[0] >= self.at]),
+            str(self.segments), str([one for one in self.open if self.at is not None and one[0] >= self.at]), self.reads,
             self.entry and (self.entry.value, self.entry.epoch - c.epoch, self.entry.load_started),
             self.load and (self.loading, self.load.voided, self.load.epoch - c.epoch, self.load.started),
             tuple(c._seqs.items()), tuple(c._doubts), c._marker, c._marker_passed, str(c._tick_passed),
