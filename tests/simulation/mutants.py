@@ -186,7 +186,7 @@ MUTANTS = [
     Mutant(
         "a subscription that was lost counts as one",
         SLOW,
-        (("        self._subscribed = False\n        self._lost", "        self._lost"),),
+        (("        self._subscribed = False\n        self._lost = self", "        self._lost = self"),),
     ),
     Mutant(
         "every probe is taken for the marker",
