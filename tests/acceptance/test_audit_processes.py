@@ -23,7 +23,7 @@ def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dict[str,
 
 async def change_unrecorded(settings: dict[str, object], product_id: str) -> None:
     """The mistake that an audit is there to find: an UPDATE of which nobody is told."""
-    connection = await asyncpg.connect(str(settings["database_url"]), timeout=10)
+    connection = await asyncpg.connect(str(settings["database_url"]), timeout=30)
     try:
         await connection.execute("UPDATE products SET price = 99 WHERE id = $1", product_id)
     finally:

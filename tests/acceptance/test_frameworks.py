@@ -35,7 +35,7 @@ WRITERS = ("psycopg_write", "sqlalchemy_write", "sqlalchemy_function", "django_w
 @pytest.fixture
 async def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> AsyncIterator[dict[str, object]]:
     """What every program of a test is set up with; the database has the schema, and a table of prices."""
-    connection = await asyncpg.connect(database_url, timeout=10)
+    connection = await asyncpg.connect(database_url, timeout=30)
     try:
         await apply_schema(connection)
         # Two prices that are the same are noticed at COMMIT, when both the change and its record have been made.
@@ -51,7 +51,7 @@ async def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> Asy
 @pytest.fixture
 async def database(settings: dict[str, object]) -> AsyncIterator[asyncpg.Connection]:
     """Somebody who changes prices without a cache."""
-    connection = await asyncpg.connect(str(settings["database_url"]), timeout=10)
+    connection = await asyncpg.connect(str(settings["database_url"]), timeout=30)
     try:
         yield connection
     finally:

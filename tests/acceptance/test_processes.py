@@ -33,7 +33,7 @@ def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dict[str,
 
 async def fetchval(database_url: object, query: str, *args: object) -> Any:
     """What a statement gives in a session of its own."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         connection = await asyncpg.connect(str(database_url))
         try:
             return await connection.fetchval(query, *args)

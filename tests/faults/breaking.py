@@ -231,7 +231,7 @@ async def pool_exhausted(stage: Stage) -> None:
 async def long_transaction(stage: Stage) -> None:
     """A transaction that has the oldest row of the outbox, and takes its time."""
     key = "slowly"
-    connection = await asyncpg.connect(stage.sandbox.postgres.url, timeout=10)
+    connection = await asyncpg.connect(stage.sandbox.postgres.url, timeout=30)
     try:
         await make_stock(connection, [key])
         write = Write(key, now())

@@ -221,7 +221,7 @@ async def clients(namespace: str) -> AsyncIterator[Clients]:
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """A connection to the test's database, which has the schema and a table of prices: `a`, `b` and `c` cost 1."""
-    connection = await asyncpg.connect(database_url, timeout=10, command_timeout=30)
+    connection = await asyncpg.connect(database_url, timeout=30, command_timeout=30)
     try:
         await make_prices(connection)
         yield connection

@@ -63,7 +63,7 @@ async def on_stage(folder: Path, chance: random.Random) -> AsyncIterator[Stage]:
             settings = {"relay": "off", **settings}
             return await stack.enter_async_context(Client(Settings(**settings), subscribe=subscribe))
 
-        truth = await asyncpg.connect(sandbox.postgres.url, timeout=10, command_timeout=30)
+        truth = await asyncpg.connect(sandbox.postgres.url, timeout=30, command_timeout=30)
         await make_stock(truth, KEYS)
         servers = {"broker_url": sandbox.rabbitmq.url, "database_url": sandbox.postgres.url}
         to_broker = await stack.enter_async_context(Proxy("127.0.0.1", sandbox.rabbitmq.port))

@@ -212,10 +212,10 @@ async def test_the_relay_of_a_second_database_speaks_in_the_same_namespace(
 ) -> None:
     another = f"{database_url}_another"
     name = another.rpartition("/")[2]
-    administrator = await asyncpg.connect(postgres.url, timeout=10)
+    administrator = await asyncpg.connect(postgres.url, timeout=30)
     await administrator.execute(f"CREATE DATABASE {name}")
     try:
-        connection = await asyncpg.connect(another, timeout=10)
+        connection = await asyncpg.connect(another, timeout=30)
         await make_stock(connection)
         await connection.close()
         own = await work.relay()

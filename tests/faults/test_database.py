@@ -26,7 +26,7 @@ DB = asyncpg.Connection
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[DB]:
-    connection = await asyncpg.connect(url, timeout=10, command_timeout=30)
+    connection = await asyncpg.connect(url, timeout=30, command_timeout=30)
     try:
         yield connection
     finally:

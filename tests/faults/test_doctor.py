@@ -66,7 +66,7 @@ async def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dic
 
 @pytest.fixture
 async def db(settings: dict[str, Any]) -> AsyncIterator[DB]:
-    connection = await asyncpg.connect(settings["database_url"], timeout=10, command_timeout=30)
+    connection = await asyncpg.connect(settings["database_url"], timeout=30, command_timeout=30)
     yield connection
     connection.terminate()
 

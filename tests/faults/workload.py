@@ -22,7 +22,7 @@ from cacheinval import Client
 @pytest.fixture
 async def stock(database_url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """A connection to the test's database, which has the schema and a table of versions."""
-    connection = await asyncpg.connect(database_url, timeout=10, command_timeout=30)
+    connection = await asyncpg.connect(database_url, timeout=30, command_timeout=30)
     try:
         await make_stock(connection)
         yield connection

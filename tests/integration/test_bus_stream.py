@@ -116,7 +116,7 @@ async def test_what_is_published_once_somebody_reads_is_not_missed(
     publishing = buses()
     first = Recorder()
     reading = asyncio.create_task(publishing.run(first))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await first.joining.wait()
     noisy, channel = await publishing.open_channel(), await publishing.open_channel()
 

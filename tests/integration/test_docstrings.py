@@ -31,7 +31,7 @@ def settings(database_url: str, namespace: str) -> Settings:
 
 
 async def test_examples_with_a_database_print_what_they_say(settings: Settings) -> None:
-    connection = await asyncpg.connect(settings.database_url, timeout=10)
+    connection = await asyncpg.connect(settings.database_url, timeout=30)
     try:
         await apply_schema(connection)
         await connection.execute("CREATE TABLE prices (id text, price int)")

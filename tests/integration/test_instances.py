@@ -300,7 +300,7 @@ class TestOwnConnection:
             proxy.pass_()
             assert await self.pid(own) != first
             proxy.swallow()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await own.close()
 
     async def test_it_is_not_made_before_it_is_needed(self) -> None:

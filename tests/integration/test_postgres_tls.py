@@ -61,7 +61,7 @@ async def tls_url(postgres: Postgres, database_url: str, files: Files) -> AsyncI
     """The test's database, for a role that gets in with TLS and a certificate of its name only."""
     rules = postgres.folder / "data" / "pg_hba.conf"
     before = rules.read_text()
-    connection = await asyncpg.connect(database_url, timeout=10)
+    connection = await asyncpg.connect(database_url, timeout=30)
     try:
         await connection.execute(f"CREATE ROLE {ROLE} LOGIN SUPERUSER")
         for name, value in {"cert": "server.pem", "key": "server.key", "ca": "ca.pem"}.items():
@@ -90,7 +90,7 @@ async def test_a_client_and_its_relay_work_over_tls_and_the_doctor_names_what_is
 
     async def connects() -> bool:  # the server reads its configuration anew in its own time
         try:
-            connection = await asyncpg.connect(both, timeout=10)
+            connection = await asyncpg.connect(both, timeout=30)
         except (OSError, asyncpg.PostgresError):
             return False
         await connection.close()

@@ -319,7 +319,7 @@ async def test_a_process_lives_until_its_last_thread_has_ended(eventually: Event
     state = Path(f"/proc/{process.pid}/stat")
     await eventually(lambda: state.read_text().rpartition(")")[2].split()[0] == "Z")
     assert process.pid in living()
-    process.communicate(b"end\n", timeout=10)
+    process.communicate(b"end\n", timeout=60)
     assert process.pid not in living()
 
 
@@ -375,7 +375,7 @@ def test_run_passes_signals_on(number: signal.Signals, started: list["subprocess
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    assert process.communicate(timeout=10)[0] == "told\n"
+    assert process.communicate(timeout=60)[0] == "told\n"
     assert process.returncode == 5
 
 
@@ -388,7 +388,7 @@ def test_run_without_a_command_prints_the_variables_and_waits(started: list["sub
     port = int(found[1])
     socket.create_connection(("127.0.0.1", port), 1).close()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 0
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), 1)

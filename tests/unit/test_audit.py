@@ -60,7 +60,7 @@ class House:
         self.cache.evict_now(eviction)
 
     async def audit(self, sample: int = 1000, delay: float = 0.0) -> AuditReport:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self.auditor.audit(sample, delay)
 
 
@@ -156,7 +156,7 @@ async def differs_at_first(house: House) -> "asyncio.Task[AuditReport]":
     await house.read("k", source, "t")
     source.value = "new"
     auditing = asyncio.create_task(house.audit(delay=0.05))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while source.loads < 2:
             await asyncio.sleep(0)
     return auditing
@@ -462,7 +462,7 @@ async def test_it_runs_again_and_again(house: House, caplog: pytest.LogCaptureFi
     source.loads = 0
     auditor = house.make_auditor(interval=0.005)
     running = asyncio.create_task(auditor.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while auditor.counters.runs < 3:
             await asyncio.sleep(0.001)
     running.cancel()

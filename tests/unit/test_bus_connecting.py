@@ -41,7 +41,7 @@ async def test_within_keeps_its_deadline_even_if_the_work_does_not_end() -> None
             await released.wait()  # as an aiormq call does, on a connection that takes no more bytes
             raise ConnectionError("nobody looks at this any more") from None
 
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
             await within(0.05, stubborn())
     released.set()
@@ -155,7 +155,7 @@ async def test_a_node_that_was_away_is_tried_after_the_others_for_a_while(
 ) -> None:
     broker = Broker(CLUSTER)
     nodes.up, nodes.hanging = {"c"}, {"b"}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while set(nodes.tried) != {"a", "b", "c"}:
             assert (await broker.connect("test")).url.host == "c"
         nodes.tried.clear()

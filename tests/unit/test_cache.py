@@ -522,7 +522,7 @@ async def test_two_factories_that_read_each_other_do_not_hang(cache: InProcessCa
         started.set()
         return await cache.get_or_set("one", refuse)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         results = await asyncio.gather(
             cache.get_or_set("one", one), cache.get_or_set("two", two), return_exceptions=True
         )

@@ -159,7 +159,7 @@ class TestMetrics:
         async with Client(settings) as client, writer, asking(Monitoring(client, lambda: READY)) as http:
             await client.wait_ready(30)
             await writer.invalidate("key")
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while True:
                     seen = values((await http.get("/metrics")).text)
                     if seen["cacheinval_eviction_latency_seconds_count"] == 1:

@@ -205,7 +205,7 @@ async def test_a_part_of_a_load_runs_in_its_place(coherence: Coherence, clock: S
     async def whole() -> Any:
         return await asyncio.gather(*(cache.get_or_set(f"part {n}", source) for n in range(3)))
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await cache.get_or_set("whole", whole)
     assert free(cache) == 1
 
@@ -225,7 +225,7 @@ async def test_a_part_that_waits_for_a_place_goes_on_when_a_load_with_a_place_wa
     part = asyncio.create_task(cache.get_or_set("part", source))
     await eventually(lambda: cache._places.waiting == 1)
     go.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await asyncio.gather(reader, part) == [1, 1]
     assert free(cache) == 1
 

@@ -34,7 +34,7 @@ async def proxy(heard: bytearray) -> AsyncIterator[Proxy]:
 
 async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> bytes:
     writer.write(data)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(30):
         return await reader.readexactly(len(data))
 
 

@@ -193,7 +193,7 @@ class TestAsking:
                 await asyncio.sleep(0)
                 assert not waiting.done()
                 asks.answered("m", body(name))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 assert (await waiting).complete
 
     async def test_it_ends_when_the_last_one_is_safe(self) -> None:
@@ -201,7 +201,7 @@ class TestAsking:
         with asks.about(30.0) as one:
             assert one is not None
             asks.committed(one, evicted_here=False)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 assert (await asks.receipt(one)).by_time == ("a",)
 
     async def test_it_ends_in_its_time(self) -> None:
@@ -217,7 +217,7 @@ class TestAsking:
         with asks.about(30.0) as one:
             assert one is not None
             asks.committed(one, evicted_here=False, names_something=False)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 assert await asks.receipt(one) == Receipt(2, 2, by_time=("a", "me"))
 
     async def test_a_database_that_is_away_is_asked_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ class TestAsking:
         with asks.about(30.0) as one:
             assert one is not None
             asks.committed(one, evicted_here=True)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 assert (await asks.receipt(one)).complete
 
     async def test_a_defect_in_counting_does_not_look_like_a_write_that_failed(self) -> None:
@@ -266,7 +266,7 @@ class TestAsking:
             await asyncio.sleep(0.01)
             assert not waiting.done()
             there.clear()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 assert (await waiting).complete
 
     async def test_cancelled_it_leaves_nothing_behind(self) -> None:

@@ -242,7 +242,7 @@ async def test_a_marker_that_could_not_be_published_is_published_later(
     await instance.joined(resumed=True)
     assert len(attempts) == 1
     watching = asyncio.create_task(instance.watch())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(attempts) < 2:
             await asyncio.sleep(0.005)
     watching.cancel()
@@ -265,7 +265,7 @@ async def test_silence_in_an_alarm_is_a_doubt_and_no_reason_to_subscribe_anew() 
     assert instance.trusted.is_set()
     instance._clock.time += 1
     watching = asyncio.create_task(instance.watch())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while instance.trusted.is_set():
             await asyncio.sleep(0.005)
     watching.cancel()
@@ -353,7 +353,7 @@ async def test_the_place_is_kept_in_silence_only_where_nothing_could_be_heard(
     instance._tick_interval = 0.01
     reading.clock.time += 1
     watching = asyncio.create_task(instance.watch())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await subscribed_anew.wait()
     watching.cancel()
     assert instance.position == (None if published else 0)
