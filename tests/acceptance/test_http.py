@@ -219,7 +219,7 @@ async def test_methods_and_paths_that_are_not_there(service: Service) -> None:
         answer = await service.ask(method, "/products/a")
         assert (answer.status, answer.headers["allow"]) == (405, "DELETE, GET, HEAD, PUT")
         assert "detail" in answer.json
-    for path in ("/", "/products", "/healthz/"):
+    for path in ("/nothing", "/products", "/healthz/"):
         answer = await service.ask("GET", path)
         assert (answer.status, "detail" in answer.json) == (404, True)
 
