@@ -26,8 +26,8 @@ def test_a_walk_that_breaks_something_is_shrunk_to_a_short_one() -> None:
     removed = next(mutant for mutant in MUTANTS if mutant.name == "token check removed")
     wrong = changed(rules, removed.changes, "token check removed, walking")
     with pytest.raises(BrokenError) as broken:
-        walk(lambda: timed(wrong, ticks, LARGE["a cache in the process"]), WALKS)
+        walk(lambda: timed(wrong, ticks, LARGE["a cache in the process"]), WALKS, steps=60)
     found = re.search(r"after (\d+) steps: (.*)", str(broken.value))
     assert found is not None
-    assert int(found[1]) <= 12, found[2]
+    assert int(found[1]) <= 30, found[2]  # fewer, where shrinking is not given up for want of time
     assert "stores and returns" in found[2]

@@ -98,7 +98,7 @@ def _kind(label: str) -> str:
     return "instance"
 
 
-def walk(make: Callable[[], World], walks: int, first_seed: int | None = None) -> None:
+def walk(make: Callable[[], World], walks: int, first_seed: int | None = None, steps: int = STEPS) -> None:
     """Walks so often through the world that `make` makes; always the same walks, unless there is a seed.
 
     Raises:
@@ -115,7 +115,7 @@ def walk(make: Callable[[], World], walks: int, first_seed: int | None = None) -
         print_blob=False,
         report_multiple_bugs=False,
     )
-    @given(st.lists(st.integers(0, 99_999), min_size=STEPS, max_size=STEPS))
+    @given(st.lists(st.integers(0, 99_999), min_size=steps, max_size=steps))
     def walks_through(numbers: list[int]) -> None:
         follow(make(), numbers)
 
