@@ -204,13 +204,15 @@ class Settings(BaseSettings):
         description="bytes; longer values are compressed (zlib) in a cache outside the process; 0: none",
     )
     max_staleness: Annotated[Seconds | None, BeforeValidator(_none_if_empty)] = Field(
-        default=None, description="seconds; bounds how old a value served from the cache can be"
+        default=None,
+        description="seconds for which a value may still be served after it was replaced; unset: no bound",
     )
     max_concurrent_loads: Annotated[int, Field(ge=1)] = Field(
         default=64, description="loaders that run at a time; further ones wait"
     )
     warm_keys: Annotated[int, Field(ge=0, le=10_000)] = Field(
-        default=0, description="hottest keys that are loaded again after an eviction, at most 10000; 0: none"
+        default=0,
+        description="keys read last that are loaded again after an eviction, at most 10000; 0: none",
     )
     warm_interval: Seconds = Field(
         default=1, description="seconds between two such loads of one key, however often it is evicted"

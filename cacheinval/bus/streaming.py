@@ -10,11 +10,11 @@ from aio_pika.abc import AbstractChannel
 from pamqp.common import FieldTable
 
 from cacheinval.bus import Delivery, Receiver
-from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, Counts, within
+from cacheinval.bus.connecting import ANSWER_WITHIN, Broker, Counts, place, within
 from cacheinval.bus.consuming import Subscription
 from cacheinval.logs import event
 
-__all__ = ["StreamSubscription"]
+__all__ = ["STREAM", "StreamSubscription"]
 
 _log = logging.getLogger("cacheinval.bus")
 
@@ -54,6 +54,7 @@ class StreamSubscription(Subscription):
         """
         position = self._receiver.position
         self._connection = await self._broker.connect("subscription", self._arrive, offsets=True)
+        self.node = place(self._connection.url)
         channel = await self._consuming_channel()
         await self._declare(channel)
         self.resumed = position is not None and await self._goes_on_from(position)

@@ -17,6 +17,7 @@ from pamqp.commands import Basic
 from cacheinval.bus.connecting import Broker, explain, is_away, within
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE
 from cacheinval.bus.rabbitmq import RabbitBus
+from cacheinval.bus.streaming import STREAM
 from cacheinval.bus.wire import Connection
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
@@ -28,13 +29,14 @@ from cacheinval.doctor.findings import (
     of_unreachable_broker,
     ok,
     set_permissions,
+    vhost_of,
     warning,
 )
 from cacheinval.errors import MalformedMessageError
 from cacheinval.fleet import status_in
 from cacheinval.messages import MESSAGE_TYPE, Ask, Probe, Tick, decode, encode
 from cacheinval.registration import Registered
-from cacheinval.settings import Settings
+from cacheinval.settings import Settings, addresses
 
 __all__ = ["BrokerSeen", "HeardTick"]
 
@@ -65,6 +67,9 @@ class BrokerSeen:
         self._checks = checks
         self._broker = Broker(settings)
         self._url = settings.broker_url
+        self._connect_within = CONNECT_WITHIN * len(
+            addresses(self._url)
+        )  # one node after the other may be silent
         self._connection: Connection | None = None
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
         self._ear: AbstractQueue | None = None
@@ -76,13 +81,16 @@ class BrokerSeen:
 
     async def examine(self) -> HeardTick | None:
         """Runs the checks, those of which each needs the one before it; returns the first tick that is heard."""
-        if not await self._checks.run("broker", 2 * CONNECT_WITHIN, self._reach):
+        if not await self._checks.run("broker", 2 * self._connect_within, self._reach):
             self._checks.add(self._not_checked("the broker cannot be used"))
             return None
         if not await self._checks.run("exchange", ANSWER_WITHIN, self._exchange):
             self._checks.add(self._not_checked("the exchange cannot be used", 1))
             return None
-        await self._checks.run("dead letters", ANSWER_WITHIN, self._dead_letters)
+        if self._settings.bus == "stream":  # which has no dead letters: what nobody understands stays in it
+            await self._checks.run("stream", ANSWER_WITHIN, self._stream)
+        else:
+            await self._checks.run("dead letters", ANSWER_WITHIN, self._dead_letters)
         permitted = await self._checks.run("permissions", ANSWER_WITHIN, self._listen)
         if self.listens:
             deadline = 2 * CONFIRM_WITHIN + ANSWER_WITHIN
@@ -110,7 +118,7 @@ class BrokerSeen:
 
     async def _reach(self) -> list[Finding]:
         try:
-            self._connection = await within(CONNECT_WITHIN, self._broker.connect("doctor"))
+            self._connection = await within(self._connect_within, self._broker.connect("doctor"))
         except Exception as error:
             return [of_unreachable_broker(self._broker.url, explain(error))]
         assert self._connection.transport is not None
@@ -143,13 +151,32 @@ class BrokerSeen:
         await channel.close()
         return ok("exchange", f"{name} is a durable fanout")
 
+    async def _stream(self) -> Finding:
+        name = self._broker.stream
+        channel = await self._channel()
+        try:
+            await channel.declare_queue(name, passive=True)
+            await channel.declare_queue(name, durable=True, arguments=STREAM)
+            await channel.close()
+        except ChannelNotFoundEntity as error:
+            if is_away(error):
+                remedy = "start that node; if it is up, see OPERATING.md, One stream"
+                return failed("stream", explain(error), remedy)
+            return warning("stream", f"{name} is missing", "the next instance that subscribes makes it")
+        except ChannelPreconditionFailed as error:
+            remedy = f"`rabbitmqctl delete_queue -p {vhost_of(self._url)} {name}`: instances make it as it has to be"
+            return failed("stream", f"set up differently: {explain(error)}", remedy)
+        except ChannelAccessRefused as error:
+            return of_refusal(self._url, f"configure on {name}", explain(error))
+        return ok("stream", f"{name} is there")
+
     async def _dead_letters(self) -> list[Finding]:
         name = self._broker.dead_letters
         channel = await self._channel()
         try:
             await channel.declare_exchange(name, passive=True)
             queue = await channel.declare_queue(name, passive=True)
-            found = [of_dead_letters(name, queue.declaration_result.message_count or 0)]
+            found = [of_dead_letters(self._url, name, queue.declaration_result.message_count or 0)]
             await channel.declare_queue(name, durable=True, arguments=DEAD_LETTER_QUEUE)
             await channel.close()
         except ChannelNotFoundEntity as error:
@@ -157,7 +184,7 @@ class BrokerSeen:
             remedy += "; until then what is malformed is dropped"
             return [warning("dead letters", explain(error), remedy)]
         except ChannelPreconditionFailed as error:
-            remedy = f"`rabbitmqctl delete_queue {name}` once it is empty: instances make it as it has to be"
+            remedy = f"`rabbitmqctl delete_queue -p {vhost_of(self._url)} {name}` once it is empty: instances make it as it has to be"
             return [*found, warning("dead letters", f"set up differently: {explain(error)}", remedy)]
         except ChannelAccessRefused as error:
             return [of_refusal(self._url, f"configure on {name}", explain(error))]

@@ -9,6 +9,7 @@ import asyncpg
 
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
+    VERY_OLD_ROW,
     Finding,
     failed,
     of_clock,
@@ -16,6 +17,7 @@ from cacheinval.doctor.findings import (
     of_outbox,
     of_rights,
     of_schema,
+    of_strays,
     of_tracking,
     ok,
     warning,
@@ -41,9 +43,16 @@ _OUTBOX = """
     FROM (SELECT recorded_at FROM cacheinval.outbox WHERE namespace = $1 AND publish_at <= clock_timestamp() LIMIT $2) AS rows
 """
 
+_STRAYS = """
+    SELECT DISTINCT namespace FROM (
+        SELECT namespace FROM cacheinval.outbox
+        WHERE namespace <> $1 AND publish_at <= clock_timestamp() - $2 * interval '1 second' LIMIT $3
+    ) AS rows ORDER BY namespace LIMIT 10
+"""
+
 # An advisory lock of one bigint is listed as its two halves.
 _LEADER = """
-    SELECT pid, application_name, coalesce(host(client_addr), 'a local socket') AS host,
+    SELECT pid, application_name, host(client_addr) AS host,
         extract(epoch FROM clock_timestamp() - backend_start)::float8 AS age
     FROM (SELECT hashtextextended('cacheinval.relay.' || $1, 0) AS key) AS lock
     JOIN pg_locks ON locktype = 'advisory' AND granted AND objsubid = 1
@@ -78,13 +87,15 @@ class DatabaseSeen:
             self._checks.add(warning("not checked", text, remedy))
             return
         await self._checks.run("clock", ANSWER_WITHIN, self._clock)
-        if not await self._checks.run("schema", ANSWER_WITHIN, self._schema):
-            return
-        if not await self._checks.run("grants", ANSWER_WITHIN, self._grants):
-            return
-        await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
+        if await self._checks.run("schema", ANSWER_WITHIN, self._schema) and await self._checks.run(
+            "grants", ANSWER_WITHIN, self._grants
+        ):
+            await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
+            await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
+        else:
+            text = "outbox, tracked tables: schema and grants come first"
+            self._checks.add(warning("not checked", text, "put these right, and run this again"))
         await self._checks.run("leader", ANSWER_WITHIN, self._leader)
-        await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
         await self._checks.run("registered instances", ANSWER_WITHIN, self._registered)
 
     def close(self) -> None:
@@ -110,7 +121,7 @@ class DatabaseSeen:
             return failed(
                 "database",
                 f"{url} is a standby: it takes no writes, and no relay works there",
-                "CACHEINVAL_DATABASE_URL has to lead to the primary (target_session_attrs=primary with several hosts)",
+                "CACHEINVAL_DATABASE_URL has to lead to the primary: name its host, or a name that follows it",
             )
         role = await self._connection.fetchval("SELECT current_user")
         return ok("database", f"PostgreSQL {major} at {url}, role {role}")
@@ -146,16 +157,21 @@ class DatabaseSeen:
             self.source = await self._connection.fetchval("SELECT cacheinval.source()")
         return of_rights(role, missing)
 
-    async def _outbox(self) -> Finding:
-        row = await self._connection.fetchrow(_OUTBOX, self._settings.namespace, ROWS_COUNTED)
-        return of_outbox(row["count"], row["oldest"])
+    async def _outbox(self) -> Sequence[Finding]:
+        own = self._settings.namespace
+        row = await self._connection.fetchrow(_OUTBOX, own, ROWS_COUNTED)
+        strays = await self._connection.fetch(_STRAYS, own, VERY_OLD_ROW, ROWS_COUNTED)
+        return [of_outbox(row["count"], row["oldest"]), *of_strays([row["namespace"] for row in strays], own)]
 
     async def _leader(self) -> Finding:
         row = await self._connection.fetchrow(_LEADER, self._settings.namespace)
         holder = None
         if row is not None:
-            who = row["application_name"] or "a session"
-            holder = f"{who}, server process {row['pid']}, from {row['host']} since {row['age']:.0f} s"
+            holder = f"{row['application_name'] or 'a session'}, server process {row['pid']}"
+            if (
+                row["age"] is not None
+            ):  # of another role's session the server tells no more to those without pg_read_all_stats
+                holder += f", from {row['host'] or 'a local socket'} since {row['age']:.0f} s"
         return of_leader(holder, self._settings.relay == "auto")
 
     async def _tracked(self) -> Sequence[Finding]:

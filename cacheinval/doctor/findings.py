@@ -123,11 +123,15 @@ def of_lost_nodes(reasons: Mapping[str, str]) -> list[Finding]:
     ]
 
 
+def vhost_of(url: str) -> str:
+    """The virtual host that this address leads to."""
+    return unquote(urlsplit(url).path[1:]) or "/"
+
+
 def set_permissions(url: str) -> str:
     """The command that grants what a user of cacheinval needs."""
-    parts = urlsplit(url)
-    user, vhost = parts.username or "guest", unquote(parts.path[1:]) or "/"
-    return f"`rabbitmqctl set_permissions -p {vhost} {user} '{CONFIGURE}' '{WRITE}' '{READ}'`"
+    user = urlsplit(url).username or "guest"
+    return f"`rabbitmqctl set_permissions -p {vhost_of(url)} {user} '{CONFIGURE}' '{WRITE}' '{READ}'`"
 
 
 def of_refusal(url: str, permission: str, reason: str) -> Finding:
@@ -135,13 +139,14 @@ def of_refusal(url: str, permission: str, reason: str) -> Finding:
     return failed("permissions", f"{permission} is not permitted: {reason}", set_permissions(url))
 
 
-def of_dead_letters(name: str, count: int) -> Finding:
+def of_dead_letters(url: str, name: str, count: int) -> Finding:
     if count == 0:
         return ok("dead letters", f"{name} is empty")
     return warning(
         "dead letters",
         f"{count} messages in {name}: nobody could understand them, and each cost every instance its cache",
-        f"look at one (`rabbitmqadmin get queue={name}`) for who publishes it, then `rabbitmqctl purge_queue {name}`",
+        f"look at one (`rabbitmqadmin --vhost={vhost_of(url)} get queue={name}`) for who publishes it, "
+        f"then `rabbitmqctl purge_queue -p {vhost_of(url)} {name}`",
     )
 
 
@@ -168,8 +173,8 @@ def of_schema(version: int | None, known: int) -> Finding:
             "run `cacheinval schema apply` as the role that is to own it",
         )
     if version > known:
-        text = f"the schema has version {version}, this cacheinval knows {known}"
-        return failed("schema", text, "upgrade cacheinval here")
+        text = f"the schema has version {version}, this cacheinval knows {known}, which works with it but cannot apply its own"
+        return warning("schema", text, "upgrade cacheinval here")
     if version < known:
         text = f"the schema has version {version}, this cacheinval needs {known}"
         return failed("schema", text, "run `cacheinval schema apply` as its owner")
@@ -200,6 +205,19 @@ def of_outbox(count: int, oldest: float | None) -> Finding:
     if oldest > OLD_ROW:
         return warning("outbox", text, remedy)
     return ok("outbox", text)
+
+
+def of_strays(namespaces: Sequence[str], own: str) -> list[Finding]:
+    """`namespaces`: others than `own` whose rows nobody has published for long."""
+    return [
+        warning(
+            "outbox",
+            f"rows of namespace {namespace!r} wait for longer than {VERY_OLD_ROW:.0f} s: nobody relays it",
+            f"run a relay with CACHEINVAL_NAMESPACE={namespace}; or, if they are meant for {own}, name that: "
+            f"cacheinval.invalidate(…, namespace => '{own}'), and the same with track and record_changes",
+        )
+        for namespace in namespaces
+    ]
 
 
 def of_leader(holder: str | None, may_lead: bool) -> Finding:

@@ -1,5 +1,6 @@
 """Writing the outbox in the transaction of the change, and emptying it."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -165,7 +166,7 @@ class Outbox:
 def explain(error: asyncpg.PostgresError) -> DatabaseError | None:
     """What to do about `error`, where it is about the outbox and not about the caller's own statement."""
     text = str(error.args[0]) if error.args else ""
-    if error.sqlstate in _UNDEFINED and ("cacheinval" in text or '"outbox"' in text):
+    if error.sqlstate in _UNDEFINED and ("cacheinval" in text or re.search(r"\boutbox\b", text)):
         return SchemaMissingError()
     if error.sqlstate == "42501" and _names_ours(text):
         return DatabaseError(

@@ -19,6 +19,7 @@ SILENT_AFTER = 3.5
 """Seconds without an answer, at about one question a second."""
 
 FORGOTTEN_AFTER = 60.0
+FORGOTTEN_UNKNOWN_AFTER = 3600.0  # where no registry tells who has left from who hangs
 """Seconds for which one that has left, or of which nothing is heard and nobody knows, is shown."""
 
 LATE_TICKS, LATE = 3, 2.0
@@ -211,7 +212,9 @@ class Fleet:
     def registry(self, registered: Iterable[Registered] | None, now: float) -> None:
         """Who is registered in the database; None where that is not known."""
         self.registry_known = registered is not None
-        ids = {one.id for one in registered or ()}
+        if registered is None:
+            return  # who was in it mostly still is
+        ids = {one.id for one in registered}
         for member in self:
             member.registered = member.id in ids
         for id_ in ids - self._members.keys():
@@ -254,7 +257,8 @@ class Fleet:
         """Those of whom nothing has been heard for long, and of whom nobody knows."""
         for member in list(self):
             silent = now - (member.seen_at if member.heard_at is None else member.heard_at)
-            if self.problem is None and not member.registered and silent > FORGOTTEN_AFTER:
+            limit = FORGOTTEN_AFTER if self.registry_known else FORGOTTEN_UNKNOWN_AFTER
+            if self.problem is None and not member.registered and silent > limit:
                 del self._members[member.id]
 
     def fate(self, line: Line, member: Member, now: float) -> Fate:

@@ -3,10 +3,13 @@
 "use strict";
 
 const LOST_AFTER = 4000; // ms without anything
+const BEGIN_AGAIN_AFTER = 12000; // a connection may be dead without an error
 let heard = Date.now();
+let begun = Date.now();
 let stream;
 
 function connect() {
+  begun = Date.now();
   stream = new EventSource("page/events");
   stream.onmessage = (event) => {
     heard = Date.now();
@@ -80,5 +83,13 @@ function told() {
   }
 }
 
-setInterval(told, 1000);
+function look() {
+  told();
+  if (Date.now() - Math.max(heard, begun) > BEGIN_AGAIN_AFTER) {
+    stream.close();
+    connect();
+  }
+}
+
+setInterval(look, 1000);
 connect();

@@ -62,7 +62,7 @@ class ProductBody(BaseModel):
 
 def create_app(cache: Cache, service: Service, monitoring: ASGIApp, monitored: Iterable[str] = ()) -> FastAPI:
     """The HTTP application: products, and at the paths `monitored` the application `monitoring`."""
-    app = FastAPI(title="cacheinval products", redirect_slashes=False, redoc_url=None)
+    app = FastAPI(title="cacheinval products", redirect_slashes=False, docs_url=None, redoc_url=None)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(CacheinvalError, _Unavailable())
     app.add_exception_handler(405, _not_allowed)

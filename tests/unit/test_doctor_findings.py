@@ -91,9 +91,9 @@ def test_the_permissions_that_are_recommended_are_those_of_the_definitions() -> 
 
 
 def test_dead_letters() -> None:
-    assert findings.of_dead_letters("x.dead", 0).level == "ok"
-    found = findings.of_dead_letters("x.dead", 3)
-    assert (found.level, "rabbitmqctl purge_queue x.dead" in str(found.remedy)) == ("warning", True)
+    assert findings.of_dead_letters("amqp://broker/shop", "x.dead", 0).level == "ok"
+    found = findings.of_dead_letters("amqp://broker/shop", "x.dead", 3)
+    assert (found.level, "rabbitmqctl purge_queue -p shop x.dead" in str(found.remedy)) == ("warning", True)
 
 
 # The database
@@ -108,7 +108,7 @@ def test_clocks(offset: float, level: str) -> None:
     assert ("behind" in found.text) == (offset < 0)
 
 
-@pytest.mark.parametrize(("version", "level"), [(None, "failed"), (1, "failed"), (2, "ok"), (3, "failed")])
+@pytest.mark.parametrize(("version", "level"), [(None, "failed"), (1, "failed"), (2, "ok"), (3, "warning")])
 def test_the_schema(version: int | None, level: str) -> None:
     found = findings.of_schema(version, 2)
     assert found.level == level
@@ -141,6 +141,14 @@ def test_what_no_role_can_be_called_is_refused(role: str) -> None:
 )
 def test_the_outbox(count: int, oldest: float | None, level: str) -> None:
     assert findings.of_outbox(count, oldest).level == level
+
+
+def test_rows_of_a_namespace_that_nobody_relays() -> None:
+    (finding,) = findings.of_strays(["default"], "shop")
+    assert finding.level == "warning"
+    assert "'default'" in finding.text
+    assert "namespace => 'shop'" in str(finding.remedy)
+    assert findings.of_strays([], "shop") == []
 
 
 def test_the_leader() -> None:
