@@ -840,6 +840,7 @@ class Coherence:
         if missing is None:
             return self._received(message, now)
         self._begin_to_count()  # or each origin of which something is missing would be a gap of its own
+        self._tick_passed = None  # it told the numbers from which nothing is counted any more
         gap = self.gap(missing, now)
         asked = self._received(message, now)  # in any case, since it may be the marker, or tell a number
         return gap or asked

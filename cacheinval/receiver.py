@@ -205,6 +205,13 @@ class Instance:
 
     async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
         """See `bus.Receiver.receive`."""
+        try:
+            return await self._receive(deliveries)
+        except Exception:
+            self._coherence.position.forget()  # what fails may always fail, and a stream would bring it back for ever
+            raise
+
+    async def _receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
         answers: list[str | None] = []
         for few in _portions(deliveries):
             if answers:
@@ -228,15 +235,19 @@ class Instance:
             or not _is_portion(deliveries)
         ):
             return None
-        batch = self._judge(deliveries)
-        if batch.eviction:
-            self._coherence.evict(batch.eviction, self._clock.now())
-            self.counters.evictions += 1
-            evict_now(batch.eviction)
-            self._tell_epoch(batch.eviction)
-        self._coherence.evicted(self._clock.now())
-        self._tell(batch)
-        return batch.problems
+        try:
+            batch = self._judge(deliveries)
+            if batch.eviction:
+                self._coherence.evict(batch.eviction, self._clock.now())
+                self.counters.evictions += 1
+                evict_now(batch.eviction)
+                self._tell_epoch(batch.eviction)
+            self._coherence.evicted(self._clock.now())
+            self._tell(batch)
+            return batch.problems
+        except Exception:
+            self._coherence.position.forget()  # as in `receive`
+            raise
 
     def _judge(self, deliveries: Sequence[Delivery]) -> "_Batch":
         """What the rules make of these; from here to the eviction nothing is awaited."""
@@ -419,7 +430,6 @@ class Instance:
         self._marker_sent_at = self._clock.now()
 
     async def _probe(self, silence: float) -> None:
-        deaf = False
         self._heard.clear()
         try:
             await self._publish_probe(encode(Probe(v=1, id=secrets.token_hex(8))))
@@ -433,14 +443,13 @@ class Instance:
         except BusError as error:
             reason = f"silence, and a probe could not be published: {error}"
         except TimeoutError:
-            reason, deaf = "silence: a probe was published and did not arrive", True
+            reason = "silence: a probe was published and did not arrive"
         else:
             return
         if not self._heard.is_set() and self._coherence.silent(self._clock.now(), silence):
             self.lost(reason)
-            if deaf:
-                # A stream that nothing is put into any more goes on where it was left, without what was lost.
-                self._coherence.position.forget()
+            # A stream that nothing was put into for a while goes on where it was left, without what was lost.
+            self._coherence.position.forget()
             self._resubscribe(reason)
 
     async def _start_clock_over(self) -> None:

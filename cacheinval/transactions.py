@@ -1,7 +1,7 @@
 """One transaction, and what it makes stale."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -220,11 +220,27 @@ class Transaction:
         **options: Any,
     ) -> Any:
         self._only_statements = self._only_statements and leaves_session(query)
-        call = getattr(self._connection, method)
-        if not invalidate and not tags:
-            return await call(query, *args, **options)
         named = Invalidations()
         named.add(invalidate, tags)
+        call = getattr(self._connection, method)
+        try:
+            if named:
+                return await self._call_with(named, call, query, args, options)
+            return await call(query, *args, **options)
+        except BaseException:
+            # Whoever catches this may go on to a COMMIT that the server answers by a rollback, without an error: what is
+            # named is written once more before it, and that fails.
+            self._only_statements = False
+            raise
+
+    async def _call_with(
+        self,
+        named: Invalidations,
+        call: Callable[..., Awaitable[Any]],
+        query: str,
+        args: Sequence[Any],
+        options: dict[str, Any],
+    ) -> Any:
         rows = self._rows_of(named)
         combined = combine(query, len(args)) if len(rows) == 1 else None
         recorded = False

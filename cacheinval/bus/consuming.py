@@ -215,6 +215,9 @@ class Subscription:
         counting = self._counting
         if counting is None or counting.done():
             counting = self._counting = asyncio.create_task(self._ready())
+            counting.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )  # asyncio need not complain
         # Where it takes too long it is left to end, and asked again: the number of a channel that is given up half-way is
         # used again, which to the broker is an error of the connection, and so the end of the subscription.
         await asyncio.wait({counting}, timeout=DEPTH_WITHIN)

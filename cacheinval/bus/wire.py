@@ -184,7 +184,7 @@ class Splitter:
             return False
         if kind == HEADER:
             self._size, flags = CONTENT.unpack_from(data, payload)
-            self._properties = _properties(data[payload:end]) if flags & ANSWERABLE else None
+            self._properties = _answerable(data[payload:end]) if flags & ANSWERABLE else None
             self._contexts = _contexts(data[payload:end]) if flags & HEADERS else ()
             self._offset = _offset(data[payload:end], flags) if self._offsets and flags & HEADERS else None
             self._body = b""
@@ -229,6 +229,13 @@ def _offset(payload: bytes, flags: int) -> int | None:
         _, named, rest = payload.rpartition(ONLY_OFFSET[4:])
         return int.from_bytes(rest[:8]) if named else None
     return offset if isinstance(offset, int) else None
+
+
+def _answerable(payload: bytes) -> Any:
+    try:
+        return _properties(payload)
+    except Exception:  # nobody can be answered then; the message counts all the same
+        return None
 
 
 def _properties(payload: bytes) -> Any:

@@ -47,7 +47,7 @@ _LOCK = "SELECT pg_try_advisory_lock(hashtextextended('cacheinval.relay.' || $1,
 
 # Whatever is visible, as a set: rows become visible in any order. One row at least, however large it is.
 _DUE = """
-    SELECT id, {names}, everything, left(context, 600) AS context, extract(epoch FROM recorded_at)::float8 AS recorded_at
+    SELECT id, {names}, everything, extract(epoch FROM recorded_at)::float8 AS recorded_at
     FROM (
         SELECT *, sum(pg_column_size(keys) + pg_column_size(tags))
             OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
@@ -120,9 +120,13 @@ class Session:
         idle, unread = max(1, int(1_000 * idle_timeout)), int(1_000 * max(5.0, idle_timeout))
         if await _answer(connection.fetchval(_SETTINGS, name, str(idle), str(unread))):
             raise DatabaseError("the database is a standby (in recovery); accepted: the primary")
-        self._due = await _answer(connection.prepare(_DUE.format(names="keys, versions, tags")))
+        self._due = await _answer(
+            connection.prepare(_DUE.format(names="keys, versions, tags, left(context, 600) AS context"))
+        )
         self._due_unreadable = await _answer(
-            connection.prepare(_DUE.format(names="NULL AS keys, NULL AS versions, NULL AS tags"))
+            connection.prepare(
+                _DUE.format(names="NULL AS keys, NULL AS versions, NULL AS tags, NULL AS context")
+            )
         )
         self._delete = await _answer(connection.prepare(DELETE))
         for statement in (_TIME, _LOOK, _LEFT, _COUNT, _FORGET):

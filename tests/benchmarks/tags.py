@@ -291,6 +291,8 @@ class Arriving:
 
     body: bytes
     reply_to: str | None = None
+    offset: int | None = None
+    contexts: tuple[str, ...] = ()
 
 
 async def _never() -> Any:

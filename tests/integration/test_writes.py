@@ -719,6 +719,22 @@ async def test_a_row_that_was_rolled_back_to_a_savepoint_is_written_again(
     await eventually(lambda: rows_are(db, 0))
 
 
+async def test_an_error_that_was_caught_does_not_end_as_if_it_had_committed(
+    client: Client, db: asyncpg.Connection
+) -> None:
+    """Postgres answers such a COMMIT by a rollback, and asyncpg does not say so."""
+
+    async def write() -> None:
+        async with client.transaction() as tx:
+            await tx.execute(UPDATE, "a", invalidate=["k"])
+            with suppress(asyncpg.DivisionByZeroError):
+                await tx.execute("SELECT 1 / 0")
+
+    with pytest.raises(asyncpg.InFailedSQLTransactionError):
+        await write()
+    await rows_are(db, 0)
+
+
 async def test_a_statement_that_fails_before_it_is_sent_is_recorded_at_commit(
     client: Client, db: asyncpg.Connection, heard: Listener, eventually: Eventually
 ) -> None:

@@ -209,3 +209,13 @@ def test_what_is_still_in_hand_when_the_subscription_is_lost_is_evicted_and_move
     assert keys(coherence.received(numbered(2), 1.0, 90)) == ["a"]
     coherence.evicted(1.0)
     assert coherence.position.offset == 0
+
+
+def test_a_tick_before_a_hole_proves_nothing_behind_it(coherence: Coherence) -> None:
+    """Else it would be the baseline of the numbers that are forgotten with the hole, and the next one tell them as missed."""
+    coherence.received(Tick(v=1, origin="r", seq=1, as_of=5.0, seqs={"o": 1}), 5.0, 1)
+    assert coherence.received(numbered(9), 5.0, 90) == Eviction(everything=True, reason=MISSING)
+    coherence.evicted(5.0)
+    assert not coherence.proof.baselined
+    later = Tick(v=1, origin="r", seq=2, as_of=6.0, seqs={"o": 9, "other": 4})
+    assert coherence.received(later, 6.0, 91) is None

@@ -336,10 +336,10 @@ async def test_what_cannot_be_understood_is_told_with_its_place(
 
 
 @pytest.mark.parametrize("published", [True, False])
-async def test_the_place_is_kept_in_silence_only_where_nothing_could_be_heard(
+async def test_silence_gives_the_place_up(
     reading: House, monkeypatch: pytest.MonkeyPatch, published: bool
 ) -> None:
-    """Where a probe was published and not heard, nothing more is put into the stream: it would go on without a gap."""
+    """The exchange may have been deleted, and made again without the stream: that would go on without a gap."""
     monkeypatch.setattr(receiver, "PROBE_TIMEOUT", 0.01)
     subscribed_anew = asyncio.Event()
     instance = reading.instance
@@ -356,7 +356,26 @@ async def test_the_place_is_kept_in_silence_only_where_nothing_could_be_heard(
     async with asyncio.timeout(30):
         await subscribed_anew.wait()
     watching.cancel()
-    assert instance.position == (None if published else 0)
+    assert instance.position is None
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_what_fails_is_not_read_a_second_time(reading: House, at_once: bool) -> None:
+    instance = reading.instance
+    instance._caches = reading.caches[:1]
+
+    def fail(eviction: object) -> bool:
+        raise RuntimeError("it always does")
+
+    if at_once:
+        reading.caches[0].evict_now = fail
+        with pytest.raises(RuntimeError):
+            instance.receive_now([at(1, invalidate("a", seq=2))])
+    else:
+        instance._evict = fail
+        with pytest.raises(RuntimeError):
+            await instance.receive([at(1, invalidate("a", seq=2))])
+    assert instance.position is None
 
 
 # Receiving

@@ -198,3 +198,11 @@ async def test_a_handshake_that_comes_slowly_is_not_interrupted(monkeypatch: pyt
 async def test_a_connection_that_is_gone_takes_nothing() -> None:
     with pytest.raises(ConnectionError):
         Wire().write(1, Basic.Ack(1))
+
+
+def test_a_message_whose_properties_cannot_be_read_counts_and_is_not_answered() -> None:
+    arrived: list[tuple[int, Delivery]] = []
+    frames = b"".join(delivered(1, Delivery(b"{}", None, "origin.1", False)))
+    assert frames.count(b"origin.1") == 1
+    Splitter(arrived.extend).split(frames.replace(b"origin.1", b"\xff\xfeigin.1"))
+    assert [(delivery.body, delivery.reply_to) for _, delivery in arrived] == [(b"{}", None)]
