@@ -83,6 +83,9 @@ class PublishError(BusError):
     cacheinval.errors.PublishError: not confirmed: the broker cannot be reached (CACHEINVAL_BROKER_URL): ...
     """
 
+    refused = False
+    """Whether the broker was reached, and would not have it: the exchange is missing, of another type, or not permitted."""
+
 
 class BlockedError(PublishError):
     """The broker blocks publishers (an alarm: memory or disk)."""

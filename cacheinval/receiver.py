@@ -430,6 +430,7 @@ class Instance:
         self._marker_sent_at = self._clock.now()
 
     async def _probe(self, silence: float) -> None:
+        deaf = True  # with a broker that can be reached
         self._heard.clear()
         try:
             await self._publish_probe(encode(Probe(v=1, id=secrets.token_hex(8))))
@@ -441,6 +442,7 @@ class Instance:
             self._note_trust()
             return
         except BusError as error:
+            deaf = getattr(error, "refused", False)
             reason = f"silence, and a probe could not be published: {error}"
         except TimeoutError:
             reason = "silence: a probe was published and did not arrive"
@@ -448,8 +450,9 @@ class Instance:
             return
         if not self._heard.is_set() and self._coherence.silent(self._clock.now(), silence):
             self.lost(reason)
-            # A stream that nothing was put into for a while goes on where it was left, without what was lost.
-            self._coherence.position.forget()
+            if deaf:
+                # A stream that nothing was put into for a while goes on where it was left, without what was lost.
+                self._coherence.position.forget()
             self._resubscribe(reason)
 
     async def _start_clock_over(self) -> None:

@@ -113,6 +113,9 @@ class RabbitChannel:
             # Nobody cancelled us: so aiormq rejects whatever waits on a connection that it found dead.
             self.failure = self._describe(error)
             raise PublishError(self.failure) from error
+        except AMQPChannelError as error:
+            self.failure = self._describe(error)
+            raise _refusal(self.failure) from error
         except Exception as error:  # down to a bare Exception, when a channel is closed
             self.failure = self._describe(error)
             raise PublishError(self.failure) from error
@@ -249,6 +252,12 @@ def _left(deadline: float) -> float:
     return max(0.0, deadline - asyncio.get_running_loop().time())
 
 
+def _refusal(reason: str) -> PublishError:
+    error = PublishError(reason)
+    error.refused = True
+    return error
+
+
 async def open_exchange(connection: Connection, name: str, timeout: float, counts: Counts) -> RabbitChannel:
     """A channel on `connection` that publishes to the exchange `name`, which must be there.
 
@@ -268,9 +277,9 @@ async def open_exchange(connection: Connection, name: str, timeout: float, count
             await channel.declare_exchange(name, ExchangeType.FANOUT, durable=True)
     except ChannelNotFoundEntity as error:
         reason = f"the exchange {name} is missing: nobody has subscribed yet ({explain(error)})"
-        raise PublishError(reason) from error
+        raise _refusal(reason) from error
     except ChannelPreconditionFailed as error:
-        raise PublishError(f"the exchange {name} is not a durable fanout: {explain(error)}") from error
+        raise _refusal(f"the exchange {name} is not a durable fanout: {explain(error)}") from error
     except AMQPChannelError as error:
-        raise PublishError(f"the broker refuses the exchange {name}: {explain(error)}") from error
+        raise _refusal(f"the broker refuses the exchange {name}: {explain(error)}") from error
     return RabbitChannel(channel, underlay, connection.wire, name, timeout, counts)

@@ -489,9 +489,15 @@ async def test_what_retention_took_away_while_it_was_away_is_a_gap(
 
 
 async def test_what_retention_takes_away_from_under_a_slow_reader_is_a_gap(
-    short: None, rabbitmq: RabbitMQ, namespace: str, publish: Publish, eventually: Eventually
+    short: None,
+    rabbitmq: RabbitMQ,
+    namespace: str,
+    publish: Publish,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The broker goes on with what it still has, and says nothing."""
+    monkeypatch.setattr(receiving, "PROBE_TIMEOUT", EVENTUAL)  # it is slow on purpose, and not deaf
     settings = Settings(broker_url=rabbitmq.url, namespace=namespace, prefetch=10, **OURS)
     async with Client(settings) as slow:
         await slow.wait_ready(EVENTUAL)

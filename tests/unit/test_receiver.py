@@ -335,9 +335,9 @@ async def test_what_cannot_be_understood_is_told_with_its_place(
     assert reading.caches[0].resets == 1
 
 
-@pytest.mark.parametrize("published", [True, False])
-async def test_silence_gives_the_place_up(
-    reading: House, monkeypatch: pytest.MonkeyPatch, published: bool
+@pytest.mark.parametrize(("probed", "kept"), [("published", False), ("refused", False), ("not sent", True)])
+async def test_silence_gives_the_place_up_where_the_broker_can_be_reached(
+    reading: House, monkeypatch: pytest.MonkeyPatch, probed: str, kept: bool
 ) -> None:
     """The exchange may have been deleted, and made again without the stream: that would go on without a gap."""
     monkeypatch.setattr(receiver, "PROBE_TIMEOUT", 0.01)
@@ -345,8 +345,10 @@ async def test_silence_gives_the_place_up(
     instance = reading.instance
 
     async def publish(body: bytes) -> None:
-        if not published:
-            raise PublishError("the broker cannot be reached")
+        if probed != "published":
+            error = PublishError(probed)
+            error.refused = probed == "refused"
+            raise error
 
     instance._publish_probe = publish
     instance._resubscribe = lambda reason: subscribed_anew.set()
@@ -356,7 +358,7 @@ async def test_silence_gives_the_place_up(
     async with asyncio.timeout(30):
         await subscribed_anew.wait()
     watching.cancel()
-    assert instance.position is None
+    assert instance.position == (0 if kept else None)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
