@@ -29,12 +29,14 @@ CLI: Any = typer.main.get_command(app)
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PROTOCOL = (ROOT / "cacheinval/PROTOCOL.md").read_text()
+GUIDE = (ROOT / "cacheinval/GUIDE.md").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OPERATING = (ROOT / "config/OPERATING.md").read_text()
 DOCUMENTS = {
     "README.md": README,
     "cacheinval/PROTOCOL.md": PROTOCOL,
+    "cacheinval/GUIDE.md": GUIDE,
     "CHANGELOG.md": CHANGELOG,
     "config/OPERATING.md": OPERATING,
 }
@@ -98,8 +100,8 @@ def printed(code: str) -> list[str]:
 
 
 def test_there_are_examples_and_each_compiles() -> None:
-    examples = blocks(README, "python")
-    assert len(examples) >= 3
+    examples = blocks(README, "python") + blocks(GUIDE, "python")
+    assert len(examples) >= 6
     for example in examples:
         ast.parse(example)
 
@@ -128,13 +130,12 @@ async def client() -> Client:
 async def test_every_method_that_the_readme_names_is_there(client: Client) -> None:
     from cacheinval import CoherentCache, Transaction
 
-    called = set(re.findall(r"\bclient\.(\w+)", README)) - {"py"}
+    text = README + GUIDE
+    called = set(re.findall(r"\bclient\.(\w+)", text)) - {"py"}
     assert called >= {"cache", "cached", "transaction", "record", "invalidate", "attach"}
     assert {name for name in called if name not in dir(client) and not hasattr(Client, name)} == set()
-    assert {
-        name for name in re.findall(r"\.cache\.(\w+)", README) if not hasattr(CoherentCache, name)
-    } == set()
-    own = {name for name in re.findall(r"\btx\.(\w+)", README) if name not in ("execute",)}
+    assert {name for name in re.findall(r"\.cache\.(\w+)", text) if not hasattr(CoherentCache, name)} == set()
+    own = {name for name in re.findall(r"\btx\.(\w+)", text) if name not in ("execute",)}
     assert {name for name in own if not hasattr(Transaction, name)} == set()
 
 
