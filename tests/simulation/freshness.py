@@ -542,7 +542,7 @@ class Timed:
     def _route(self, message: Any) -> None:
         if self.bound:
             self.queue.append(message)
-        elif self.joined and isinstance(message, Invalidate):  # deaf
+        elif isinstance(message, Invalidate) and (self.joined or self.span.durable):  # deaf, or will be
             self.missing.append((message.origin or "", message.seq or 0))
 
     def foreign_tick(self) -> None:
