@@ -7,6 +7,19 @@ import httpx
 import pytest
 from running import Started
 
+from cacheinval.sandbox import RabbitMQ
+
+
+@pytest.fixture
+def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dict[str, object]:
+    """Of processes that share one broker and one database."""
+    return {
+        "broker_url": rabbitmq.url,
+        "database_url": database_url,
+        "namespace": namespace,
+        "http_port": 0,
+    }
+
 
 @pytest.fixture
 async def started(tmp_path: Path) -> AsyncIterator[Started]:

@@ -6,19 +6,9 @@ import asyncpg
 import pytest
 from running import Started, run
 
-from cacheinval.sandbox import RabbitMQ, Redis
+from cacheinval.sandbox import Redis
 
 pytestmark = pytest.mark.timeout(180)  # each starts several processes, each of which takes a second of a core
-
-
-@pytest.fixture
-def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dict[str, object]:
-    return {
-        "broker_url": rabbitmq.url,
-        "database_url": database_url,
-        "namespace": namespace,
-        "http_port": 0,
-    }
 
 
 async def change_unrecorded(settings: dict[str, object], product_id: str) -> None:

@@ -45,16 +45,6 @@ async def browser() -> AsyncIterator[Browser]:
             await browser.close()
 
 
-@pytest.fixture
-def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dict[str, object]:
-    return {
-        "broker_url": rabbitmq.url,
-        "database_url": database_url,
-        "namespace": namespace,
-        "http_port": 0,
-    }
-
-
 class Watching:
     """A page that is looked at, and whatever it should not have done."""
 

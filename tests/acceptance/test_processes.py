@@ -21,16 +21,6 @@ NO_BROKER, NO_DATABASE = f"amqp://guest:guest@{NOWHERE}/", f"postgresql://postgr
 pytestmark = pytest.mark.timeout(180)  # each starts several processes, each of which takes a second of a core
 
 
-@pytest.fixture
-def settings(rabbitmq: RabbitMQ, database_url: str, namespace: str) -> dict[str, object]:
-    return {
-        "broker_url": rabbitmq.url,
-        "database_url": database_url,
-        "namespace": namespace,
-        "http_port": 0,
-    }
-
-
 async def fetchval(database_url: object, query: str, *args: object) -> Any:
     """What a statement gives in a session of its own."""
     async with asyncio.timeout(30):

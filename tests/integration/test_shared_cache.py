@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
+from clocks import SetClock
 from proxy import Proxy
 from waiting import Eventually
 
@@ -19,7 +20,6 @@ from cacheinval.backends import shared
 from cacheinval.backends.serializing import serializer
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.cache import Read, SharedCache, without_cache
-from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError, ConfigurationError
 from cacheinval.sandbox import Memcached, Redis
@@ -45,15 +45,6 @@ STRANGE_KEYS = [
 
 EVICTIONS = [Eviction(["k"]), Eviction(tags=["t"]), Eviction(everything=True)]
 each_eviction = pytest.mark.parametrize("what", EVICTIONS, ids=["key", "tag", "everything"])
-
-
-class SetClock(Clock):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ahead = 0.0
-
-    def now(self) -> float:
-        return super().now() + self.ahead
 
 
 @dataclass

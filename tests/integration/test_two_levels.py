@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from clocks import SetClock
 from waiting import Eventually
 
 from cacheinval import Client, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.cache import Read, SharedCache
-from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError
 from cacheinval.levels import TwoLevels
@@ -20,15 +20,6 @@ from cacheinval.sandbox import Memcached, RabbitMQ, Redis
 
 EVICTIONS = [Eviction(["k"]), Eviction(tags=["t"]), Eviction(everything=True)]
 each_eviction = pytest.mark.parametrize("what", EVICTIONS, ids=["key", "tag", "everything"])
-
-
-class SetClock(Clock):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ahead = 0.0
-
-    def now(self) -> float:
-        return super().now() + self.ahead
 
 
 @dataclass
