@@ -16,7 +16,7 @@ demo: .venv/installed  ## the story, told with real servers in under a minute
 	@config/setup.sh servers rabbitmq postgres
 	@$(BIN)/cacheinval demo
 
-test: setup  ## all tests, against private servers
+test: setup  ## all tests but the longest, against private servers
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 simulation: .venv/installed  ## the rules in every order of events: states explored, mutants and what caught them

@@ -44,7 +44,7 @@ def status_in(body: bytes) -> dict[str, Any] | None:
         status = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError:
         return None
-    return status if "id" in status else None
+    return status if {"id", "state"} <= status.keys() else None
 
 
 def silent_among(

@@ -87,7 +87,12 @@ async def _judge_together(
     if broker.answered is None:
         return
     silent = silent_registered(database.registered if database is not None else [], broker.answered)
-    checks.add(of_instances(broker.answered, silent, settings.namespace, settings.max_clock_skew))
+    answered = broker.answered
+
+    async def judge() -> list[Finding]:
+        return of_instances(answered, silent, settings.namespace, settings.max_clock_skew)
+
+    await checks.run("instances", LOOK_WITHIN, judge)  # what others told may be odd
     if silent:
         await checks.run("queues", LOOK_WITHIN, lambda: broker.look_for_queues(silent))
 

@@ -9,6 +9,7 @@ from cacheinval.registration import Registered
 __all__ = ["of_instances", "of_tick"]
 
 DEEP_QUEUE = 1_000  # messages
+LATE = 2.0  # seconds that a tick may need beyond those for which one waits for it
 
 
 def of_tick(age: float | None, waited: float, source: str | None, own_source: str | None) -> Finding:
@@ -24,6 +25,12 @@ def of_tick(age: float | None, waited: float, source: str | None, own_source: st
             "ticks",
             f"they come from database {source}, this one is {own_source}: they prove nothing here",
             "give each database a namespace of its own (CACHEINVAL_NAMESPACE)",
+        )
+    if age > waited + LATE:
+        return warning(
+            "ticks",
+            f"heard, but of {age:.1f} s ago: so much later than a write it may be that an entry is proven",
+            "see clock, outbox and broker: the leader waits for confirms, or messages wait",
         )
     return ok("ticks", f"heard; all that was committed {max(0.0, age):.1f} s ago is on its way")
 

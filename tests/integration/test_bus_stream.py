@@ -516,6 +516,8 @@ async def test_what_retention_takes_away_from_under_a_slow_reader_is_a_gap(
         # Mostly a jump in the offsets tells; now and then nothing more was seen to arrive, and then silence does.
         await eventually(lambda: epoch(slow) > before, EVENTUAL)
         await slow.wait_ready(EVENTUAL)
+        why = slow.status()["last_gap"]["reason"]
+        assert why == "messages missing in the stream" or why.startswith("new subscription: silence")
         assert await read(slow, "a") == "miss"
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,8 @@ def test_ticks() -> None:
     assert instances.of_tick(0.2, 3.0, "s", "s").level == "ok"
     assert instances.of_tick(0.2, 3.0, None, "s").level == "ok"
     assert instances.of_tick(None, 3.0, None, "s").level == "failed"
+    late = instances.of_tick(60.0, 3.0, "s", "s")
+    assert (late.level, "60.0 s ago" in late.text) == ("warning", True)
     other = instances.of_tick(0.2, 3.0, "theirs", "mine")
     assert (other.level, "theirs" in other.text) == ("failed", True)
 
@@ -245,6 +248,24 @@ async def test_a_check_that_hangs_or_raises_stops_no_other() -> None:
     ]
     assert checks.found[0].text == "no answer within 0.01 s"
     assert checks.found[1].text == "ZeroDivisionError: by zero"
+
+
+async def test_a_check_that_cannot_be_cancelled_is_left_to_itself() -> None:
+    """As is what waits for room to write to a connection that is dead."""
+    over = asyncio.Event()
+
+    async def clings() -> Finding:
+        while not over.is_set():
+            with suppress(asyncio.CancelledError):
+                await over.wait()
+        raise ZeroDivisionError
+
+    checks = Checks()
+    async with asyncio.timeout(30):
+        assert not await checks.run("clings", 0.01, clings)
+    assert checks.found[0].text == "no answer within 0.01 s"
+    over.set()
+    await asyncio.sleep(0)
 
 
 async def test_what_takes_long_is_said_on_stderr(
