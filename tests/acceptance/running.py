@@ -19,6 +19,7 @@ LOG_TIMEOUT = 60.0
 def environment(**settings: object) -> dict[str, str]:
     """This process's environment with these settings, and no other, in the names of `Settings`."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("CACHEINVAL_")}
+    others["PYTHONUNBUFFERED"] = "1"  # what it prints is read while it runs
     return others | {f"CACHEINVAL_{name.upper()}": str(value) for name, value in settings.items()}
 
 

@@ -66,14 +66,18 @@ async def cut(stage: Stage) -> None:
 
 
 async def killed(stage: Stage) -> None:
-    """The broker dies and comes back, with the stream: neither does anybody then."""
+    """The broker dies and comes back, with the stream: everybody reads on, and clears for what it has lost, if anything.
+
+    What it was given while it fell, or before the stream was up again, may not be in it. Numbers tell.
+    """
     await asyncio.sleep(3)  # the first stream of a broker that is killed at once may never come back
     before = epoch(stage.near), epoch(stage.far)
     await stage.broker.kill()
     await stage.broker.start()
     for one in (stage.near, stage.far):
         await one.client.wait_ready(EVENTUAL)
-    assert (epoch(stage.near), epoch(stage.far)) == before
+    for one, was in zip((stage.near, stage.far), before, strict=True):
+        assert epoch(one) == was or gaps(one).keys() == {"missing messages"}, gaps(one)
 
 
 async def deleted(stage: Stage) -> None:

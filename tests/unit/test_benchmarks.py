@@ -111,9 +111,7 @@ BURN = "import time\nwhile time.process_time() < 0.3: pass"
 
 
 def test_processor_time_counts_descendants_that_have_ended() -> None:
-    waits = (
-        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURN!r}]); print(); sys.stdin.read()"
-    )
+    waits = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURN!r}]); print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
