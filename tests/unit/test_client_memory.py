@@ -266,7 +266,8 @@ async def test_answers_that_are_no_status_are_left_out(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def ask(body: bytes, wait: float) -> list[bytes]:
-        return [b"nonsense", b"[]", b'{"no":"id"}', b'{"id":"b"}', b'{"id":"a"}', b"\xff"]
+        odd = [b"nonsense", b"[]", b"\xff", b'{"state":"ready"}', b'{"id":"c"}']
+        return [*odd, b'{"id":"b","state":"ready"}', b'{"id":"a","state":"odd"}']
 
     monkeypatch.setattr(client.bus, "ask", ask)
     assert [instance["id"] for instance in await client.ask_instances(0)] == ["a", "b"]
