@@ -102,9 +102,12 @@ async def test_a_hold_is_seen_between_two_turns() -> None:
 
 
 async def test_waiting_is_no_hold() -> None:
-    with Holds() as holds:
-        await asyncio.sleep(0.5)
-    assert 0 < holds.longest < 0.5
+    longest = []
+    for _ in range(5):  # of which the machine may spoil some
+        with Holds() as holds:
+            await asyncio.sleep(0.2)
+        longest.append(holds.longest)
+    assert 0 < min(longest) < 0.2
 
 
 BURN = "import time\nwhile time.process_time() < 0.3: pass"
