@@ -7,7 +7,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, overload
 
@@ -380,8 +380,9 @@ class Client:
             raise NoDatabaseError
         return self._pool
 
-    @asynccontextmanager
-    async def transaction(self, *, wait: float | None = None, **options: Any) -> AsyncIterator[Transaction]:
+    def transaction(
+        self, *, wait: float | None = None, **options: Any
+    ) -> AbstractAsyncContextManager[Transaction]:
         """A database transaction; what it invalidates is evicted here and published when it has committed.
 
         Reads of `client.cache` within it go past the cache, so that they see its changes.
@@ -404,6 +405,14 @@ class Client:
             NoDatabaseError: there is no database.
             ValueError: `wait` is not more than 0, or not finite.
         """
+        if wait is None:
+            return self._writes.transaction(**options)
+        return self._transaction_and_receipt(wait, options)
+
+    @asynccontextmanager
+    async def _transaction_and_receipt(
+        self, wait: float, options: dict[str, Any]
+    ) -> AsyncIterator[Transaction]:
         with self._asking.about(wait) as question:
             async with self._writes.transaction(question, **options) as tx:
                 yield tx

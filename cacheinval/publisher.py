@@ -33,9 +33,13 @@ BACKOFF_FIRST, BACKOFF_MOST = 0.2, 5.0
 ROWS_AT_ONCE = 1_000
 
 NEAR = 0.002
-GATHER_FIRST, GATHER_MOST = 0.0005, 0.004
-"""Seconds. What comes within the first after a publish lets names gather for the second, then for longer, up to the last:
-a message costs its publisher, the broker and every reader much, and one more name in it next to nothing."""
+GATHER_FIRST, GATHER_MORE, GATHER_MOST = 0.0005, 0.004, 0.008
+"""Seconds. What comes within the first after a publish lets names gather for the second, then for longer, up to the third,
+and to the last where many came: a message costs its publisher, the broker and every reader much, and one more name in it
+next to nothing."""
+
+MANY = 8
+"""Writes in one message from which on it pays to wait for more."""
 
 DELETE_AFTER = 0.1
 """Seconds for which confirmed rows gather before they are deleted, by one commit; well within the relay's grace."""
@@ -190,13 +194,16 @@ class Publisher:
         """Publishes until cancelled."""
         now = asyncio.get_running_loop().time
         gather = ended = 0.0
+        batch: list[Unpublished] = []
         try:
             while True:
                 await self._work.wait()
                 if now() > ended + NEAR or self._hurry:
                     gather = 0.0
                 else:
-                    gather = min(2 * gather, GATHER_MOST) or GATHER_FIRST
+                    gather = (
+                        min(2 * gather, GATHER_MOST if len(batch) >= MANY else GATHER_MORE) or GATHER_FIRST
+                    )
                     await asyncio.sleep(gather)
                 self._work.clear()
                 batch, self._waiting, self._waiting_size, self._hurry = self._waiting, [], 0, False
@@ -408,6 +415,11 @@ class Publisher:
             self._confirmed_seqs = {**confirmed, **self._confirmed_seqs}
         else:
             self.counters.deleted_rows += len(rows)
+
+
+def next_gathering(before: float, writes: int) -> float:
+    """Seconds for which names gather where they gathered for `before` the last time, and were those of so many writes."""
+    return min(2 * before, GATHER_MOST if writes >= MANY else GATHER_MORE) or GATHER_FIRST
 
 
 def _together(batch: list[Unpublished]) -> tuple[list[str], list[str], list[int | None], bool]:

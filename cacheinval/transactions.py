@@ -242,7 +242,7 @@ class Transaction:
         options: dict[str, Any],
     ) -> Any:
         rows = self._rows_of(named)
-        combined = combine(query, len(args)) if len(rows) == 1 else None
+        combined = combine(query, len(args), rows[0].insert) if len(rows) == 1 else None
         recorded = False
         try:
             if combined is None:

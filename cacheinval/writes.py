@@ -70,15 +70,15 @@ class Writes:
             try:
                 with without_cache((self, tx)):
                     yield tx
-                rows = tx.unrecorded
-                tx.named.warn_if_large()
+                rows, named = tx.unrecorded, tx.named
+                named.warn_if_large()
                 await self._outbox.record(connection, rows, timeout=COMMIT_TIMEOUT)
             except BaseException:
                 with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
                     async with asyncio.timeout(RELEASE_TIMEOUT):
                         await transaction.rollback()
                 raise
-            await self._settle(lambda: _commit(transaction), tx.named, [*tx.rows, *rows], question)
+            await self._settle(lambda: _commit(transaction), named, [*tx.rows, *rows], question)
             if tx.leaves_session:
                 _spare_reset(connection)
 
@@ -98,7 +98,7 @@ class Writes:
     ) -> Any:
         """`execute`, `fetch` or `fetchrow` with its outbox row, in one round trip where the statement allows it."""
         rows = self._rows(invalidations)
-        combined = combine(query, len(args)) if len(rows) == 1 else None
+        combined = combine(query, len(args), rows[0].insert) if len(rows) == 1 else None
         if combined is None:
             async with self.transaction() as tx:
                 result = await getattr(tx.connection, method)(query, *args, timeout=timeout)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-from cacheinval.outbox.writing import insert_sql
+from cacheinval.outbox.writing import Insert
 
 __all__ = ["combine", "leaves_session"]
 
@@ -57,8 +57,8 @@ _COMMENT_EDGE = re.compile(r"/\*|\*/")
 
 
 @lru_cache(maxsize=1024)
-def combine(query: str, arguments: int) -> str | None:
-    """`query` together with the writing of one outbox row, or None where they cannot surely be one statement.
+def combine(query: str, arguments: int, insert: Insert) -> str | None:
+    """`query` together with the writing of one outbox row by `insert`, or None where they cannot surely be one statement.
 
     Wanted is a single INSERT, UPDATE or DELETE that uses each of its `arguments` parameters. The result takes these
     first, and then `Row.arguments`.
@@ -77,7 +77,7 @@ def combine(query: str, arguments: int) -> str | None:
     # With a gap in the numbers, or one argument too many, the bare statement fails, and is left to fail by itself.
     if first not in ("insert", "update", "delete") or parameters != set(range(1, arguments + 1)):
         return None
-    return f"WITH {_NAME} AS ({insert_sql(arguments + 1)}) {query}"
+    return f"WITH {_NAME} AS ({insert.sql(arguments + 1)}) {query}"
 
 
 @lru_cache(maxsize=1024)

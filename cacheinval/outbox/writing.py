@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -12,11 +11,19 @@ import asyncpg
 from cacheinval.errors import DatabaseError, SchemaMissingError
 from cacheinval.tracing import Tracing
 
-__all__ = ["Executor", "Outbox", "Row", "explain", "insert_sql"]
+__all__ = ["Executor", "Insert", "Outbox", "Row", "explain"]
 
 MAX_NAMES = 1_000  # of each row: what a reader of the outbox takes into memory stays bounded
 IDS_PER_DELETE = 5_000
 
+_TYPES = {
+    "id": "uuid",
+    "keys": "text[]",
+    "versions": "bigint[]",
+    "tags": "text[]",
+    "everything": "boolean",
+    "context": "text",
+}
 _UNDEFINED = frozenset({"42P01", "42703", "42883", "3F000"})  # table, column, function, schema
 
 # A row that comes back after a crash of the server is only published once more: the DELETE need not wait for the disk.
@@ -39,26 +46,42 @@ class Executor(Protocol):
     async def execute(self, query: str, *args: object, timeout: float | None = None) -> str: ...
 
 
+class Insert:
+    """The statement that writes one row.
+
+    It names no column that is to have its default: what is sent and read for nothing would cost every write.
+
+    Args:
+        namespace: whose row it is; letters, digits, `_` and `-`.
+        grace: seconds for which the relay is to leave it alone.
+        columns: those that are given beside `id` and `keys`: `versions`, `tags`, `everything`, `context`.
+    """
+
+    def __init__(self, namespace: str, grace: float = 0.0, columns: Sequence[str] = ()) -> None:
+        self.columns = ("id", "keys", *columns)
+        """What it takes values for."""
+        self._constants = f"'{namespace}', clock_timestamp() + interval '{grace:f} s'"
+
+    def sql(self, first: int = 1) -> str:
+        """Its text, with parameters numbered from `first`.
+
+        Each has its type beside it, so that none depends on the statement in which this one may be embedded.
+        """
+        names = ", ".join(["namespace", "publish_at", *self.columns])
+        values = [f"${number}::{_TYPES[column]}" for number, column in enumerate(self.columns, first)]
+        values.insert(0, self._constants)
+        return f"INSERT INTO cacheinval.outbox ({names}) VALUES ({', '.join(values)})"  # noqa: S608
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row to be written; `arguments` are the values for the parameters of `insert_sql`."""
+    """One row to be written, by `insert`, for whose parameters `arguments` are the values."""
 
     id: UUID
+    insert: Insert
     arguments: tuple[object, ...]
     context: str | None = None
     """That of the write, where it is traced; among the arguments, too."""
-
-
-def insert_sql(first: int = 1) -> str:
-    """The statement that writes one row, its parameters numbered from `first`.
-
-    Each has its type beside it, so that none depends on the statement in which this one may be embedded.
-    """
-    types = ("uuid", "text", "text[]", "bigint[]", "text[]", "boolean", "text", "interval")
-    values = [f"${number}::{name}" for number, name in enumerate(types, first)]
-    values[-1] = f"clock_timestamp() + {values[-1]}"
-    columns = "id, namespace, keys, versions, tags, everything, context, publish_at"
-    return f"INSERT INTO cacheinval.outbox ({columns}) VALUES ({', '.join(values)})"  # noqa: S608 (constants)
 
 
 class Outbox:
@@ -71,8 +94,8 @@ class Outbox:
 
     def __init__(self, namespace: str, grace: float = 0.25) -> None:
         self._namespace = namespace
-        self._grace = timedelta(seconds=grace)
-        self._insert = insert_sql()
+        self._grace = grace
+        self._inserts: dict[tuple[float, tuple[str, ...]], Insert] = {}
         self.tracing: Tracing | None = None
         """With it rows bear the context of the span in which they are made."""
 
@@ -93,24 +116,26 @@ class Outbox:
             everything: all entries of the namespace; keys and tags are then left out.
             publish_here: the caller will publish them itself, so the relay is to wait a moment.
         """
-        grace = self._grace if publish_here else timedelta()
+        grace = self._grace if publish_here else 0.0
         context = self.tracing.current() if self.tracing is not None else None
         if everything:
-            return [self._row([], None, [], True, context, grace)]
-        return [self._row(*part, False, context, grace) for part in _parts(keys, versions, tags)]
+            return [self._row([], grace, everything=True, context=context)]
+        if len(keys) + len(tags) <= MAX_NAMES:
+            known = _known(versions)
+            return [self._row(list(keys), grace, versions=known, tags=list(tags), context=context)]
+        return [
+            self._row(few, grace, versions=known, tags=some, context=context)
+            for few, known, some in _parts(keys, versions, tags)
+        ]
 
-    def _row(
-        self,
-        keys: list[str],
-        versions: list[int | None] | None,
-        tags: list[str],
-        everything: bool,
-        context: str | None,
-        grace: timedelta,
-    ) -> Row:
+    def _row(self, keys: list[str], grace: float, **more: Any) -> Row:
+        given = {column: value for column, value in more.items() if value}
+        shape = grace, tuple(given)
+        insert = self._inserts.get(shape)
+        if insert is None:
+            insert = self._inserts[shape] = Insert(self._namespace, *shape)
         row_id = uuid4()
-        arguments = (row_id, self._namespace, keys, versions, tags, everything, context, grace)
-        return Row(row_id, arguments, context)
+        return Row(row_id, insert, (row_id, keys, *given.values()), more.get("context"))
 
     async def record(
         self, connection: Executor, rows: Sequence[Row], *, timeout: float | None = None
@@ -123,7 +148,7 @@ class Outbox:
         """
         try:
             for row in rows:
-                await connection.execute(self._insert, *row.arguments, timeout=timeout)
+                await connection.execute(row.insert.sql(), *row.arguments, timeout=timeout)
         except asyncpg.PostgresError as error:
             problem = explain(error)
             if problem is None:
@@ -182,15 +207,18 @@ def _names_ours(text: str) -> bool:
     return not {"outbox", "origins", "instances", "cacheinval"}.isdisjoint(words)
 
 
+def _known(versions: Sequence[int | None]) -> list[int | None] | None:
+    return None if versions.count(None) == len(versions) else list(versions)
+
+
 def _parts(
     keys: Sequence[str], versions: Sequence[int | None], tags: Sequence[str]
 ) -> Iterator[tuple[list[str], list[int | None] | None, list[str]]]:
-    known = any(version is not None for version in versions)
     for start in range(0, len(keys), MAX_NAMES):
         part = slice(start, start + MAX_NAMES)
         few = list(keys[part])
         with_tags = list(tags) if len(few) + len(tags) <= MAX_NAMES and start + MAX_NAMES >= len(keys) else []
-        yield few, list(versions[part]) if known else None, with_tags
+        yield few, _known(versions[part]), with_tags
         if with_tags:
             return
     for start in range(0, len(tags), MAX_NAMES):

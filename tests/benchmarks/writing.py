@@ -20,7 +20,7 @@ import asyncpg
 from cacheinval import Client, Settings
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.session import Session
-from cacheinval.outbox.writing import insert_sql
+from cacheinval.outbox.writing import Insert
 from cacheinval.sandbox import Sandbox
 
 from .measuring import Figures, cpu_seconds, percentile, take_turns
@@ -48,7 +48,7 @@ TRACKED_TABLE = """
 """
 UPDATE = "UPDATE products SET price = price + 1, version = version + 1 WHERE id = $1"
 UPDATE_TRACKED = UPDATE.replace("products", "tracked")
-INSERT = insert_sql()
+INSERT = Insert("default").sql()
 TRANSACTION = "client.transaction, tx.execute(…, invalidate=)"
 CHANGES = "SELECT (SELECT sum(version) FROM products) + (SELECT sum(version) FROM tracked)"
 

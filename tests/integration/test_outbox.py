@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cacheinval.errors import DatabaseError, SchemaMissingError
-from cacheinval.outbox import SCHEMA_VERSION, Outbox, Row, apply_schema, combine, explain, schema_sql
+from cacheinval.outbox import SCHEMA_VERSION, Outbox, apply_schema, combine, explain, schema_sql
+from cacheinval.outbox.writing import Insert
 
 OUTBOX = "SELECT * FROM cacheinval.outbox ORDER BY keys"
 
@@ -254,11 +255,11 @@ async def test_everything_needs_no_names(db: asyncpg.Connection) -> None:
 def test_a_row_has_at_most_1000_names(keys: int, tags: int, sizes: list[tuple[int, int]]) -> None:
     all_keys, all_tags = [f"k{n}" for n in range(keys)], [f"t{n}" for n in range(tags)]
     rows = Outbox("shop").rows(all_keys, versions=range(keys), tags=all_tags, publish_here=True)
-    parts = [row.arguments[2:5] for row in rows]
-    assert [(len(part[0]), len(part[2])) for part in parts] == sizes
-    assert _joined(part[0] for part in parts) == all_keys
-    assert _joined(part[1] or [] for part in parts) == list(range(keys))
-    assert _joined(part[2] for part in parts) == all_tags
+    parts = [dict(zip(row.insert.columns, row.arguments, strict=True)) for row in rows]
+    assert [(len(part["keys"]), len(part.get("tags", []))) for part in parts] == sizes
+    assert _joined(part["keys"] for part in parts) == all_keys
+    assert _joined(part.get("versions", []) for part in parts) == list(range(keys))
+    assert _joined(part.get("tags", []) for part in parts) == all_tags
     assert len({row.id for row in rows}) == len(rows)
 
 
@@ -322,7 +323,7 @@ async def test_a_missing_schema_is_said(bare: asyncpg.Connection, damage: str) -
             await outbox.delete(bare, [rows[0].id])
     await bare.execute("CREATE TABLE t (id int)")
     with pytest.raises(asyncpg.PostgresError) as caught:
-        await bare.execute(combine("INSERT INTO t VALUES (1)", 0), *rows[0].arguments)
+        await bare.execute(combine("INSERT INTO t VALUES (1)", 0, rows[0].insert), *rows[0].arguments)
     assert isinstance(explain(caught.value), SchemaMissingError)
     with pytest.raises(asyncpg.UndefinedTableError) as missing:
         await bare.execute("SELECT * FROM nowhere")
@@ -438,7 +439,7 @@ async def test_combined_is_like_bare(db: asyncpg.Connection) -> None:
     contents = "SELECT (SELECT array_agg(t ORDER BY id) FROM t)::text, (SELECT array_agg(p ORDER BY id) FROM p)::text"
     await db.execute("SET synchronous_commit = off")  # hundreds of commits, none of which has to last
     for (query, arguments), method in product(STATEMENTS, ("execute", "fetch", "fetchrow")):
-        combined = combine(query, len(arguments))
+        combined = combine(query, len(arguments), row.insert)
         assert combined is not None, query
         # Each in a transaction of its own that really commits, for the sake of what fails only then.
         await db.execute(TABLES)
@@ -460,7 +461,7 @@ async def test_combined_is_like_bare(db: asyncpg.Connection) -> None:
 async def test_parameters_have_the_types_of_the_bare_statement(db: asyncpg.Connection) -> None:
     await db.execute(TABLES)
     query = "UPDATE t SET price = $2, name = $3, flags = $4 WHERE id = $1 RETURNING *"
-    bare, combined = await db.prepare(query), await db.prepare(combine(query, 4))
+    bare, combined = await db.prepare(query), await db.prepare(combine(query, 4, Insert("shop")))
     assert combined.get_parameters()[:4] == bare.get_parameters()
     assert combined.get_attributes() == bare.get_attributes()
 
@@ -469,14 +470,14 @@ async def test_a_role_that_may_only_write_needs_no_right_to_read(db: asyncpg.Con
     await db.execute(f"{TABLES}; GRANT UPDATE ON t TO {role}; GRANT INSERT ON cacheinval.outbox TO {role}")
     await db.execute(f"SET ROLE {role}")
     row = Outbox("shop").rows(["k"], publish_here=True)[0]
-    assert await db.execute(combine("UPDATE t SET a = 1", 0), *row.arguments) == "UPDATE 5"
+    assert await db.execute(combine("UPDATE t SET a = 1", 0, row.insert), *row.arguments) == "UPDATE 5"
 
 
 async def test_two_commands_are_never_half_run(db: asyncpg.Connection) -> None:
     """What the tokenizer takes for one statement and the server does not is refused as a whole."""
     await db.execute(TABLES)
     row = Outbox("shop").rows(["k"], publish_here=True)[0]
-    one = combine("UPDATE t SET a = 7", 0)
+    one = combine("UPDATE t SET a = 7", 0, row.insert)
     assert one is not None
     with pytest.raises(asyncpg.PostgresSyntaxError, match="multiple commands"):
         await db.execute(f"{one}; DELETE FROM p", *row.arguments)
@@ -517,7 +518,7 @@ async def test_the_server_agrees(
     """Whatever is combined is one statement for the server too, valid or not for the same reason."""
     query = f"UPDATE t SET a = a{''.join(pieces)}"
     arguments = 1 if "$1" in pieces else 0
-    combined = combine(query, arguments)
+    combined = combine(query, arguments, Insert("shop"))
     if combined is None:
         return
     await parsed.execute(
@@ -541,7 +542,15 @@ async def _verdict(connection: asyncpg.Connection, query: str) -> str | None:
     return None
 
 
-async def test_a_row_is_what_insert_takes(db: asyncpg.Connection) -> None:
-    row = Outbox("shop").rows(["k"], publish_here=False)[0]
-    assert isinstance(row, Row)
-    assert row.arguments[0] == row.id
+async def test_what_a_row_does_not_say_has_its_default(db: asyncpg.Connection) -> None:
+    outbox = Outbox("shop")
+    await outbox.record(db, outbox.rows(["k"], publish_here=False))
+    await outbox.record(db, outbox.rows(["l"], versions=[None], tags=["t"], publish_here=True))
+    await outbox.record(db, outbox.rows(["m", "n"], versions=[7, None], publish_here=False))
+    await outbox.record(db, outbox.rows(["k"], everything=True, publish_here=False))
+    assert sorted(await _recorded(db)) == [
+        ("shop", [], None, [], True),
+        ("shop", ["k"], None, [], False),
+        ("shop", ["l"], None, ["t"], False),
+        ("shop", ["m", "n"], [7, None], [], False),
+    ]

@@ -180,6 +180,15 @@ async def test_what_comes_soon_after_a_publish_gathers_for_a_moment(
     assert [message.keys for message in broker.sent] == [["a"], ["b", "c"]]
 
 
+def test_many_gather_for_longer_than_few() -> None:
+    seconds = 0.0
+    few = [seconds := publishing.next_gathering(seconds, writes=2) for _ in range(5)]
+    assert few == [0.0005, 0.001, 0.002, 0.004, 0.004]
+    many = [seconds := publishing.next_gathering(seconds, writes=publishing.MANY) for _ in range(2)]
+    assert many == [0.008, 0.008]
+    assert publishing.next_gathering(seconds, writes=publishing.MANY - 1) == 0.004
+
+
 async def test_a_publish_that_has_rested_waits_for_nobody(
     make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

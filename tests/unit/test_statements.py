@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cacheinval.outbox.statements import LONGEST, combine, leaves_session, tokens
-from cacheinval.outbox.writing import insert_sql
+from cacheinval.outbox.writing import Insert
 
+INSERT = Insert("shop")
 NASTY = "'\"$;-/*\\\n\r1ab_Eeuq& é\u2028().,:+|"
 
 
@@ -36,9 +37,9 @@ NASTY = "'\"$;-/*\\\n\r1ab_Eeuq& é\u2028().,:+|"
     ],
 )
 def test_one_statement_is_combined(query: str, arguments: int) -> None:
-    combined = combine(query, arguments)
+    combined = combine(query, arguments, INSERT)
     assert combined is not None
-    assert combined == f"WITH cacheinval_recorded AS ({insert_sql(arguments + 1)}) {query}"
+    assert combined == f"WITH cacheinval_recorded AS ({INSERT.sql(arguments + 1)}) {query}"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_one_statement_is_combined(query: str, arguments: int) -> None:
     ],
 )
 def test_anything_else_is_left_alone(query: str, arguments: int) -> None:
-    assert combine(query, arguments) is None
+    assert combine(query, arguments, INSERT) is None
 
 
 def _plain(text: str) -> str:
@@ -133,9 +134,9 @@ def test_tokens_are_what_was_put_in(parts: list[tuple[str, list[str]]]) -> None:
 @given(st.lists(quoted, min_size=1), st.sampled_from(["", ";", " ; ;", "; -- x"]))
 def test_no_content_of_a_literal_is_taken_for_sql(literals: list[str], end: str) -> None:
     query = f"UPDATE t SET a = {' || '.join(literals)}{end}"
-    assert combine(query, 0) is not None
-    assert combine(query.removesuffix("-- x") + "; DELETE FROM t", 0) is None
-    assert combine(query.removesuffix("-- x") + " $1", 0) is None
+    assert combine(query, 0, INSERT) is not None
+    assert combine(query.removesuffix("-- x") + "; DELETE FROM t", 0, INSERT) is None
+    assert combine(query.removesuffix("-- x") + " $1", 0, INSERT) is None
 
 
 @given(st.text(NASTY))
@@ -148,7 +149,7 @@ def test_any_text_is_read_to_its_end(text: str) -> None:
         _, at, rest = rest.partition(token)
         assert at
     for arguments in range(2):
-        combined = combine(f"DELETE {text}", arguments)
+        combined = combine(f"DELETE {text}", arguments, INSERT)
         assert combined is None or combined.endswith(f") DELETE {text}")
 
 
