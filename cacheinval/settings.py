@@ -46,8 +46,8 @@ def addresses(url: str) -> list[str]:
     return [f"{scheme}{mark}{userinfo}{at}{host}{rest[len(authority) :]}" for host in hosts.split(",")]
 
 
-def _url_of_several(*schemes: str) -> Callable[[str], str]:
-    check_one = _url(*schemes)
+def _url_of_several(*schemes: str, empty: bool = False) -> Callable[[str], str]:
+    check_one = _url(*schemes, empty=empty)
 
     def check(url: str) -> str:
         hosts = addresses(url)
@@ -161,9 +161,11 @@ class Settings(BaseSettings):
         description="`fanout`: a queue for each instance; `stream`: one RabbitMQ stream that all of them read, for caches in "
         "the process",
     )
-    database_url: Annotated[str, AfterValidator(_url("postgresql", "postgres", empty=True))] = Field(
-        default="postgresql://postgres@127.0.0.1:5432/postgres",
-        description="empty: no database (no outbox, no relay)",
+    database_url: Annotated[str, AfterValidator(_url_of_several("postgresql", "postgres", empty=True))] = (
+        Field(
+            default="postgresql://postgres@127.0.0.1:5432/postgres",
+            description="may name several hosts; empty: no database (no outbox, no relay)",
+        )
     )
     cache_url: Annotated[str, AfterValidator(_url("memory", "redis", "memcached"))] = Field(
         default="memory://",

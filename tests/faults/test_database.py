@@ -192,20 +192,61 @@ class Standby(Postgres):
         await self._run([self.program("pg_basebackup"), "--dbname", self._primary, *copy])
 
 
+@asynccontextmanager
+async def followed(primary: Postgres) -> AsyncIterator[Standby]:
+    """A server that follows `primary`."""
+    folder = primary.folder.with_name("standby")
+    folder.mkdir()
+    guard = Guard(None)
+    standby = Standby(folder, guard, primary.url)
+    async with AsyncExitStack() as stack:
+        stack.callback(guard.close)
+        stack.push_async_callback(standby.close)
+        await standby.start()
+        yield standby
+
+
+@pytest.mark.timeout(240)
+async def test_the_primary_is_lost_and_its_standby_is_promoted(
+    rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, eventually: Eventually
+) -> None:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(connected(own_postgres.url))
+        await make_stock(first)
+        standby = await stack.enter_async_context(followed(own_postgres))
+        await first.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        await first.execute("SELECT pg_reload_conf()")
+        synchronous = "SELECT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state = 'sync')"
+        await eventually(lambda: first.fetchval(synchronous), EVENTUAL)
+        hosts = f"127.0.0.1:{own_postgres.port},127.0.0.1:{standby.port}"
+        url = f"postgresql://postgres@{hosts}/postgres?target_session_attrs=read-write"
+        work = working(first, broker_url=rabbitmq.url, database_url=url)
+        await work.relay()
+        reader = await work.reader("reader")
+        writer = await work.writer()
+        async with work.writing(writer):
+            await goes_on(work, writer, eventually)
+            work.history.fault("the primary is lost")
+            await own_postgres.kill()
+            errors = reader.errors
+            await eventually(lambda: reader.errors > errors, EVENTUAL)
+            work.truth = await stack.enter_async_context(connected(standby.url))
+            assert await work.truth.fetchval("SELECT pg_promote(true, 60)")
+            await goes_on(work, writer, eventually)
+            # Its ticks are believed: by whoever asks it, it is the database that it was.
+            last = work.history.ticks[-1].as_of
+            await eventually(lambda: work.history.ticks[-1].as_of > last, EVENTUAL)
+        await work.check()
+        assert reader.client.watermark_age is not None
+        assert reader.client.status()["tick_refused"] is None
+
+
 @pytest.mark.timeout(180)
 async def test_a_relay_that_is_pointed_at_a_standby(
     rabbitmq: RabbitMQ, own_postgres: Postgres, working: Working, clients: Clients, eventually: Eventually
 ) -> None:
-    folder = own_postgres.folder.with_name("standby")
-    folder.mkdir()
-    guard = Guard(None)
-    standby = Standby(folder, guard, own_postgres.url)
-    async with AsyncExitStack() as stack:
-        stack.callback(guard.close)
-        truth = await stack.enter_async_context(connected(own_postgres.url))
+    async with connected(own_postgres.url) as truth, followed(own_postgres) as standby:
         await make_stock(truth)
-        stack.push_async_callback(standby.close)
-        await standby.start()
         work = working(truth, broker_url=rabbitmq.url, database_url=own_postgres.url)
         reader = await work.reader("reader")
         work.history.fault("the relay has a standby")

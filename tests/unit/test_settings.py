@@ -208,6 +208,13 @@ def test_a_host_of_a_cluster_that_cannot_be_used_is_told_by_its_number(hosts: st
     )
 
 
+def test_a_database_may_have_several_hosts() -> None:
+    url = "postgresql://u:s3cr3t@one:5432,two:5433/db?target_session_attrs=read-write"
+    assert Settings(database_url=url).database_url == url
+    with pytest.raises(ConfigurationError, match=r"u:\*\*\*@one:5432,two:x/db: host 2 of 2 cannot be used"):
+        Settings(database_url="postgresql://u:s3cr3t@one:5432,two:x/db")
+
+
 def test_secrets_are_not_in_repr_or_str() -> None:
     settings = Settings(
         broker_url="amqp://user:s3cr3t@host/",
