@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cacheinval.doctor.broker import BrokerSeen, HeardTick
+from cacheinval.doctor.cache import CacheSeen
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.database import DatabaseSeen
 from cacheinval.doctor.findings import Finding, of_settings, warning
@@ -40,28 +41,35 @@ async def doctor(settings: Settings, *, as_json: bool) -> bool:
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """Runs every check. Nothing that they find is raised, and nothing stays behind in broker or database."""
+    """Runs every check. Nothing that they find is raised, and nothing stays behind in broker, database or cache."""
     checks = Checks()
     checks.add(of_settings(settings))
     checks.add(
         warning("settings", text, "correct or unset it: nothing reads it") for text in unknown_variables()
     )
     # Each has its own, so that their findings come in one order.
-    of_database, of_broker = Checks(), Checks()
+    of_database, of_broker, of_cache = Checks(), Checks(), Checks()
     database = DatabaseSeen(settings, of_database) if settings.database_url else None
     broker = None if settings.broker_url.startswith("memory:") else BrokerSeen(settings, of_broker)
-    async with checks.progress_of(of_database, of_broker):
+    cache = CacheSeen(settings, of_cache) if settings.cache_is_external else None
+    async with checks.progress_of(of_database, of_broker, of_cache):
         try:
-            _, tick = await asyncio.gather(
+            _, _, tick = await asyncio.gather(
                 database.examine() if database is not None else _nothing(),
+                cache.examine() if cache is not None else _nothing(),
                 broker.examine() if broker is not None else _nothing(),
             )
-            checks.add(of_broker.found)
-            checks.add(of_database.found)
+            if cache is not None:
+                known = ([], None) if database is None else (database.registered, database.source)
+                await cache.look_for_proofs(*known)
+            for found in (of_broker.found, of_database.found, of_cache.found):
+                checks.add(found)
             await _judge_together(settings, checks, broker, database, tick)
         finally:
             if database is not None:
                 database.close()
+            if cache is not None:
+                await cache.close()
             if broker is not None:
                 await broker.close()
     return checks.found

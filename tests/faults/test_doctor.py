@@ -15,12 +15,13 @@ from aio_pika import ExchangeType
 from scene import EVENTUAL, Clients, Eventually, operating
 
 from cacheinval import Client, Settings
+from cacheinval.backends import shared
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.clock import Clock
 from cacheinval.doctor import Finding, broker, database, examine
 from cacheinval.outbox import apply_schema
 from cacheinval.outbox.grants import grants
-from cacheinval.sandbox import RabbitMQ
+from cacheinval.sandbox import RabbitMQ, Redis
 
 pytest_plugins = ("scene",)
 
@@ -138,6 +139,27 @@ async def test_where_nothing_is_wrong_everything_is_ok(settings: dict[str, Any],
     told = json.loads(out[out.index("{") :])
     assert (code, told["count"]["failed"], told["count"]["warning"]) == (0, 0, 0)
     assert {one["check"] for one in told["findings"]} == set(checks)
+
+
+async def test_a_cache_outside_is_looked_at_and_what_it_keeps_of_who_uses_it(
+    settings: dict[str, Any],
+    redis: Redis,
+    healthy: Healthy,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared, "OPERATION_TIMEOUT", EVENTUAL)  # it answers, but in its own time
+    settings |= {"cache_url": redis.url, "instance_id": "shop-1"}
+    client = await healthy()
+    await eventually(lambda: client.status()["registration"]["state"] == "registered", EVENTUAL)
+    checks = await found(settings)
+    del checks["cache latency"]
+    assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
+    assert checks.keys() > {"cache", "cache commands", "cache memory", "cache restarts", "instances"}
+    assert re.match(
+        r"shop-1 has evicted all that was committed \d+\.\d s ago, from \d origins",
+        only(checks, "proof").text,
+    )
 
 
 async def test_the_broker_is_killed(
