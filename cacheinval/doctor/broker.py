@@ -14,10 +14,9 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 from pamqp.commands import Basic
 
-from cacheinval.bus.connecting import Broker, explain, is_away, within
+from cacheinval.bus.connecting import Broker, explain, is_away, place, within
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE
 from cacheinval.bus.rabbitmq import RabbitBus
-from cacheinval.bus.streaming import STREAM
 from cacheinval.bus.wire import Connection
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
@@ -32,6 +31,7 @@ from cacheinval.doctor.findings import (
     vhost_of,
     warning,
 )
+from cacheinval.doctor.stream import READ_WITHIN, of_stream
 from cacheinval.errors import MalformedMessageError
 from cacheinval.fleet import status_in
 from cacheinval.messages import MESSAGE_TYPE, Ask, Probe, Tick, decode, encode
@@ -88,7 +88,7 @@ class BrokerSeen:
             self._checks.add(self._not_checked("the exchange cannot be used", 1))
             return None
         if self._settings.bus == "stream":  # which has no dead letters: what nobody understands stays in it
-            await self._checks.run("stream", ANSWER_WITHIN, self._stream)
+            await self._checks.run("stream", ANSWER_WITHIN + READ_WITHIN, self._stream)
         else:
             await self._checks.run("dead letters", ANSWER_WITHIN, self._dead_letters)
         permitted = await self._checks.run("permissions", ANSWER_WITHIN, self._listen)
@@ -152,23 +152,10 @@ class BrokerSeen:
         return ok("exchange", f"{name} is a durable fanout")
 
     async def _stream(self) -> Finding:
-        name = self._broker.stream
-        channel = await self._channel()
-        try:
-            await channel.declare_queue(name, passive=True)
-            await channel.declare_queue(name, durable=True, arguments=STREAM)
-            await channel.close()
-        except ChannelNotFoundEntity as error:
-            if is_away(error):
-                remedy = "start that node; if it is up, see OPERATING.md, One stream"
-                return failed("stream", explain(error), remedy)
-            return warning("stream", f"{name} is missing", "the next instance that subscribes makes it")
-        except ChannelPreconditionFailed as error:
-            remedy = f"`rabbitmqctl delete_queue -p {vhost_of(self._url)} {name}`: instances make it as it has to be"
-            return failed("stream", f"set up differently: {explain(error)}", remedy)
-        except ChannelAccessRefused as error:
-            return of_refusal(self._url, f"configure on {name}", explain(error))
-        return ok("stream", f"{name} is there")
+        assert self._connection is not None
+        return await of_stream(
+            await self._channel(), self._broker.stream, self._url, place(self._connection.url)
+        )
 
     async def _dead_letters(self) -> list[Finding]:
         name = self._broker.dead_letters

@@ -1,6 +1,7 @@
 """RabbitMQ is a cluster: a node is lost, or cut off from the others, and comes back."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,8 +13,9 @@ from history import now
 from scene import EVENTUAL, Clients, Eventually
 from workload import Work, Working
 
-from cacheinval import Settings
-from cacheinval.doctor import examine
+from cacheinval import Settings, receiver
+from cacheinval.bus import streaming
+from cacheinval.doctor import Finding, examine
 from cacheinval.sandbox import Cluster, RabbitMQ, Redis, Sandbox
 
 pytest_plugins = ("scene", "workload")
@@ -149,6 +151,157 @@ async def test_without_one_node_all_goes_on_at_the_others(
         await eventually(lambda: work.says("outside").ready, IN_TIME, describe=lambda: reason(outside))
     # What was published meanwhile never came into its queue, which is there again with what it held before.
     assert work.says("outside").epoch > before
+    await work.check(timeout=IN_TIME)
+
+
+# One stream, of which each node has a copy
+
+
+async def leader_of(stream: str, cluster: Cluster) -> RabbitMQ:
+    """The node through which everything gets into the stream; each of the others has a copy."""
+    listed = await cluster.nodes[0].ctl("list_queues", "--formatter=json", "name", "leader", "online")
+    (row,) = [row for row in json.loads(listed) if row["name"] == stream]
+    assert set(row["online"]) == {node.node for node in cluster.nodes}
+    return next(node for node in cluster.nodes if node.node == row["leader"])
+
+
+def kept(reader: Observed) -> tuple[int, dict[str, int]]:
+    """In which epoch it is, and for what it has begun a new one."""
+    epoch = int(reader.client.status()["cache"]["epoch"])
+    return epoch, dict(reader.client.stats()["coherence"]["gap_reasons"])
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("fault", "victim"),
+    [
+        ("lost", "leader"),
+        pytest.param("lost", "another", marks=pytest.mark.long),
+        pytest.param("cut off", "leader", marks=pytest.mark.long),
+        pytest.param("cut off", "another", marks=pytest.mark.long),
+        pytest.param("silent", "leader", marks=pytest.mark.long),
+        pytest.param("silent", "another", marks=pytest.mark.long),
+    ],
+)
+async def test_without_one_node_a_stream_is_read_on_at_the_others(
+    fault: str,
+    victim: str,
+    cluster: Cluster,
+    database_url: str,
+    namespace: str,
+    stock: DB,
+    working: Working,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nobody clears anything, for all that was confirmed is in the copies."""
+    # Both tell of a stream that is not the same; nodes that are busy may take longer to choose another leader.
+    monkeypatch.setattr(streaming, "FOUND_WITHIN", EVENTUAL)
+    monkeypatch.setattr(receiver, "PROBE_TIMEOUT", EVENTUAL)
+    work = working(stock, bus="stream", broker_url=cluster.url, database_url=database_url)
+    at_each = await readers_at_each(work, cluster)
+    readers = [one for one in work.instances.values() if isinstance(one, Observed)]
+    await work.relay()
+    writer = await work.writer()
+    leader = await leader_of(f"cacheinval.{namespace}.stream", cluster)
+    lost = next(node for node in cluster.nodes if (node is leader) == (victim == "leader"))
+    moved = at_each[lost]
+
+    async def all_hit() -> None:
+        since = now()
+        for one in readers:
+            await eventually(lambda one=one: one.client.ready, IN_TIME, describe=lambda one=one: reason(one))
+            await work.sees(one.name, "hit", since)
+
+    async with work.writing(writer):
+        await all_hit()
+        for one in readers:
+            await eventually(lambda one=one: one.client.instance.position is not None, EVENTUAL)
+        before = [kept(one) for one in readers]
+        work.history.fault(f"{victim} {fault}")
+        async with without(lost, cluster, fault):
+            await eventually(lambda: moved.client.ready and not is_at(moved, lost), IN_TIME)
+            await all_hit()
+            written = writer.done
+            await eventually(lambda: writer.done > written + 20, IN_TIME)
+        work.history.fault("over")
+        await all_hit()
+    await work.check(timeout=IN_TIME)
+    assert [kept(one) for one in readers] == before
+
+
+async def change_copies(how: str, stream: str, leader: RabbitMQ, node: RabbitMQ) -> None:
+    """What `rabbitmq-streams add_replica`, or `delete_replica`, does."""
+    await leader.ctl("eval", f'rabbit_stream_queue:{how}_replica(<<"/">>, <<"{stream}">>, \'{node.node}\').')
+
+
+async def told_of_the_stream(settings: Settings) -> Finding:
+    (finding,) = [one for one in await examine(settings) if one.check == "stream"]
+    return finding
+
+
+async def test_at_a_node_without_a_copy_of_the_stream_nobody_can_read_it_and_the_doctor_says_so(
+    cluster: Cluster, namespace: str, clients: Clients, eventually: Eventually
+) -> None:
+    """As at one that joined the cluster after the stream was made."""
+    settings: dict[str, Any] = {
+        "bus": "stream",
+        "namespace": namespace,
+        "database_url": "",
+        "tick_interval": 0.1,
+    }
+    await (await clients(**settings, broker_url=cluster.url)).wait_ready(EVENTUAL)
+    stream = f"cacheinval.{namespace}.stream"
+    leader = await leader_of(stream, cluster)
+    newcomer = next(node for node in cluster.nodes if node is not leader)
+    there = Settings(**settings, broker_url=newcomer.url)
+
+    await change_copies("delete", stream, leader, newcomer)
+    client = await clients(**settings, broker_url=newcomer.url)
+    await eventually(lambda: "does not have a replica" in str(client.status()["broker"]["reason"]), EVENTUAL)
+    found = await told_of_the_stream(there)
+    assert (found.level, "does not have a replica on the local node" in found.text) == ("failed", True)
+    assert f"`rabbitmq-streams add_replica --vhost / {stream} NODE`" in str(found.remedy)
+
+    await change_copies("add", stream, leader, newcomer)
+    await client.wait_ready(EVENTUAL)
+    assert (await told_of_the_stream(there)).text == f"{stream} is there, and can be read"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+async def test_while_most_copies_of_a_stream_are_away_nothing_is_confirmed_and_nothing_is_trusted(
+    cluster: Cluster, database_url: str, namespace: str, stock: DB, working: Working, eventually: Eventually
+) -> None:
+    work = working(stock, broker_url=cluster.url, database_url=database_url)
+    reader = await work.reader("of the stream", bus="stream")
+    await work.reader("with a queue")
+    await work.relay()
+    writer = await work.writer()
+    stream = f"cacheinval.{namespace}.stream"
+    leader = await leader_of(stream, cluster)
+    without_copy, other = [node for node in cluster.nodes if node is not leader]
+    await change_copies("delete", stream, leader, without_copy)
+
+    async with work.writing(writer):
+        for name in work.instances:
+            await work.sees(name, "hit", 0)
+        work.history.fault("one of two copies is away")
+        async with without(leader, cluster, "lost"):
+            lost_at = now()
+            await eventually(lambda: not reader.client.ready, IN_TIME)
+            for name in work.instances:
+                await work.sees(name, "bypass", lost_at + DELTA)
+            settings = reader.client.settings.model_copy(update={"broker_url": other.url})
+            found = await told_of_the_stream(settings)
+            assert (found.level, "start the nodes that are down" in str(found.remedy)) == ("failed", True), (
+                found
+            )
+            written = writer.done
+            await eventually(lambda: writer.done > written + 20, IN_TIME)
+            assert not reader.client.ready
+        work.history.fault("over")
+        await eventually(lambda: reader.client.ready, IN_TIME, describe=lambda: reason(reader))
     await work.check(timeout=IN_TIME)
 
 
