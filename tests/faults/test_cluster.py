@@ -157,12 +157,17 @@ async def test_without_one_node_all_goes_on_at_the_others(
 # One stream, of which each node has a copy
 
 
-async def leader_of(stream: str, cluster: Cluster) -> RabbitMQ:
-    """The node through which everything gets into the stream; each of the others has a copy."""
-    listed = await cluster.nodes[0].ctl("list_queues", "--formatter=json", "name", "leader", "online")
-    (row,) = [row for row in json.loads(listed) if row["name"] == stream]
-    assert set(row["online"]) == {node.node for node in cluster.nodes}
-    return next(node for node in cluster.nodes if node.node == row["leader"])
+async def leader_of(stream: str, cluster: Cluster, eventually: Eventually) -> RabbitMQ:
+    """The node through which everything gets into the stream, once each of the others has a copy."""
+
+    async def led_by() -> str | None:
+        listed = await cluster.nodes[0].ctl("list_queues", "--formatter=json", "name", "leader", "online")
+        (row,) = [row for row in json.loads(listed) if row["name"] == stream]
+        # One that has just come back needs a moment.
+        return row["leader"] if set(row["online"]) == {node.node for node in cluster.nodes} else None
+
+    leader = await eventually(led_by, IN_TIME)
+    return next(node for node in cluster.nodes if node.node == leader)
 
 
 def kept(reader: Observed) -> tuple[int, dict[str, int]]:
@@ -203,7 +208,7 @@ async def test_without_one_node_a_stream_is_read_on_at_the_others(
     readers = [one for one in work.instances.values() if isinstance(one, Observed)]
     await work.relay()
     writer = await work.writer()
-    leader = await leader_of(f"cacheinval.{namespace}.stream", cluster)
+    leader = await leader_of(f"cacheinval.{namespace}.stream", cluster, eventually)
     lost = next(node for node in cluster.nodes if (node is leader) == (victim == "leader"))
     moved = at_each[lost]
 
@@ -252,7 +257,7 @@ async def test_at_a_node_without_a_copy_of_the_stream_nobody_can_read_it_and_the
     }
     await (await clients(**settings, broker_url=cluster.url)).wait_ready(EVENTUAL)
     stream = f"cacheinval.{namespace}.stream"
-    leader = await leader_of(stream, cluster)
+    leader = await leader_of(stream, cluster, eventually)
     newcomer = next(node for node in cluster.nodes if node is not leader)
     there = Settings(**settings, broker_url=newcomer.url)
 
@@ -279,7 +284,7 @@ async def test_while_most_copies_of_a_stream_are_away_nothing_is_confirmed_and_n
     await work.relay()
     writer = await work.writer()
     stream = f"cacheinval.{namespace}.stream"
-    leader = await leader_of(stream, cluster)
+    leader = await leader_of(stream, cluster, eventually)
     without_copy, other = [node for node in cluster.nodes if node is not leader]
     await change_copies("delete", stream, leader, without_copy)
 

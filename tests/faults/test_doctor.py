@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 from aio_pika import ExchangeType
-from scene import EVENTUAL, Clients, Eventually, operating
+from scene import EVENTUAL, Clients, Eventually, SharedCacheView, looking_into, operating
 
 from cacheinval import Client, Settings
 from cacheinval.backends import shared
@@ -152,6 +152,8 @@ async def test_a_cache_outside_is_looked_at_and_what_it_keeps_of_who_uses_it(
     settings |= {"cache_url": redis.url, "instance_id": "shop-1"}
     client = await healthy()
     await eventually(lambda: client.status()["registration"]["state"] == "registered", EVENTUAL)
+    async with looking_into(redis.url, settings["namespace"]) as view:
+        await eventually(lambda: keeps_a_tick(view, "shop-1"), EVENTUAL)
     checks = await found(settings)
     del checks["cache latency"]
     assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
@@ -160,6 +162,13 @@ async def test_a_cache_outside_is_looked_at_and_what_it_keeps_of_who_uses_it(
         r"shop-1 has evicted all that was committed \d+\.\d s ago, from \d origins",
         only(checks, "proof").text,
     )
+
+
+async def keeps_a_tick(view: SharedCacheView, instance_id: str) -> bool:
+    kept = [
+        value for name, value in (await view.copy()).items() if name.endswith(f"proof:{instance_id}".encode())
+    ]
+    return any(json.loads(proof)["checked_until"] is not None for proof in kept)
 
 
 async def test_the_broker_is_killed(

@@ -239,7 +239,6 @@ async def test_the_server_is_frozen_and_then_killed(
     own_redis.pause()
     with monkeypatch.context() as hasty:
         hasty.setattr(cache, "ANSWER_WITHIN", 0.2)
-        hasty.setattr(shared, "OPERATION_TIMEOUT", 0.2)
         checks = await found(own_redis.url)
     own_redis.resume()
     assert only(checks, "cache").text == f"{own_redis.url}: no answer within 0.2 s"
