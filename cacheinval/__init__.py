@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cacheinval.audit import AuditReport
     from cacheinval.cache import CoherentCache, Read
     from cacheinval.client import Client
+    from cacheinval.coherence.receipts import Receipt
     from cacheinval.errors import (
         BlockedError,
         BusError,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         SchemaMissingError,
         SubscriptionError,
     )
-    from cacheinval.receipts import Receipt
     from cacheinval.settings import Settings
     from cacheinval.transactions import Transaction
 
@@ -60,7 +60,7 @@ _HOMES = {
     "Client": "client",
     "CoherentCache": "cache",
     "Read": "cache",
-    "Receipt": "receipts",
+    "Receipt": "coherence.receipts",
     "Settings": "settings",
     "Transaction": "transactions",
 }

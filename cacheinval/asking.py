@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from cacheinval import logs
+from cacheinval.coherence.receipts import Question, Receipt, check_wait
+from cacheinval.coherence.registration import Registered
 from cacheinval.errors import BusError
-from cacheinval.receipts import Question, Receipt, check_wait
-from cacheinval.registration import Registered
 
 __all__ = ["Answering", "Asking"]
 

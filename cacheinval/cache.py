@@ -1,4 +1,4 @@
-"""Read-through caching that obeys `coherence.py`: over a map in the process, or over a cache that others share."""
+"""Read-through caching that obeys `coherence`: over a map in the process, or over a cache that others share."""
 
 import asyncio
 import logging
@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from cacheinval import logs
 from cacheinval.clock import Clock
 from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load, Matter, Moment
+from cacheinval.coherence.warming import LOOK_EVERY, Hot, Warming
 from cacheinval.errors import CacheError
 from cacheinval.messages import check_names
 from cacheinval.places import Places
 from cacheinval.reloading import Reloads, Warmer
 from cacheinval.versions import VersionOf, version_of
-from cacheinval.warming import LOOK_EVERY, Hot, Warming
 
 __all__ = [
     "BypassReason",
@@ -189,6 +189,7 @@ class CoherentCache(ABC):
         self.counters = CacheCounters()
         self._remember = remember
         self._coherence = coherence
+        self._loads = coherence.loads
         self._clock = clock
         self._now = clock.now
         self._ttl = ttl
@@ -310,7 +311,7 @@ class CoherentCache(ABC):
         load = _current_load()
         if load is None:
             return
-        self._coherence.refuse(load)
+        self._loads.refuse(load)
         if drop:
             with suppress(CacheError):  # what cannot be dropped is not served from here until it is
                 await self.evict(Eviction([load.key]))
@@ -379,8 +380,8 @@ class CoherentCache(ABC):
             self.counters.misses += 1
         outcome: Literal["miss", "bypass"] = "miss" if reason is None else "bypass"
         began = now
-        while not refresh and (load := self._coherence.joinable(key, now, tags)) is not None:
-            shared = self._coherence.may_give(load, began)
+        while not refresh and (load := self._loads.joinable(key, now, tags)) is not None:
+            shared = self._loads.may_give(load, began)
             landed = await self._wait_for(load)
             if shared and landed is not _ABANDONED:
                 self._inherit(load)
@@ -412,7 +413,7 @@ class CoherentCache(ABC):
     async def _load(
         self, key: str, load_and_store: LoadAndStore, tags: frozenset[str], now: float
     ) -> tuple[Any, bool]:
-        load = self._coherence.begin_load(key, now, tags, _current_load())
+        load = self._loads.begin(key, now, tags, _current_load())
         landed: Any = _ABANDONED
         failure: Exception | None = None
         try:
@@ -423,7 +424,7 @@ class CoherentCache(ABC):
             raise
         finally:
             self._inherit(load)  # before its token goes: a voided part voids the whole
-            self._coherence.end_load(load)
+            self._loads.end(load)
             self._land(load, landed, failure)
         return landed, stored
 
@@ -440,9 +441,9 @@ class CoherentCache(ABC):
         if self._places.take():
             return True
         self.counters.queued_loads += 1
-        self._coherence.hold(load)
+        self._loads.hold(load)
         took = await self._places.wait(load)
-        self._coherence.let_go(load, self._now())
+        self._loads.let_go(load, self._now())
         return took
 
     async def _ask(
@@ -451,15 +452,15 @@ class CoherentCache(ABC):
         """What `factory` reads or, where that may lag behind what was evicted, what `primary` does."""
         if version is None and primary is None:
             return await self._run(load, factory)
-        if primary is None or self._coherence.turn_to_replica(load, self._now(), shared=self._shared):
+        if primary is None or self._loads.turn_to_replica(load, self._now(), shared=self._shared):
             value = await self._run(load, factory)
-            if self._coherence.accepts(load, version_of(value, version)):
+            if self._loads.accepts(load, version_of(value, version)):
                 return value
             if primary is None:
-                self._coherence.refuse(load)
+                self._loads.refuse(load)
                 return value
         self.counters.primary_loads += 1
-        self._coherence.turn_to_primary(load, self._now())
+        self._loads.turn_to_primary(load, self._now())
         return await self._run(load, primary)
 
     async def _run(self, load: Load, factory: Factory) -> Any:
@@ -487,7 +488,7 @@ class CoherentCache(ABC):
     def _inherit(self, part: Entry | Load) -> None:
         current = _current_load()
         if current is not None:
-            self._coherence.inherit(current, part)
+            self._loads.inherit(current, part)
 
     def _lifetime(self, ttl: float | None, jitter: float | None) -> float:
         if ttl is None:
@@ -689,10 +690,10 @@ class InProcessCache(CoherentCache):
         async def load_and_store(load: Load) -> tuple[Any, bool]:
             value = await self._ask(load, factory, version, primary)
             # No await between the question and the store: an eviction in between would be undone by the store.
-            if not self._coherence.may_store(load):
+            if not self._loads.may_store(load):
                 self.counters.not_stored += 1
                 return value, False
-            self._backend.put(key, self._coherence.entry(load, value, self._now() + lifetime, kept))
+            self._backend.put(key, load.entry(value, self._now() + lifetime, kept))
             self._remember(key, primary or factory, model)
             return value, True
 
@@ -700,7 +701,7 @@ class InProcessCache(CoherentCache):
 
     async def _reload(self, key: str, load_and_store: LoadAndStore, tags: frozenset[str]) -> None:
         now = self._now()
-        if self._coherence.joinable(key, now, tags) is None:
+        if self._loads.joinable(key, now, tags) is None:
             await self._load(key, load_and_store, tags, now)
 
     def _instead(self, key: str, if_error: float) -> Read | None:
@@ -711,7 +712,7 @@ class InProcessCache(CoherentCache):
         self.counters.stale_if_error += 1
         current = _current_load()
         if current is not None:
-            self._coherence.inherit_stale(current, entry)
+            self._loads.inherit_stale(current, entry)
         return Read(entry.value, "hit", False, "stale-if-error")
 
     def _answered_by(self, entry: Entry) -> Read:
@@ -763,7 +764,7 @@ class InProcessCache(CoherentCache):
     async def _warm(self, hot: Hot) -> bool | None:
         load_and_store, tags = hot.reload
         now = self._now()
-        if self._coherence.joinable(hot.key, now, tags) is not None:
+        if self._loads.joinable(hot.key, now, tags) is not None:
             return None
         return (await self._load(hot.key, load_and_store, tags, now))[1]
 
@@ -962,13 +963,13 @@ class SharedCache(CoherentCache):
         return stored
 
     async def _store(self, load: Load, value: bytes, ttl: float, found: Any) -> bool:
-        if not self._coherence.may_store(load) or load.tags - found.stamps.keys():
+        if not self._loads.may_store(load) or load.tags - found.stamps.keys():
             return False  # the second: tags learned while loading, whose stamps were not looked up before
         try:
             await self._backend.store(load.key, value, ttl, load.started, self._now() + ttl, found)
         except CacheError:
             return False  # or it lands later, and is served unless it has been evicted by then
-        return self._coherence.may_store(load)
+        return self._loads.may_store(load)
 
     def evict_now(self, eviction: Eviction) -> bool:
         """See `CoherentCache.evict_now`: the next read that it concerns evicts first."""

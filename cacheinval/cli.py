@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Coroutine
 
-    from cacheinval.receipts import Receipt
+    from cacheinval.coherence.receipts import Receipt
     from cacheinval.settings import Settings
 
 __all__ = ["app", "main"]

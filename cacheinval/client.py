@@ -27,6 +27,8 @@ from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.cache import CoherentCache, InProcessCache, Policies, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import SUSPECT_AGE, Coherence, Eviction
+from cacheinval.coherence.receipts import Question, Receipt
+from cacheinval.coherence.registration import Registered, Registration
 from cacheinval.decorating import Cached, cached, invalidates
 from cacheinval.errors import (
     CacheError,
@@ -52,10 +54,8 @@ from cacheinval.outbox.pool import (
 from cacheinval.outbox.relay import Relay
 from cacheinval.outbox.session import LOST
 from cacheinval.publisher import Publisher, Unpublished
-from cacheinval.receipts import Question, Receipt
 from cacheinval.receiver import Instance
 from cacheinval.recent import Recent, RecentEvictions
-from cacheinval.registration import Registered, Registration
 from cacheinval.reloading import Warmer
 from cacheinval.settings import Settings, mask_url
 from cacheinval.tasks import STOP_TIMEOUT, Tasks
@@ -324,7 +324,7 @@ class Client:
         """
 
         if version is not None or primary is not None:
-            self._coherence.compare_versions()
+            self._coherence.loads.compare_versions()
         return cached(
             self.cache,
             self._evict_by_name,

@@ -11,10 +11,10 @@ import msgspec
 from cacheinval import logs
 from cacheinval.audit import AuditAnswer, Auditor
 from cacheinval.bus import Bus, Channel
+from cacheinval.coherence.registration import Registered
 from cacheinval.errors import PublishError
 from cacheinval.messages import Ask, Audit, encode
 from cacheinval.recent import Recent
-from cacheinval.registration import Registered
 
 __all__ = [
     "Inquiry",

@@ -82,9 +82,9 @@ class TwoLevels(InProcessCache):
             found, there = await self.second.look(load, model, lifetime)
             if there is not None and not refresh:
                 looking.was_there = True
-                self._coherence.inherit(load, there)
+                self._loads.inherit(load, there)
                 return there.value, self._put(load, there.value, there.expires_at, kept)
-            self._coherence.let_go(load, self._now())  # nothing has been read yet
+            self._loads.let_go(load, self._now())  # nothing has been read yet
             return await super(TwoLevels, self)._in_place(load, load_and_store(found))
 
         def load_and_store(found: Any) -> LoadAndStore:
@@ -121,9 +121,9 @@ class TwoLevels(InProcessCache):
         return await load_and_store(load)  # a look takes no place: places are for loaders
 
     def _put(self, load: Load, value: Any, expires_at: float, kept: bool) -> bool:
-        if not self._coherence.may_store(load):
+        if not self._loads.may_store(load):
             return False
-        self._backend.put(load.key, self._coherence.entry(load, value, expires_at, kept))
+        self._backend.put(load.key, load.entry(value, expires_at, kept))
         return True
 
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:

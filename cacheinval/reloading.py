@@ -6,8 +6,8 @@ from contextvars import Context
 from functools import partial
 from typing import Any
 
+from cacheinval.coherence.warming import Hot, Warming
 from cacheinval.tasks import STOP_TIMEOUT
-from cacheinval.warming import Hot, Warming
 
 __all__ = ["Reloads", "Warmer", "WarmingCounters"]
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from cacheinval import logs
+from cacheinval.coherence.receipts import Receipt
 from cacheinval.messages import check_names
 from cacheinval.outbox import Row, combine, explain, leaves_session
-from cacheinval.receipts import Receipt
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy

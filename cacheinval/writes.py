@@ -11,10 +11,10 @@ import asyncpg
 from cacheinval.asking import Asking
 from cacheinval.cache import running_transaction, without_cache
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
+from cacheinval.coherence.receipts import Question
 from cacheinval.errors import DatabaseError
 from cacheinval.outbox import Outbox, Row, combine, explain, leaves_session
 from cacheinval.publisher import Publisher, Unpublished
-from cacheinval.receipts import Question
 from cacheinval.transactions import Invalidations, Transaction
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from cacheinval.bus.connecting import Broker, explain, is_away, place, within
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.bus.wire import Connection
+from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
     Finding,
@@ -35,7 +36,6 @@ from cacheinval.doctor.stream import READ_WITHIN, of_stream
 from cacheinval.errors import MalformedMessageError
 from cacheinval.fleet import status_in
 from cacheinval.messages import MESSAGE_TYPE, Ask, Probe, Tick, decode, encode
-from cacheinval.registration import Registered
 from cacheinval.settings import Settings, addresses
 
 __all__ = ["BrokerSeen", "HeardTick"]

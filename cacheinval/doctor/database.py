@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 
+from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
     VERY_OLD_ROW,
@@ -27,7 +28,6 @@ from cacheinval.outbox import SCHEMA_VERSION
 from cacheinval.outbox.grants import lacking
 from cacheinval.outbox.instances import Instances
 from cacheinval.outbox.schema import OLDEST_SERVER
-from cacheinval.registration import Registered
 from cacheinval.settings import Settings, mask_url
 
 __all__ = ["DatabaseSeen"]

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.findings import Finding, failed, ok, warning
-from cacheinval.registration import Registered
 
 __all__ = ["of_instances", "of_tick"]
 

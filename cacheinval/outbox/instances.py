@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import asyncpg
 
 from cacheinval import logs
+from cacheinval.coherence.registration import NOT_YET, Registered, Registration
 from cacheinval.errors import DatabaseError
 from cacheinval.outbox.session import LOST
 from cacheinval.outbox.writing import explain
-from cacheinval.registration import NOT_YET, Registered, Registration
 
 __all__ = ["Database", "Instances", "Registrar"]
 

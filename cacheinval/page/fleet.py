@@ -7,11 +7,11 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
+from cacheinval.coherence.registration import Registered
 from cacheinval.latencies import BUCKETS
 from cacheinval.page.reports import Report, understand
 from cacheinval.page.writes import Line, Writes
 from cacheinval.recent import Recent
-from cacheinval.registration import Registered
 
 __all__ = ["Condition", "Fate", "Fleet", "Lag", "Member"]
 

@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
+from cacheinval.coherence.registration import Registered
 from cacheinval.errors import DatabaseError, PublishError
 from cacheinval.page.fleet import Fleet
 from cacheinval.page.rendering import View, draw
 from cacheinval.page.reports import Report, understand
 from cacheinval.recent import Recent
-from cacheinval.registration import Registered
 
 __all__ = ["Watch", "Watched"]
 

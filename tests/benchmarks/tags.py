@@ -323,10 +323,10 @@ class Cacheinval(Cache):
     async def fill(self, entries: Any) -> None:
         coherence, cache = self.client._coherence, self.client.cache
         now = self.client._clock.now()
-        load = coherence.begin_load("fill", now, frozenset(["products"]), None)
+        load = coherence.loads.begin("fill", now, frozenset(["products"]), None)
         for key, value in entries:
-            cache._backend.put(key, coherence.entry(load, value, now + 300))
-        coherence.end_load(load)
+            cache._backend.put(key, load.entry(value, now + 300))
+        coherence.loads.end(load)
 
     async def has(self, key: str) -> bool:
         return await self.client.cache.would_serve(key) is not None

@@ -21,7 +21,8 @@ from scene import (
     through,
 )
 
-from cacheinval import Client, Receipt, Settings, registration
+from cacheinval import Client, Receipt, Settings
+from cacheinval.coherence import registration
 from cacheinval.sandbox import Postgres, RabbitMQ, Redis
 
 pytest_plugins = ("scene",)

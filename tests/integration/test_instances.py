@@ -12,12 +12,13 @@ import pytest
 from proxy import Proxy
 from waiting import Eventually
 
-from cacheinval import Client, DatabaseError, SchemaMissingError, Settings, registration
+from cacheinval import Client, DatabaseError, SchemaMissingError, Settings
 from cacheinval.clock import Clock
+from cacheinval.coherence import registration
+from cacheinval.coherence.registration import Registered, Registration
 from cacheinval.outbox import apply_schema
 from cacheinval.outbox.instances import Instances, Registrar
 from cacheinval.outbox.pool import OwnConnection
-from cacheinval.registration import Registered, Registration
 from cacheinval.sandbox import Postgres
 
 NAMESPACE = "shop"

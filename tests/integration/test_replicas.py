@@ -9,7 +9,7 @@ from waiting import Eventually
 
 from cacheinval import Client, Settings
 from cacheinval.coherence import Coherence
-from cacheinval.floors import Floors
+from cacheinval.coherence.floors import Floors
 from cacheinval.outbox import apply_schema
 
 LAG = 600.0
@@ -68,7 +68,7 @@ class Service:
 
     def settle(self) -> None:
         """As if all that was evicted so far had been evicted long ago."""
-        self.rules._floors = Floors(LAG)
+        self.rules.loads.floors = Floors(LAG)
 
 
 @pytest.fixture(params=["memory", "redis"])

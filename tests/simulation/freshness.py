@@ -732,13 +732,13 @@ class Timed:
             return
         if entry is not None and self.coherence.may_serve(entry, self.now, self.span.overtime):
             self._returned(key, entry.value, self.real, least, "hit past its ttl")
-            if self.coherence.joinable(key, self.now, tags) is not None:
+            if self.coherence.loads.joinable(key, self.now, tags) is not None:
                 return
-        load = self.coherence.joinable(key, self.now, tags)
+        load = self.coherence.loads.joinable(key, self.now, tags)
         if load is not None:
             self.readers[number] = Reader(key, self.real, least, load, leads=False)
             return
-        load = self.coherence.begin_load(key, self.now, tags)
+        load = self.coherence.loads.begin(key, self.now, tags)
         self.readers[number] = Reader(key, self.real, least, load, leads=True)
         if fails:
             self.load_fails(number)
@@ -763,11 +763,11 @@ class Timed:
     def load_returns(self, number: int) -> None:
         leader = self.readers[number]
         assert leader is not None
-        asked = self.coherence.may_store
+        asked = self.coherence.loads.may_store
         if asked(leader.load):
             expires_at = self.now + self.span.ttl if self.span.ttl else FOREVER
-            self.entries[leader.key] = self.coherence.entry(leader.load, leader.value, expires_at)
-        self.coherence.end_load(leader.load)
+            self.entries[leader.key] = leader.load.entry(leader.value, expires_at)
+        self.coherence.loads.end(leader.load)
         for at, reader in enumerate(self.readers):
             if reader is not None and reader.load is leader.load:
                 self.readers[at] = None
@@ -777,7 +777,7 @@ class Timed:
         self.left["load_failures"] -= 1
         leader = self.readers[number]
         assert leader is not None
-        self.coherence.end_load(leader.load)
+        self.coherence.loads.end(leader.load)
         for at, reader in enumerate(self.readers):
             if reader is not None and reader.load is leader.load:
                 self.readers[at] = None
@@ -786,7 +786,7 @@ class Timed:
             return
         self._given_instead(leader.key, entry.value, leader.least)
         if self.relaying.stores_what_is_given_instead:
-            self.entries[leader.key] = self.coherence.entry(leader.load, entry.value, FOREVER)
+            self.entries[leader.key] = leader.load.entry(entry.value, FOREVER)
 
     # What must hold
 
@@ -869,15 +869,15 @@ class Timed:
             None if self.evicting is None else self.evicting.everything, self.failing, self.clearing, self.uncleared,
             tuple(self.missing), self.behind, self.marker, self.marker_owed, self.bound, self.joined,
             self.heard_at if span.silence else 0,
-            tuple((key, e.value, e.load_started, c.epoch - abs(e.epoch), e.epoch < 0, e.expires_at, c._generation - e.generation)
+            tuple((key, e.value, e.load_started, c.epoch - abs(e.epoch), e.epoch < 0, e.expires_at, c._epochs.generation - e.generation)
                   for key, e in sorted(self.entries.items())),
             self._reading(),
             tuple((r.cursor, None if r.half_look is None else tuple(r.half_look), tuple(r.in_hand),
                    None if r.ticks._look is None else (r.ticks._look.as_of, tuple(sorted(r.ticks.waiting)), tuple(r.seen.items())))
                   for r in self.relays),
-            tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())),
+            tuple(sorted((tag, c._epochs.generation - at) for tag, at in c._epochs._tag_evicted.items())),
             c.epoch - c._ages_since if span.if_error and span.clocks else None,
-            tuple(c._doubts), tuple(c._seqs.items()), tuple(sorted(c._echoes)), c._gap_due is None,
+            tuple(c._trust.doubts), tuple(c._numbers.seqs.items()), tuple(sorted(c._echoes)), c._gap_due is None,
             c._last_gap if span.clocks or self.now - c._last_gap < 1 else None,
             c._marker, c._marker_passed, _message_key(c._tick_passed) if c._tick_passed else None, c._subscribed, c._heard_at if span.silence else 0,
             c.proof.watermark, c.proof.until, c.proof.extends, c.proof.source, c.proof.checked_until,
@@ -894,8 +894,8 @@ class Timed:
                 of[1].append((reader.key, reader.began, reader.least, reader.leads, reader.value or 0))
         return tuple(
             sorted(
-                (load.started, load.voided, c.epoch - load.epoch, c._generation - load.generation,
-                 c._loads.get(load.key) is load, tuple(sorted(readers)))
+                (load.started, load.voided, c.epoch - load.epoch, c._epochs.generation - load.generation,
+                 c.loads._loads.get(load.key) is load, tuple(sorted(readers)))
                 for load, readers in loads.values()
             )
         )  # fmt: skip

@@ -1,12 +1,11 @@
 """The rules with one line changed: each must be caught, or the exploration proves nothing."""
 
-import inspect
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 
 import cacheinval.coherence as rules
 
+from .changing import Changes, changed
 from .freshness import Relaying, Span
 from .worlds import Glue, Shape
 
@@ -24,7 +23,7 @@ OWN_TAGS = Shape(keys=("a", "b"), tagged=True, by_tag=True, own_tags=True, write
 BEATS = Shape(writes=2, readers=1, drops=1, beats=1)
 DROPPED_AND_GARBLED = Shape(keys=("a", "b"), writes=3, readers=1, drops=1, malformed=1)
 
-TOO_OLD = "        if self._too_old(entry.load_started, now):\n            return False\n"
+TOO_OLD = "        if self._trust.too_old(entry.load_started, now):\n            return False\n"
 PAST_TTL = Span(staleness=0, until=4, ttl=1, overtime=2, if_error=2, losses=1, looks=0)
 PAST_TTL_BY_TAG = Span(staleness=None, until=4, ttl=1, overtime=2, tagged=True, by_tag=True, looks=0)
 IN_VAIN = Span(staleness=None, until=5, if_error=1, load_failures=1, looks=0)
@@ -35,30 +34,16 @@ FEW_ORIGINS = (("MAX_ORIGINS = 10_000", "MAX_ORIGINS = 1"),)
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault, where it shows, and how it is made: a changed line of `coherence.py`, or a changed caller."""
+    """A fault, where it shows, and how it is made: a changed line of the rules, or a changed caller."""
 
     name: str
     shape: Shape
-    changes: tuple[tuple[str, str], ...] = ()
+    changes: Changes = ()
     glue: Glue | None = None
 
     def rules(self) -> ModuleType:
         """The changed module; importable by name, for worlds are pickled."""
         return changed(rules, self.changes, self.name)
-
-
-def changed(original: ModuleType, changes: tuple[tuple[str, str], ...], name: str) -> ModuleType:
-    """A copy of `original` with these lines changed, importable by name."""
-    if not changes:
-        return original
-    source = inspect.getsource(original)
-    for line, instead in changes:
-        assert source.count(line) == 1, f"{name}: {source.count(line)} places are {line!r}"
-        source = source.replace(line, instead)
-    module = ModuleType("cacheinval_mutant_" + "".join(c if c.isalnum() else "_" for c in name))
-    sys.modules[module.__name__] = module
-    exec(compile(source, module.__name__, "exec"), module.__dict__)
-    return module
 
 
 @dataclass(frozen=True)
@@ -67,8 +52,8 @@ class TimedMutant:
 
     name: str
     span: Span
-    changes: tuple[tuple[str, str], ...] = ()
-    tick_changes: tuple[tuple[str, str], ...] = ()
+    changes: Changes = ()
+    tick_changes: Changes = ()
     relaying: Relaying | None = None
 
 
@@ -81,12 +66,15 @@ MUTANTS = [
         "in-flight loads not voided by a new epoch",
         REJOIN,
         (
-            ("and load.epoch == self.epoch and", "and"),
-            ("load.started, load.epoch, load.generation", "load.started, self.epoch, load.generation"),
+            ("and load.epoch == epochs.epoch and", "and"),
+            (
+                "return self._stands(load, load.tags)\n",
+                "load.epoch = self._epochs.epoch\n        return self._stands(load, load.tags)\n",
+            ),
         ),
     ),
     Mutant(
-        "entries of an older epoch served", KEPT, (("if entry.epoch != self.epoch or now >=", "if now >="),)
+        "entries of an older epoch served", KEPT, (("if entry.epoch != epochs.epoch or now >=", "if now >="),)
     ),
     Mutant(
         "an evicted key does not void its load",
@@ -101,12 +89,12 @@ MUTANTS = [
     Mutant(
         "a judgement outlives its epoch",
         Shape(writes=3, readers=1, drops=1, keeps_entries=True),
-        (("self.epoch += 1\n        self.standing.shake()", "self.epoch += 1"),),
+        (("self.epoch += 1\n        self._standing.shake()", "self.epoch += 1"),),
     ),
     Mutant(
         "a judgement outlives an evicted tag",
         TAGS,
-        (("self._generation += 1\n        self.standing.shake()", "self._generation += 1"),),
+        (("self.generation += 1\n        self._standing.shake()", "self.generation += 1"),),
     ),
     Mutant("an evicted tag does not void loads", TAGS, (("evicted.get(tag, 0) <= generation", "True"),)),
     Mutant(
@@ -146,12 +134,12 @@ MUTANTS = [
     Mutant(
         "entries of an evicted tag served",
         TAGS,
-        (("if not self._tags_stand(entry.tags, entry.generation):", "if False:"),),
+        (("if not epochs.tags_stand(entry.tags, entry.generation):", "if False:"),),
     ),
     Mutant(
         "an entry forgets its tags",
         TAGS,
-        (("load.generation, expires_at, load.tags, kept=", "load.generation, expires_at, kept="),),
+        (("self.generation, expires_at, self.tags, kept=", "self.generation, expires_at, kept="),),
     ),
     Mutant(
         "loads joined whose tag was evicted",
@@ -161,11 +149,11 @@ MUTANTS = [
             ("            and self._stands(load, load.tags)\n", ""),
         ),
     ),
-    Mutant("evicting a tag begins no generation", TAGS, (("self._generation += 1", "pass"),)),
+    Mutant("evicting a tag begins no generation", TAGS, (("self.generation += 1", "pass"),)),
     Mutant(
         "tags forgotten beyond the bound",
         OWN_TAGS,
-        (*FEW_TAGS, ("self._tag_floor = self._generation", "pass")),
+        (*FEW_TAGS, ("self._tag_floor = self.generation", "pass")),
     ),
     Mutant(
         "the bound on tags not asked for",
@@ -221,7 +209,7 @@ MUTANTS = [
     Mutant(
         "one of two doubts settles both",
         Shape(writes=2, readers=1, losses=1, malformed=2),
-        (("self._doubts.pop(about, None)", "self._doubts.clear()"),),
+        (("self.doubts.pop(about, None)", "self.doubts.clear()"),),
     ),
 ]
 
@@ -314,11 +302,11 @@ TIMED_MUTANTS = [
             ),
             (
                 "        self._begin_to_count()\n        self.position.forget()",
-                "        self._seqs.clear()\n        self._first = True\n        self.position.forget()",
+                "        self._numbers.start_over()\n        self._first = True\n        self.position.forget()",
             ),
             (
-                "if any(behind):",
-                "first, self._first = self._first, False\n        if not first and any(behind):",
+                "if missing:",
+                "first, self._first = self._first, False\n        if not first and missing:",
             ),
         ),
     ),
@@ -399,7 +387,7 @@ TIMED_MUTANTS = [
         PUT_OFF,
         (
             (
-                "        if not self._doubts:\n            self.proof.advance",
+                "        if self.suspect is None:\n            self.proof.advance",
                 "        if True:\n            self.proof.advance",
             ),
         ),
@@ -427,7 +415,7 @@ TIMED_MUTANTS = [
     TimedMutant(
         "a late reader joining a hung load",
         Span(hung_loads=True, readers=2, looks=0, staleness=0, until=3),
-        (("            and not self._too_old(load.started, now)\n", ""),),
+        (("            and not self._trust.too_old(load.started, now)\n", ""),),
     ),
     TimedMutant(
         "a hung load stores beside the one that replaced it",
@@ -439,15 +427,15 @@ TIMED_MUTANTS = [
         Span(hung_loads=True, looks=0),
         (
             (
-                "return now - load_started > self._age_limit and",
-                "return now - load_started > self._age_limit + 1 and",
+                "return now - load_started > self.age_limit and",
+                "return now - load_started > self.age_limit + 1 and",
             ),
         ),
     ),
     TimedMutant(
         "a judgement outlives the trust that it rests on",
         Span(staleness=None, losses=1, looks=0, until=4),
-        (("        if self._age_limit < before:\n            self.standing.shake()\n", ""),),
+        (("        if self.age_limit < before:\n            self.standing.shake()\n", ""),),
     ),
     TimedMutant(
         "a judgement outlives the source that it rests on",
@@ -457,7 +445,12 @@ TIMED_MUTANTS = [
     TimedMutant(
         "a judgement lasts as long as the entry",
         Span(looks=0, staleness=0, until=3),
-        (("return min(entry.expires_at, self.registration.until, fresh)", "return entry.expires_at"),),
+        (
+            (
+                "return min(entry.expires_at, self._trust.good_until(entry.load_started))",
+                "return entry.expires_at",
+            ),
+        ),
     ),
     TimedMutant(
         "hits of any age",
@@ -472,15 +465,15 @@ TIMED_MUTANTS = [
     TimedMutant(
         "a suspect instance serves without limit",
         Span(staleness=None, losses=1, looks=0, until=5),
-        (("SUSPECT_AGE if self._doubts else math.inf", "math.inf"),),
+        (("SUSPECT_AGE if self.doubts else math.inf", "math.inf"),),
     ),
     TimedMutant(
         "a doubt that changes nothing",
         Span(staleness=None, losses=1, looks=0, until=5),
         (
             (
-                "        self._doubts[about] = reason\n        self._set_age_limit()\n",
-                "        self._doubts[about] = reason\n",
+                "        self.doubts[about] = reason\n        self._set_age_limit()\n",
+                "        self.doubts[about] = reason\n",
             ),
         ),
     ),
@@ -505,8 +498,8 @@ TIMED_MUTANTS = [
         PAST_TTL,
         (
             (
-                "if entry.epoch != self.epoch or now >=",
-                "if (entry.epoch != self.epoch and not overtime) or now >=",
+                "if entry.epoch != epochs.epoch or now >=",
+                "if (entry.epoch != epochs.epoch and not overtime) or now >=",
             ),
         ),
     ),
@@ -515,8 +508,8 @@ TIMED_MUTANTS = [
         PAST_TTL_BY_TAG,
         (
             (
-                "if not self._tags_stand(entry.tags, entry.generation):",
-                "if not overtime and not self._tags_stand(entry.tags, entry.generation):",
+                "if not epochs.tags_stand(entry.tags, entry.generation):",
+                "if not overtime and not epochs.tags_stand(entry.tags, entry.generation):",
             ),
         ),
     ),

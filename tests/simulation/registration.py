@@ -1,19 +1,21 @@
 """A small world in which a writer waits for the others: the table of instances, a lease, and an instance that may be late.
 
-The rules of the instance (`coherence.py`, `registration.py`) and of the writer (`receipts.py`) are the real ones. The table
+The rules of the instance and of the writer are the real ones. The table
 does what `outbox/instances.py` asks of it; a statement may take its time between being executed and being committed, and
 its answer may be late. Between any two steps of anybody any time can pass, which is all that a frozen process sees.
 """
 
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from cacheinval.coherence.registration import Registered
 from cacheinval.messages import Invalidate
-from cacheinval.registration import Registered
 
+from .changing import part
 from .explore import BrokenError
 
 KEY = "k"
@@ -117,7 +119,7 @@ class Registering:
         if (
             self.load is not None
             and self.joined is None
-            and self.coherence.joinable(KEY, self.now) is self.load
+            and self.coherence.loads.joinable(KEY, self.now) is self.load
         ):
             yield "another read joins the load", Registering.join
 
@@ -208,7 +210,7 @@ class Registering:
             self._returned(value, self.complete, "hit")
             return
         self.left["loads"] -= 1
-        self.load = self.coherence.begin_load(KEY, self.now)
+        self.load = self.coherence.loads.begin(KEY, self.now)
         if not self.span.hung_loads:
             self.load_reads()
             self.load_returns()
@@ -219,16 +221,16 @@ class Registering:
 
     def join(self) -> None:
         self._settle()
-        if self.coherence.may_give(self.load, self.now):
+        if self.coherence.loads.may_give(self.load, self.now):
             self.joined = self.load, self.complete
 
     def load_reads(self) -> None:
         self.loaded = self.version
 
     def load_returns(self) -> None:
-        if self.coherence.may_store(self.load):
+        if self.coherence.loads.may_store(self.load):
             self.entry = self.loaded, self.load.started, 1e9
-        self.coherence.end_load(self.load)
+        self.coherence.loads.end(self.load)
         if self.joined is not None:
             self._returned(self.loaded, self.joined[1], "joined load")
         self.load = self.loaded = self.joined = None
@@ -254,18 +256,17 @@ class Registering:
 
 def rules_entry(coherence: Any, value: Any, load_started: float, expires_at: float) -> Any:
     """The entry as a cache outside the process would bring it back."""
-    load = coherence.begin_load("another", load_started)
-    coherence.end_load(load)
-    return coherence.entry(load, value, expires_at)
-
-
-_modules: dict[str, tuple[ModuleType, ModuleType]] = {}
+    load = coherence.loads.begin("another", load_started)
+    coherence.loads.end(load)
+    return load.entry(value, expires_at)
 
 
 def rules_of(name: str, span: Waiting) -> Any:
     """The rules of a process that has just begun, and has joined."""
-    rules, registering = _modules[name]
-    registration = registering.Registration(span.staleness, 0, required=True, outlives=span.restarts > 0)
+    rules = sys.modules[name]
+    registration = part(rules, "registration").Registration(
+        span.staleness, 0, required=True, outlives=span.restarts > 0
+    )
     registration.lease = span.lease
     coherence = rules.Coherence(max_staleness=span.staleness, max_clock_skew=0, registration=registration)
     coherence.evict(coherence.joined_anew(0), 0)
@@ -273,14 +274,11 @@ def rules_of(name: str, span: Waiting) -> Any:
     return coherence
 
 
-def registering(
-    rules: ModuleType, registration: ModuleType, receipts: ModuleType, span: Waiting
-) -> Registering:
+def registering(rules: ModuleType, span: Waiting) -> Registering:
     """The world at its start."""
-    name = f"{rules.__name__} {registration.__name__}"
-    _modules[name] = rules, registration
     left = {name: getattr(span, name) for name in ("registrations", "loads", "restarts", "leaves")}
-    world = Registering(name, span, rules_of(name, span), receipts.Question(9, 0), left)
+    question = part(rules, "receipts").Question(9, 0)
+    world = Registering(rules.__name__, span, rules_of(rules.__name__, span), question, left)
     if span.starts_registered:
         for _ in range(2 if span.restarts else 1):
             world.left["registrations"] += 1

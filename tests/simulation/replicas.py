@@ -1,7 +1,7 @@
 """A small world in which loaders read a replica that lags, and the primary only where they are told to.
 
 The replica answers with any state that the lag allows, now an older one and now a newer: as several do among which a
-service chooses. `rules` and `floors` are the modules under test: the real ones, or with a line changed.
+service chooses. `rules` is what is tested: the real ones, or with a line changed.
 """
 
 import sys
@@ -12,11 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import cacheinval.coherence as real_rules
-import cacheinval.floors as real_floors
 from cacheinval.messages import Invalidate, Probe, Tick
 
+from .changing import Changes, changed
 from .explore import BrokenError
-from .mutants import changed
 
 KEY, OTHER, TAG = "k", "another", "t"
 SOURCE = "the database"
@@ -126,7 +125,7 @@ class Replicated:
         if self.load is None:
             yield "read", Replicated.read
             return
-        if self.span.joins and self.coherence.joinable(KEY, self.now, self._tags) is self.load.token:
+        if self.span.joins and self.coherence.loads.joinable(KEY, self.now, self._tags) is self.load.token:
             yield "another read joins", Replicated.join_load
         if self.load.value is not None:
             yield "the load returns", Replicated.load_returns
@@ -232,10 +231,10 @@ class Replicated:
         if entry is not None and self.coherence.may_serve(entry, self.now):
             self._returned(entry.value, self.evicted, "hit")
             return
-        load = self.coherence.begin_load(KEY, self.now, self._tags)
+        load = self.coherence.loads.begin(KEY, self.now, self._tags)
         at_replica = not self.span.primary or self._turns_to_replica(load)
         if not at_replica:
-            self.coherence.turn_to_primary(load, self.now)
+            self.coherence.loads.turn_to_primary(load, self.now)
         self.load = Loading(load, self.evicted, at_replica)
 
     def _found(self) -> Any:
@@ -248,7 +247,7 @@ class Replicated:
         )
 
     def _turns_to_replica(self, load: Any) -> bool:
-        asked: bool = self.coherence.turn_to_replica(load, self.now, shared=bool(self.span.restarts))
+        asked: bool = self.coherence.loads.turn_to_replica(load, self.now, shared=bool(self.span.restarts))
         return asked
 
     def join_load(self) -> None:
@@ -263,16 +262,16 @@ class Replicated:
         load = self.load
         assert load is not None
         assert load.value is not None
-        if load.at_replica and not self.coherence.accepts(load.token, self._version(load.value)):
+        if load.at_replica and not self.coherence.loads.accepts(load.token, self._version(load.value)):
             if self.span.primary:
-                self.coherence.turn_to_primary(load.token, self.now)
+                self.coherence.loads.turn_to_primary(load.token, self.now)
                 load.at_replica, load.value = False, None
                 return
-            self.coherence.refuse(load.token)
-        may_store = self.coherence.may_store
+            self.coherence.loads.refuse(load.token)
+        may_store = self.coherence.loads.may_store
         if may_store(load.token):
-            self.entry = self.coherence.entry(load.token, load.value, FOREVER)
-        self.coherence.end_load(load.token)
+            self.entry = load.token.entry(load.value, FOREVER)
+        self.coherence.loads.end(load.token)
         self.load = None
         if self.span.primary:
             self._returned(load.value, load.least, "load")
@@ -307,24 +306,24 @@ class Replicated:
 
     def key(self) -> Hashable:
         c, e, load = self.coherence, self.entry, self.load
-        floors = c._floors
+        floors = c.loads.floors
         return (
             self.now, tuple(self.committed_at), self.seq, self.joined, self.evicted, self.unheard,
             tuple((type(m).__name__, getattr(m, "at", 0), getattr(m, "as_of", 0), getattr(m, "seq", 0)) for m in self.queue),
             tuple(self.left.items()),
             None if e is None else (e.value, e.load_started),
-            None if e is None or self.span.restarts else (c.epoch - e.epoch, c._generation - e.generation),
+            None if e is None or self.span.restarts else (c.epoch - e.epoch, c._epochs.generation - e.generation),
             None if load is None else (
                 load.least, load.at_replica, load.value, load.token.started, load.token.voided, load.token.floor,
-                c.epoch - load.token.epoch, c._generation - load.token.generation, load.token.of_replica,
+                c.epoch - load.token.epoch, c._epochs.generation - load.token.generation, load.token.of_replica,
             ),
             tuple(
                 tuple((name, noted) for name, noted in recent._noted.items() if noted[-1][1] >= self.now)
                 for recent in (floors._versions, floors._unversioned, floors._tags)
             ),
             floors.wanted, max(self.now - 1, floors._everything_until), max(self.now - 1, floors._forgotten_until),
-            tuple((tag, c._generation - at) for tag, at in c._tag_evicted.items()),
-            tuple(sorted(c._doubts)), tuple(c._seqs.items()), tuple(sorted(c._echoes)), c._marker, c._gap_due, c._last_gap,
+            tuple((tag, c._epochs.generation - at) for tag, at in c._epochs._tag_evicted.items()),
+            tuple(sorted(c._trust.doubts)), tuple(c._numbers.seqs.items()), tuple(sorted(c._echoes)), c._marker, c._gap_due, c._last_gap,
             c.proof.watermark, c.proof.until, c.proof.extends,
         )  # fmt: skip
 
@@ -332,9 +331,9 @@ class Replicated:
 def _coherence(rules: Any, span: Span) -> Any:
     coherence = rules.Coherence(span.staleness, 0, gap_interval=0, max_replica_lag=span.lag)
     if span.crowds:
-        coherence._floors._most = 1
+        coherence.loads.floors._most = 1
     if not span.unasked:
-        coherence.compare_versions()
+        coherence.loads.compare_versions()
     coherence.proof.trust_only(SOURCE)
     return coherence
 
@@ -360,20 +359,15 @@ def replicated(rules: Any, span: Span) -> Replicated:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A changed line of `coherence.py`, or of `floors.py`, and where it shows."""
+    """A changed line of the rules, and where it shows."""
 
     name: str
     span: Span
-    changes: tuple[tuple[str, str], ...] = ()
-    floor_changes: tuple[tuple[str, str], ...] = ()
+    changes: Changes = ()
 
     def rules(self) -> ModuleType:
         """The changed rules, importable by name."""
-        floors = changed(real_floors, self.floor_changes, self.name + " floors")
-        # A changed module of its own in any case: it is given the changed floors.
-        rules = changed(real_rules, (*self.changes, ("import enum\n", "import enum  # changed\n")), self.name)
-        rules.Floors = floors.Floors  # type: ignore[attr-defined]
-        return rules
+        return changed(real_rules, self.changes, self.name)
 
 
 EVERYTHING = """        \"""Everything was evicted at `now`.\"""
@@ -412,7 +406,7 @@ MUTANTS = [
         (
             (
                 "        return _asked_by(message)\n",
-                "        old = message.versions and message.versions[0] < self._floors.lowest(message.keys[0], now)\n"
+                "        old = message.versions and message.versions[0] < self.loads.floors.lowest(message.keys[0], now)\n"
                 "        return None if old else _asked_by(message)\n",
             ),
         ),
@@ -426,32 +420,32 @@ MUTANTS = [
     Mutant(
         "what was refused is stored",
         Span(primary=False),
-        (("        load.voided = True\n\n    def may_store", "        pass\n\n    def may_store"),),
+        (("        load.voided = True\n\n    def inherit(", "        pass\n\n    def inherit("),),
     ),
     Mutant(
         "floors that pass before the replica has caught up",
         Span(),
-        floor_changes=(("        until = now + self._lag\n", "        until = now + self._lag - 1\n"),),
+        changes=(("        until = now + self._lag\n", "        until = now + self._lag - 1\n"),),
     ),
     Mutant(
         "a lower version takes the place of a higher one",
         Span(DELETED_AND_INSERTED),
-        floor_changes=(("if one[1] >= now and one[0] > version]", "if False]"),),
+        changes=(("if one[1] >= now and one[0] > version]", "if False]"),),
     ),
     Mutant(
         "what was evicted before the first question not noted",
         Span(primary=False, unasked=True),
-        floor_changes=(("            if versions:\n", "            if False:\n"),),
+        changes=(("            if versions:\n", "            if False:\n"),),
     ),
     Mutant(
         "the same, without a version",
         Span(UNTOLD, unasked=True),
-        floor_changes=(("            elif keys or tags:\n", "            elif False:\n"),),
+        changes=(("            elif keys or tags:\n", "            elif False:\n"),),
     ),
     Mutant(
         "too many floors forgotten as if they had passed",
         Span(crowds=1),
-        floor_changes=(
+        changes=(
             (
                 "        self._start()\n        self._forgotten_until = now + self._lag\n",
                 "        self._start()\n",
@@ -461,32 +455,32 @@ MUTANTS = [
     Mutant(
         "the same, for versions alone",
         Span(primary=False, crowds=1),
-        floor_changes=(("return math.inf if now <= self._forgotten_until else", "return"),),
+        changes=(("return math.inf if now <= self._forgotten_until else", "return"),),
     ),
     Mutant(
         "a replica asked right after an eviction without a version",
         Span(UNTOLD),
-        floor_changes=(("self._unversioned.highest(key, now) == NO_FLOOR", "True"),),
+        changes=(("self._unversioned.highest(key, now) == NO_FLOOR", "True"),),
     ),
     Mutant(
         "a replica asked right after an eviction of a tag",
         Span(BY_TAG),
-        floor_changes=(("all(self._tags.highest(tag, now) == NO_FLOOR for tag in tags)", "True"),),
+        changes=(("all(self._tags.highest(tag, now) == NO_FLOOR for tag in tags)", "True"),),
     ),
     Mutant(
         "a replica asked right after everything was evicted",
         Span(losses=1),
-        floor_changes=((EVERYTHING, "        pass\n"),),
+        changes=((EVERYTHING, "        pass\n"),),
     ),
     Mutant(
         "the same, after a gap",
         Span((Write(8, 8), Write(9, 9), Write(10, 10)), drops=1, until=2),
-        floor_changes=((EVERYTHING, "        pass\n"),),
+        changes=((EVERYTHING, "        pass\n"),),
     ),
     Mutant(
         "a replica asked right after a queue was resumed",
         Span(restarts=1),
-        (("        self._floors.note_everything(now)  # what was", "        # what was"),),
+        (("        self.loads.floors.note_everything(now)  # what was", "        # what was"),),
     ),
     Mutant(
         "an unknown version is lower than a known one",
@@ -501,11 +495,11 @@ MUTANTS = [
     Mutant(
         "a replica's answer as old as its load",
         Span((Write(8, 8),), staleness=1),
-        (("            load.started = min(load.started, self.proof.fresh_as_of)\n", ""),),
+        (("            load.started = min(load.started, proof.fresh_as_of)\n", ""),),
     ),
     Mutant(
         "a replica asked right after the first tick",
         replace(FIRST_TICKS, until=2),
-        (("settled = self.proof.extends + self._max_replica_lag", "settled = self.proof.extends"),),
+        (("settled = proof.extends + self._max_replica_lag", "settled = proof.extends"),),
     ),
 ]

@@ -12,9 +12,9 @@ from typing import Any
 import cacheinval.coherence
 from cacheinval.messages import Invalidate, Probe, Tick
 
+from .changing import Changes, changed
 from .copying import copied
 from .explore import BrokenError
-from .mutants import changed
 
 KEY = "k"
 SOURCE = "the database"
@@ -255,10 +255,10 @@ class Restarting:
         if self.entry is not None and _is_served(self):
             self._returned(self.entry[0])
             return
-        load = self.coherence.begin_load(KEY, self.now)
-        if self.coherence.may_store(load):
+        load = self.coherence.loads.begin(KEY, self.now)
+        if self.coherence.loads.may_store(load):
             self.entry = (self.version, load.started)
-        self.coherence.end_load(load)
+        self.coherence.loads.end(load)
 
     def _returned(self, value: int) -> None:
         since = self.replaced_at.get(value)
@@ -304,7 +304,7 @@ class Restarting:
             self.entry, _kept(self.kept), None if self.copy is None else (self.copy[0], _kept(self.copy[1])),
             None if self.kept is None else self.kept[0] == self.mark,
             tuple(self.todo), tuple(self.left.items()), self.marker,
-            c and (tuple(c._seqs.items()), tuple(c._doubts), c._marker, c._marker_passed, _shown(c.proof)),
+            c and (tuple(c._numbers.seqs.items()), tuple(c._trust.doubts), c._marker, c._marker_passed, _shown(c.proof)),
         )  # fmt: skip
 
 
@@ -366,7 +366,7 @@ class RestartMutant:
 
     name: str
     life: Life
-    changes: tuple[tuple[str, str], ...] = ()
+    changes: Changes = ()
     steps: Steps | None = None
 
     def world(self) -> Restarting:
@@ -392,7 +392,7 @@ RESTART_MUTANTS = [
     RestartMutant(
         "a new channel may begin with any number",
         LIVES["another channel, a message dropped"],
-        (("return seq == 1 or not self.proof.baselined", "return True"),),
+        (("return seq == 1 or not baselined", "return True"),),
     ),
     RestartMutant(
         "numbers believed that were told long after the last ones",

@@ -14,9 +14,10 @@ from typing import Any
 import cacheinval.coherence
 from cacheinval.messages import Invalidate, Probe, Tick
 
+from .changing import Changes, changed
 from .copying import copied
 from .explore import BrokenError
-from .mutants import TOO_OLD, changed
+from .mutants import TOO_OLD
 
 KEY = "k"
 TAG = "t"
@@ -303,7 +304,7 @@ class Sharing:
             if held is not None and sharer.coherence.may_serve(held, now, self.extent.overtime):
                 # Given, and what follows goes on in the background.
                 self._returned(NAMES[number], held.value, now, self._floor_of(sharer), sharer)
-            load = sharer.coherence.begin_load(KEY, now, frozenset([TAG]))
+            load = sharer.coherence.loads.begin(KEY, now, frozenset([TAG]))
             if sharer.evicting is not None and not self.handling.looks_at_what_is_being_evicted:
                 self._evict_outside(sharer.evicting)
         moment, seen = sharer.coherence.moment, self._present()
@@ -325,13 +326,13 @@ class Sharing:
         if not self.left["loads"]:
             sharer.reading = None
             if reading.load is not None:
-                sharer.coherence.end_load(reading.load)
+                sharer.coherence.loads.end(reading.load)
             return
         self.left["loads"] -= 1
         if reading.load is None:
-            reading.load = sharer.coherence.begin_load(KEY, reading.began, frozenset([TAG]))
+            reading.load = sharer.coherence.loads.begin(KEY, reading.began, frozenset([TAG]))
         else:
-            sharer.coherence.let_go(reading.load, self._now(sharer))
+            sharer.coherence.loads.let_go(reading.load, self._now(sharer))
         reading.at, reading.seen, reading.moment = "loading", None, None
 
     def _answers(self, sharer: Sharer, reading: Reading, seen: Stored) -> bool:
@@ -344,12 +345,12 @@ class Sharing:
         """What was found outside is kept in the process, too."""
         c, how = sharer.coherence, self.handling
         if not how.dates_what_it_finds_from_the_look:
-            c.inherit(
+            c.loads.inherit(
                 load, c.found(seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), c.moment)
             )
-        if c.may_store(load) or how.keeps_what_was_evicted_during_the_look:
-            sharer.held = c.entry(load, seen.value, seen.expires_at)
-        c.end_load(load)
+        if c.loads.may_store(load) or how.keeps_what_was_evicted_during_the_look:
+            sharer.held = load.entry(seen.value, seen.expires_at)
+        c.loads.end(load)
 
     def ask_database(self, number: int) -> None:
         reading = self.sharers[number].reading
@@ -374,11 +375,11 @@ class Sharing:
         assert reading is not None
         if self.handling.looks_up_key_stamp_after_loading:
             reading.stamps["key"] = self._stamp("key")
-        stands = sharer.coherence.may_store(reading.load)
+        stands = sharer.coherence.loads.may_store(reading.load)
         expires_at = self._now(sharer) + self.extent.ttl if self.extent.ttl else FOREVER
         if stands and self.extent.in_front:
-            sharer.held = sharer.coherence.entry(reading.load, reading.value, expires_at)
-        sharer.coherence.end_load(reading.load)
+            sharer.held = reading.load.entry(reading.value, expires_at)
+        sharer.coherence.loads.end(reading.load)
         return Stored(reading.value, reading.load.started, expires_at, reading.stamps) if stands else None
 
     def load_fails(self, number: int) -> None:
@@ -387,7 +388,7 @@ class Sharing:
         sharer = self.sharers[number]
         reading, sharer.reading = sharer.reading, None
         assert reading is not None
-        sharer.coherence.end_load(reading.load)
+        sharer.coherence.loads.end(reading.load)
         held, now = sharer.held, self._now(sharer)
         if held is None or not sharer.coherence.may_serve_instead(held, now, self.extent.if_error):
             return
@@ -574,11 +575,11 @@ def _key_of(sharer: Sharer) -> Hashable:
         sharer.bound, sharer.joined, sharer.marker,
         tuple((type(m).__name__, getattr(m, "seq", 0), getattr(m, "as_of", 0), getattr(m, "id", "")) for m in sharer.queue),
         sharer.floor, sharer.held and (sharer.held.value, sharer.held.load_started, sharer.held.expires_at, c.epoch - sharer.held.epoch,
-            c._generation - sharer.held.generation),
+            c._epochs.generation - sharer.held.generation),
         evicting and (evicting.everything, bool(evicting.keys), bool(evicting.tags)),
         kept and (tuple(kept.seqs.items()), kept.checked_until, kept.extends),
-        tuple(c._doubts), tuple(c._seqs.items()), c._marker, c._marker_passed, c._tick_passed and c._tick_passed.as_of,
-        tuple((tag, c._generation - at) for tag, at in c._tag_evicted.items()),
+        tuple(c._trust.doubts), tuple(c._numbers.seqs.items()), c._marker, c._marker_passed, c._tick_passed and c._tick_passed.as_of,
+        tuple((tag, c._epochs.generation - at) for tag, at in c._epochs._tag_evicted.items()),
         c.proof.watermark, c.proof.until, c.proof.extends, c.proof.checked_until,
     )  # fmt: skip
 
@@ -589,8 +590,18 @@ def _key_of_load(sharer: Sharer) -> Hashable:
     load, moment = reading.load, reading.moment
     since = None
     if moment is not None:
-        since = (c.epoch - moment.epoch, c._generation - moment.generation, moment.until, moment.extends)
-    return since, load and (load.started, load.voided, c.epoch - load.epoch, c._generation - load.generation)
+        since = (
+            c.epoch - moment.epoch,
+            c._epochs.generation - moment.generation,
+            moment.until,
+            moment.extends,
+        )
+    return since, load and (
+        load.started,
+        load.voided,
+        c.epoch - load.epoch,
+        c._epochs.generation - load.generation,
+    )
 
 
 def sharing(rules: Any, extent: Extent, handling: Handling | None = None) -> Sharing:
@@ -652,7 +663,7 @@ class SharingMutant:
 
     name: str
     extent: Extent
-    changes: tuple[tuple[str, str], ...] = ()
+    changes: Changes = ()
     handling: Handling | None = None
 
     def world(self) -> Sharing:
@@ -738,8 +749,8 @@ SHARING_MUTANTS = [
         replace(PAST_TTL, if_error=1),
         changes=(
             (
-                "if entry.epoch != self.epoch or now >=",
-                "if (entry.epoch != self.epoch and not overtime) or now >=",
+                "if entry.epoch != epochs.epoch or now >=",
+                "if (entry.epoch != epochs.epoch and not overtime) or now >=",
             ),
         ),
     ),
@@ -748,8 +759,8 @@ SHARING_MUTANTS = [
         PAST_TTL_BY_TAG,
         changes=(
             (
-                "if not self._tags_stand(entry.tags, entry.generation):",
-                "if not overtime and not self._tags_stand(entry.tags, entry.generation):",
+                "if not epochs.tags_stand(entry.tags, entry.generation):",
+                "if not overtime and not epochs.tags_stand(entry.tags, entry.generation):",
             ),
         ),
     ),

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import cacheinval.coherence
-import cacheinval.position
 from cacheinval.messages import Invalidate, Probe, Tick
 
+from .changing import Changes, changed
 from .copying import copied
 from .explore import BrokenError
-from .mutants import changed
 
 KEY = "k"
 SOURCE = "the database"
@@ -263,21 +262,21 @@ class Reading:
     def read(self) -> None:
         if self.entry is not None and self.coherence.may_serve(self.entry, self.now):
             return
-        load = self.coherence.begin_load(KEY, self.now)
+        load = self.coherence.loads.begin(KEY, self.now)
         self._store(load, self.version)
 
     def begin_load(self) -> None:
         self.left["loads"] -= 1
-        self.load, self.loading = self.coherence.begin_load(KEY, self.now), self.version
+        self.load, self.loading = self.coherence.loads.begin(KEY, self.now), self.version
 
     def end_load(self) -> None:
         load, self.load = self.load, None
         self._store(load, self.loading)
 
     def _store(self, load: Any, value: int) -> None:
-        if self.coherence.may_store(load):
-            self.entry = self.coherence.entry(load, value, 1e9)
-        self.coherence.end_load(load)
+        if self.coherence.loads.may_store(load):
+            self.entry = load.entry(value, 1e9)
+        self.coherence.loads.end(load)
 
     # What must hold
 
@@ -330,16 +329,15 @@ class Reading:
             str(self.segments), str([one for one in self.open if self.at is not None and one[0] >= self.at]), self.reads,
             self.entry and (self.entry.value, self.entry.epoch - c.epoch, self.entry.load_started),
             self.load and (self.loading, self.load.voided, self.load.epoch - c.epoch, self.load.started),
-            tuple(c._seqs.items()), tuple(c._doubts), c._marker, c._marker_passed, str(c._tick_passed),
+            tuple(c._numbers.seqs.items()), tuple(c._trust.doubts), c._marker, c._marker_passed, str(c._tick_passed),
             c.proof.watermark, c.proof.extends, c.proof.checked_until,
             str((position._kept, position._passed, position._expected, position._last, position._reading)),
         )  # fmt: skip
 
 
-def reading(rules: Any, positions: Any, course: Course, ways: Ways | None = None) -> Reading:
+def reading(rules: Any, course: Course, ways: Ways | None = None) -> Reading:
     """The world at its start: subscribed, one message about another row has been read, and the first version is cached."""
     coherence = rules.Coherence(None, 0, gap_interval=0)
-    coherence.position = positions.Position()
     names = (
         "writes",
         "others",
@@ -385,36 +383,29 @@ class StreamMutant:
 
     name: str
     course: str
-    changes: tuple[tuple[str, str], ...] = ()
-    """Of the rules."""
-    position_changes: tuple[tuple[str, str], ...] = ()
+    changes: Changes = ()
     ways: Ways | None = None
 
     def world(self) -> Reading:
         rules = changed(cacheinval.coherence, self.changes, self.name)
-        positions = changed(cacheinval.position, self.position_changes, f"{self.name}, position")
-        return reading(rules, positions, COURSES[self.course], self.ways)
+        return reading(rules, COURSES[self.course], self.ways)
 
 
 STREAM_MUTANTS = [
     StreamMutant(
         "the message not compared after the stream was made again",
         "the same, and nobody numbers",
-        position_changes=(
-            ("self._expected != (offset, _identity(message))", "self._expected.offset != offset"),
-        ),
+        changes=(("self._expected != (offset, _identity(message))", "self._expected.offset != offset"),),
     ),
     StreamMutant(
         "the message not compared after the end of the stream was lost",
         "the end of the stream is lost",
-        position_changes=(
-            ("self._expected != (offset, _identity(message))", "self._expected.offset != offset"),
-        ),
+        changes=(("self._expected != (offset, _identity(message))", "self._expected.offset != offset"),),
     ),
     StreamMutant(
         "a first message behind the expected one accepted",
         "retention cuts off where it was",
-        position_changes=(
+        changes=(
             (
                 '        if self._expected is not None:\n            return "the stream does not go on',
                 '        if False:\n            return "the stream does not go on',
@@ -424,7 +415,7 @@ STREAM_MUTANTS = [
     StreamMutant(
         "a jump of any length accepted",
         "retention cuts off where it was",
-        position_changes=(("STEP = 2", "STEP = 3"),),
+        changes=(("STEP = 2", "STEP = 3"),),
     ),
     StreamMutant(
         "trusted before the marker",
@@ -439,7 +430,7 @@ STREAM_MUTANTS = [
     StreamMutant(
         "read on behind what arrived, evicted or not",
         "cut at any moment",
-        position_changes=(
+        changes=(
             (
                 "            self._passed = _Place(offset, identity)",
                 "            self._kept = _Place(offset, identity)",

@@ -9,13 +9,11 @@ import pytest
 
 import cacheinval.coherence as rules
 import cacheinval.outbox.ticks as ticks
-import cacheinval.receipts as receipts
-import cacheinval.registration as registration
 
-from . import registration as waiting
 from .copying import SHARED, attributes, copied
 from .explore import World
 from .freshness import timed
+from .registration import registering
 from .replicas import SPANS as REPLICAS
 from .replicas import replicated
 from .restarts import LIVES, restarting
@@ -32,9 +30,7 @@ MAKING: dict[str, list[Callable[[], World]]] = {
     "sharing": [partial(sharing, rules, extent) for extent in EXTENTS.values()],
     "replicas": [partial(replicated, rules, span) for span in REPLICAS.values()],
     "restarts": [partial(restarting, rules, life) for life in LIVES.values()],
-    "waiting": [
-        partial(waiting.registering, rules, registration, receipts, span) for span in WAITING.values()
-    ],
+    "waiting": [partial(registering, rules, span) for span in WAITING.values()],
 }
 
 

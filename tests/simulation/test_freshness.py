@@ -5,9 +5,10 @@ import pytest
 import cacheinval.coherence as rules
 import cacheinval.outbox.ticks as ticks
 
+from .changing import changed
 from .conftest import Exploring
 from .freshness import Span, timed
-from .mutants import FEW_ORIGINS, FEW_ROWS, MANY_ROWS, PUT_OFF, TIMED_MUTANTS, TimedMutant, changed
+from .mutants import FEW_ORIGINS, FEW_ROWS, MANY_ROWS, PUT_OFF, TIMED_MUTANTS, TimedMutant
 
 # With a staleness of 0 a second less has to pass before a wrong hit shows, so that more else can happen.
 SPANS = {

@@ -1,16 +1,13 @@
 """After a complete receipt nobody serves the old value, in every order of events; and what is wrong is noticed."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import pytest
 
 import cacheinval.coherence as rules
-import cacheinval.receipts as receipts
-import cacheinval.registration as registration
 
+from .changing import changed
 from .conftest import Exploring
-from .mutants import changed
 from .registration import Waiting, registering
 
 LATE = Waiting(registrations=1, lease=3, until=4)
@@ -36,11 +33,10 @@ SPANS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault, where it shows, and how it is made: a changed line of a module, or a fault of the span's."""
+    """A fault, where it shows, and how it is made: a changed line of the rules, or a fault of the span's."""
 
     name: str
     span: Waiting
-    module: Literal["rules", "registration", "receipts"] = "rules"
     line: str = ""
     instead: str = ""
 
@@ -49,21 +45,18 @@ MUTANTS = [
     Mutant(
         "entries from before the registration are served",
         LATE,
-        "registration",
         "return now < self.until and load_started > self.since",
         "return now < self.until",
     ),
     Mutant(
         "served after the lease lapsed",
         LAPSES,
-        "registration",
         "return now < self.until and load_started > self.since",
         "return load_started > self.since",
     ),
     Mutant(
         "an entry served without asking for the registration",
         LATE,
-        "rules",
         "if self._registers and not self.registration.covers(entry.load_started, now):",
         "if False:",
     ),
@@ -74,56 +67,48 @@ MUTANTS = [
     Mutant(
         "the lease counted from the answer",
         LAPSES,
-        "registration",
         "self._counted_until = sent + self.lease",
         "self._counted_until = now + self.lease",
     ),
     Mutant(
         "a hole forgotten where the answer came late",
         LAPSES,
-        "registration",
         "            return self._counted_until\n        # Another",
         "            return math.inf\n        # Another",
     ),
     Mutant(
         "a load from before the registration shared with late readers",
         HUNG,
-        "rules",
         "return all(one.started > now or covers(one.started, now) for one in load.whole())",
         "return True",
     ),
     Mutant(
         "safe by time a second too early",
         LAPSES,
-        "receipts",
         "self.committed_at + one.max_staleness",
         "self.committed_at + one.max_staleness - 1",
     ),
     Mutant(
         "served after leaving",
         LEAVES,
-        "registration",
         "            self.until, self.since = -math.inf, math.inf\n            self.standing.shake()\n\n    def covers",
         "            pass\n\n    def covers",
     ),
     Mutant(
         "the lease counted by the database's clock",
         AHEAD,
-        "registration",
         "self._counted_until = sent + self.lease",
         "self._counted_until = told + self.lease",
     ),
     Mutant(
         "a cache in the process that counts since when the database says",
         BEHIND,
-        "registration",
         "counted_since = self._hole",
         "counted_since = min(self._hole, told)",
     ),
     Mutant(
         "a row taken over by a clock that cannot be compared with the database's",
         replace(TAKEN_OVER_BEHIND, until=4),
-        "registration",
         "if self._outlives and not sent",
         "if False and not sent",
     ),
@@ -141,7 +126,6 @@ MUTANTS = [
     Mutant(
         "a row taken over by an answer that came late",
         TAKEN_OVER,
-        "registration",
         "return sent + self.lease / 2 - 2 * self._max_clock_skew if self._outlives",
         "return math.inf if self._outlives",
     ),
@@ -155,15 +139,12 @@ MUTANTS = [
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SPANS)
 def test_nobody_serves_the_old_value_after_a_complete_receipt(exploring: Exploring, name: str) -> None:
-    exploring(name, registering(rules, registration, receipts, SPANS[name]), 200_000)
+    exploring(name, registering(rules, SPANS[name]), 200_000)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_changed_line_is_caught(exploring: Exploring, mutant: Mutant) -> None:
-    modules = {"rules": rules, "registration": registration, "receipts": receipts}
-    if mutant.line:
-        change = ((mutant.line, mutant.instead),)
-        modules[mutant.module] = changed(modules[mutant.module], change, f"waiting: {mutant.name}")
-    world = registering(modules["rules"], modules["registration"], modules["receipts"], mutant.span)
-    exploring(mutant.name, world, 200_000, caught=True)
+    change = ((mutant.line, mutant.instead),) if mutant.line else ()
+    wrong = changed(rules, change, f"waiting: {mutant.name}")
+    exploring(mutant.name, registering(wrong, mutant.span), 200_000, caught=True)

@@ -4,8 +4,9 @@ import pytest
 
 import cacheinval.coherence as rules
 
+from .changing import changed
 from .conftest import Exploring
-from .mutants import FEW_TAGS, MUTANTS, Mutant, changed
+from .mutants import FEW_TAGS, MUTANTS, Mutant
 from .worlds import Shape, world
 
 SHAPES = {

@@ -3,7 +3,6 @@
 import pytest
 
 import cacheinval.coherence as rules
-import cacheinval.position as positions
 
 from .conftest import Exploring
 from .streams import COURSES, STREAM_MUTANTS, StreamMutant, reading
@@ -12,7 +11,7 @@ from .streams import COURSES, STREAM_MUTANTS, StreamMutant, reading
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", COURSES)
 def test_nothing_old_is_served_after_reading_on(exploring: Exploring, name: str) -> None:
-    exploring(name, reading(rules, positions, COURSES[name]), 100_000)
+    exploring(name, reading(rules, COURSES[name]), 100_000)
 
 
 @pytest.mark.timeout(120)

@@ -7,9 +7,10 @@ import pytest
 import cacheinval.coherence as rules
 import cacheinval.outbox.ticks as ticks
 
+from .changing import changed
 from .explore import BrokenError
 from .freshness import timed
-from .mutants import MUTANTS, changed
+from .mutants import MUTANTS
 from .walks import LARGE, walk
 
 WALKS = 300

@@ -1,6 +1,6 @@
 """Small worlds around the real rules: a database, a broker, and one instance with its cache and its readers.
 
-A world does what `cache.py`, `receiver.py` and the bus do around `coherence.py`, one step at a time, in any order that
+A world does what `cache.py`, `receiver.py` and the bus do around `coherence`, one step at a time, in any order that
 they could. `rules` is the module under test: the real one, or one with a line changed.
 """
 
@@ -146,7 +146,10 @@ class World:
             elif self.queue:
                 yield f"deliver {self._label(self.queue[0])}", World.deliver
                 # Not the first of an origin: nobody here knows then which number it would have had.
-                if self.left["drops"] and getattr(self.queue[0], "origin", None) in self.coherence._seqs:
+                if (
+                    self.left["drops"]
+                    and getattr(self.queue[0], "origin", None) in self.coherence._numbers.seqs
+                ):
                     yield f"{self._label(self.queue[0])} is dropped", World.drop
                 if self.left["duplicates"]:
                     yield "deliver, then again", World.deliver_twice
@@ -361,13 +364,13 @@ class World:
             self._returned(key, least, entry.value, "hit")
             return
         tags = frozenset({self._tag(key)}) if self.shape.tagged else frozenset()
-        load = self.coherence.joinable(key, self.now, tags)
+        load = self.coherence.loads.joinable(key, self.now, tags)
         if load is None and self.glue.joins_any_flight:
             load = next((r.load for r in self.readers if r is not None and r.key == key and r.leads), None)
         if load is not None:
             self.readers[number] = Reader(key, self.now, least, load, leads=False)
             return
-        load = self.coherence.begin_load(key, self.now, tags)
+        load = self.coherence.loads.begin(key, self.now, tags)
         self.readers[number] = Reader(key, self.now, least, load, leads=True)
 
     def load(self, number: int) -> None:
@@ -378,15 +381,17 @@ class World:
     def ask(self, number: int) -> None:
         reader = self.readers[number]
         assert reader is not None
-        reader.may_store = self.coherence.may_store(reader.load)
+        reader.may_store = self.coherence.loads.may_store(reader.load)
 
     def finish(self, number: int) -> None:
         leader = self.readers[number]
         assert leader is not None
-        may_store = self.coherence.may_store(leader.load) if leader.may_store is None else leader.may_store
+        may_store = (
+            self.coherence.loads.may_store(leader.load) if leader.may_store is None else leader.may_store
+        )
         if may_store:
-            self.entries[leader.key] = self.coherence.entry(leader.load, leader.value, FOREVER)
-        self.coherence.end_load(leader.load)
+            self.entries[leader.key] = leader.load.entry(leader.value, FOREVER)
+        self.coherence.loads.end(leader.load)
         for at, reader in enumerate(self.readers):
             if reader is not None and reader.load is leader.load:
                 self.readers[at] = None
@@ -451,13 +456,13 @@ class World:
             tuple(sorted(self.left.items())),
             tuple(sorted(self.evicted.items())),
             tuple(
-                (key, e.value, c.epoch - e.epoch, c._generation - e.generation, e.load_started)
+                (key, e.value, c.epoch - e.epoch, c._epochs.generation - e.generation, e.load_started)
                 for key, e in sorted(self.entries.items())
             ),
             self._reading(),
-            tuple(sorted((tag, c._generation - at) for tag, at in c._tag_evicted.items())), c._generation - c._tag_floor,
-            tuple(sorted(c._doubts)),
-            tuple(c._seqs.items()),
+            tuple(sorted((tag, c._epochs.generation - at) for tag, at in c._epochs._tag_evicted.items())), c._epochs.generation - c._epochs._tag_floor,
+            tuple(sorted(c._trust.doubts)),
+            tuple(c._numbers.seqs.items()),
             self.kept and tuple(self.kept.seqs.items()),
             c._marker, c._marker_passed, c._tick_passed is None, c._subscribed, c._gap_due, c._last_gap,
         )  # fmt: skip
@@ -472,8 +477,8 @@ class World:
                 of[1].append((r.key, r.least, r.leads, r.value or 0, str(r.may_store)))
         return tuple(
             sorted(
-                (load.key, load.started, load.voided, c.epoch - load.epoch, c._generation - load.generation,
-                 c._loads.get(load.key) is load, tuple(sorted(readers)))
+                (load.key, load.started, load.voided, c.epoch - load.epoch, c._epochs.generation - load.generation,
+                 c.loads._loads.get(load.key) is load, tuple(sorted(readers)))
                 for load, readers in loads.values()
             )
         )  # fmt: skip

@@ -306,7 +306,7 @@ async def test_it_counts_as_no_read_and_stores_nothing(house: House) -> None:
     assert source.loads == 3
     assert house.backend.look("k") is entry
     assert {name: getattr(house.cache.counters, name) for name in before} == before
-    assert not house.coherence._loads
+    assert not house.coherence.loads._loads
 
 
 async def test_entries_stay_as_recently_used_as_they_were() -> None:

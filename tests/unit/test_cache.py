@@ -14,9 +14,9 @@ from cacheinval.backends.shared import Found
 from cacheinval.cache import InProcessCache, Read, SharedCache, without_cache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence.registration import Registration
 from cacheinval.errors import CacheError, InvalidKeyError
 from cacheinval.messages import Tick
-from cacheinval.registration import Registration
 
 KEY, TAG = Eviction(["k"]), Eviction(tags=["t"])
 EVERYTHING = Eviction(everything=True)
@@ -87,7 +87,7 @@ Evict = Callable[[Eviction], None]
 
 
 def in_flight(cache: InProcessCache) -> int:
-    return len(cache._coherence._loads) + len(cache._flights)
+    return len(cache._coherence.loads._loads) + len(cache._flights)
 
 
 # Hits and misses
@@ -462,11 +462,11 @@ async def test_who_comes_later_does_not_wait_for_a_whole_of_which_a_part_is_too_
     coherence = Coherence(5.0, 0.0)
     coherence.evict(coherence.joined_anew(clock.time), clock.time)
     coherence.trust()
-    part = coherence.begin_load("part", clock.time)
-    whole = coherence.begin_load("whole", clock.time + 4)
+    part = coherence.loads.begin("part", clock.time)
+    whole = coherence.loads.begin("whole", clock.time + 4)
     whole.parts.append(part)
-    assert coherence.joinable("whole", clock.time + 5) is whole
-    assert coherence.joinable("whole", clock.time + 5.1) is None
+    assert coherence.loads.joinable("whole", clock.time + 5) is whole
+    assert coherence.loads.joinable("whole", clock.time + 5.1) is None
 
 
 async def test_a_whole_is_not_given_to_late_readers_if_a_part_began_before_the_registration(
@@ -474,13 +474,13 @@ async def test_a_whole_is_not_given_to_late_readers_if_a_part_began_before_the_r
 ) -> None:
     registration = Registration(5.0, 0.0, required=True)
     coherence = Coherence(5.0, 0.0, registration=registration)
-    part = coherence.begin_load("part", clock.time)
+    part = coherence.loads.begin("part", clock.time)
     registration.sending(clock.time + 1)
     registration.answered(clock.time + 1, clock.time + 1, clock.time + 1)
-    whole = coherence.begin_load("whole", clock.time + 2)
-    assert coherence.may_give(whole, clock.time + 3)
+    whole = coherence.loads.begin("whole", clock.time + 2)
+    assert coherence.loads.may_give(whole, clock.time + 3)
     whole.parts.append(part)
-    assert not coherence.may_give(whole, clock.time + 3)
+    assert not coherence.loads.may_give(whole, clock.time + 3)
 
 
 async def test_a_part_that_another_loads_is_inherited_as_well(cache: InProcessCache, evict: Evict) -> None:

@@ -9,19 +9,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cacheinval import coherence as rules
 from cacheinval.coherence import (
     GAP_INTERVAL,
     NO_TAGS,
-    NUMBERS_TOLD_FOR,
     Coherence,
     Entry,
     Eviction,
     Load,
     WriteOutcome,
+    epochs,
+    numbers,
     outcome_of_error,
     owed_after,
 )
+from cacheinval.coherence.loads import JOIN_AGE
+from cacheinval.coherence.proof import NUMBERS_TOLD_FOR
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
 
 COMMITTED, ABORTED, UNKNOWN = WriteOutcome.COMMITTED, WriteOutcome.ABORTED, WriteOutcome.UNKNOWN
@@ -75,8 +77,8 @@ class World(RuleBasedStateMachine):
     )
     def begin(self, durable: bool, max_staleness: float | None, most_tags: int, joined: bool) -> None:
         self.durable, self.max_staleness = durable, max_staleness
-        self.saved = rules.MAX_EVICTED_TAGS
-        rules.MAX_EVICTED_TAGS = most_tags
+        self.saved = epochs.MAX_EVICTED_TAGS
+        epochs.MAX_EVICTED_TAGS = most_tags
         self.coherence = Coherence(max_staleness)
         if joined:
             self.join(False)
@@ -87,7 +89,7 @@ class World(RuleBasedStateMachine):
         try:
             self.everything_comes_to_rest()
         finally:
-            rules.MAX_EVICTED_TAGS = self.saved
+            epochs.MAX_EVICTED_TAGS = self.saved
 
     # What the machine does for the rules: it is the cache, the bus and the clock
 
@@ -156,7 +158,7 @@ class World(RuleBasedStateMachine):
                 return
         tag = TAGS[key]
         named = frozenset([tag]) if tag else NO_TAGS
-        joined = self.coherence.joinable(key, self.now, named)
+        joined = self.coherence.loads.joinable(key, self.now, named)
         if joined is not None:
             (loading,) = (loading for loading in self.loads if loading.token is joined)
             assert loading.began > self.last_eviction(key, joined.tags), (
@@ -169,7 +171,7 @@ class World(RuleBasedStateMachine):
         self.start(key, named)
 
     def start(self, key: str, tags: frozenset[str], part_of: Loading | None = None) -> Loading:
-        token = self.coherence.begin_load(key, self.now, tags, part_of.token if part_of else None)
+        token = self.coherence.loads.begin(key, self.now, tags, part_of.token if part_of else None)
         loading = Loading(token, self.tick(), part_of=part_of)
         self.loads.append(loading)
         return loading
@@ -179,13 +181,13 @@ class World(RuleBasedStateMachine):
         """Every key is read, and loaded at once where that is needed."""
         for key in BASE:
             cached = key in self.cache and self.coherence.may_serve(self.cache[key][0], self.now)
-            if not cached and self.coherence.joinable(key, self.now) is None:
+            if not cached and self.coherence.loads.joinable(key, self.now) is None:
                 tag = TAGS[key]
                 self.finish(self.start(key, frozenset([tag]) if tag else NO_TAGS), False, 1000.0)
 
     @rule(parts=st.sampled_from([[], ["p", "q"], ["q", "p"]]), ends=st.booleans())
     def load_sum(self, parts: list[str], ends: bool) -> None:
-        if self.coherence.joinable("sum", self.now) is None:
+        if self.coherence.loads.joinable("sum", self.now) is None:
             whole = self.start("sum", NO_TAGS)
             for part in parts:
                 self.take_part(whole, part)
@@ -204,7 +206,7 @@ class World(RuleBasedStateMachine):
     def take_part(self, whole: Loading, part: str) -> None:
         if part in self.cache and self.coherence.may_serve(self.cache[part][0], self.now):
             entry = self.cache[part][0]
-            self.coherence.inherit(whole.token, entry)
+            self.coherence.loads.inherit(whole.token, entry)
             whole.parts[part] = entry.value
             assert whole.token.started <= entry.load_started
         elif not any(one.part_of is whole and one.token.key == part for one in self.loads):
@@ -231,16 +233,16 @@ class World(RuleBasedStateMachine):
             loading.value = (loading.parts.get("p"), loading.parts.get("q"))
         elif loading.value is None:
             loading.value = self.database[token.key]
-        if not fails and self.coherence.may_store(token):
+        if not fails and self.coherence.loads.may_store(token):
             assert loading.began > self.last_eviction(token.key, token.tags), (
                 "stored what was evicted meanwhile"
             )
-            entry = self.coherence.entry(token, loading.value, self.now + ttl)
+            entry = token.entry(loading.value, self.now + ttl)
             self.cache[token.key] = (entry, loading.began)
         if loading.part_of is not None and not fails:
-            self.coherence.inherit(loading.part_of.token, token)
+            self.coherence.loads.inherit(loading.part_of.token, token)
             loading.part_of.parts[token.key] = loading.value
-        self.coherence.end_load(token)
+        self.coherence.loads.end(token)
         self.loads.remove(loading)
 
     # Writing
@@ -413,7 +415,7 @@ class World(RuleBasedStateMachine):
         while self.loads:
             self.finish(self.loads[0], False, 1000.0)
         assert self.coherence.suspect is None
-        assert not self.coherence._loads
+        assert not self.coherence.loads._loads
         for key, (entry, _) in self.cache.items():
             if self.coherence.may_serve(entry, self.now):
                 truth = (self.database["p"], self.database["q"]) if key == "sum" else self.database[key]
@@ -435,10 +437,10 @@ def ready(max_staleness: float | None = None) -> Coherence:
 
 
 def stored(coherence: Coherence, key: str = "k", now: float = 100.0, tags: frozenset[str] = NO_TAGS) -> Entry:
-    load = coherence.begin_load(key, now, tags)
-    assert coherence.may_store(load)
-    coherence.end_load(load)
-    return coherence.entry(load, "value", math.inf)
+    load = coherence.loads.begin(key, now, tags)
+    assert coherence.loads.may_store(load)
+    coherence.loads.end(load)
+    return load.entry("value", math.inf)
 
 
 EVICTIONS = {
@@ -451,78 +453,78 @@ EVICTIONS = {
 @pytest.mark.parametrize("what", EVICTIONS)
 def test_an_eviction_voids_the_token(what: str) -> None:
     coherence = ready()
-    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
-    assert coherence.joinable("k", 100.0, frozenset(["t"])) is load
+    load = coherence.loads.begin("k", 100.0, frozenset(["t"]))
+    assert coherence.loads.joinable("k", 100.0, frozenset(["t"])) is load
     coherence.evict(EVICTIONS[what], 100.0)
-    assert not coherence.may_store(load)
-    assert coherence.joinable("k", 100.0, frozenset(["t"])) is None
+    assert not coherence.loads.may_store(load)
+    assert coherence.loads.joinable("k", 100.0, frozenset(["t"])) is None
 
 
 @pytest.mark.parametrize("eviction", [Eviction(["other"]), Eviction(tags=["other"]), Eviction()])
 def test_an_eviction_of_something_else_voids_nothing(eviction: Eviction) -> None:
     coherence = ready()
-    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    load = coherence.loads.begin("k", 100.0, frozenset(["t"]))
     entry = stored(coherence, "l", tags=frozenset(["t"]))
     coherence.evict(eviction, 100.0)
-    assert coherence.may_store(load)
+    assert coherence.loads.may_store(load)
     assert coherence.may_serve(entry, 100.0)
 
 
 @pytest.mark.parametrize("what", EVICTIONS)
 def test_a_voided_token_is_never_revived(what: str) -> None:
     coherence = ready()
-    old = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    old = coherence.loads.begin("k", 100.0, frozenset(["t"]))
     coherence.evict(EVICTIONS[what], 100.0)
-    new = coherence.begin_load("k", 100.0, frozenset(["t"]))
-    coherence.end_load(old)
-    assert coherence.may_store(new)
-    assert coherence.joinable("k", 100.0) is new, "the end of the old load took the new one's place"
-    assert not coherence.may_store(old)
+    new = coherence.loads.begin("k", 100.0, frozenset(["t"]))
+    coherence.loads.end(old)
+    assert coherence.loads.may_store(new)
+    assert coherence.loads.joinable("k", 100.0) is new, "the end of the old load took the new one's place"
+    assert not coherence.loads.may_store(old)
 
 
 def test_of_two_loads_of_one_key_only_the_younger_stores() -> None:
     coherence = ready(max_staleness=3)
-    old = coherence.begin_load("k", 100.0)
-    assert coherence.joinable("k", 103.1) is None
-    new = coherence.begin_load("k", 103.1)
-    assert not coherence.may_store(old)
-    assert coherence.may_store(new)
+    old = coherence.loads.begin("k", 100.0)
+    assert coherence.loads.joinable("k", 103.1) is None
+    new = coherence.loads.begin("k", 103.1)
+    assert not coherence.loads.may_store(old)
+    assert coherence.loads.may_store(new)
 
 
 def test_a_reader_of_an_evicted_tag_does_not_join_a_load_that_did_not_name_it() -> None:
     coherence = ready()
-    load = coherence.begin_load("k", 100.0)
+    load = coherence.loads.begin("k", 100.0)
     coherence.evict(Eviction(tags=["t"]), 100.0)
-    assert coherence.joinable("k", 100.0, frozenset(["t"])) is None
-    assert coherence.joinable("k", 100.0) is load
+    assert coherence.loads.joinable("k", 100.0, frozenset(["t"])) is None
+    assert coherence.loads.joinable("k", 100.0) is load
 
 
 def test_a_load_goes_with_the_tags_of_whoever_joins_it() -> None:
     coherence = ready()
-    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
-    assert coherence.joinable("k", 100.0, frozenset(["u"])) is load
+    load = coherence.loads.begin("k", 100.0, frozenset(["t"]))
+    assert coherence.loads.joinable("k", 100.0, frozenset(["u"])) is load
     assert load.tags == {"t", "u"}
     coherence.evict(Eviction(tags=["u"]), 100.0)
-    assert not coherence.may_store(load)
+    assert not coherence.loads.may_store(load)
 
 
 def test_tags_learned_while_loading_void_as_well() -> None:
     coherence = ready()
-    load = coherence.begin_load("k", 100.0)
+    load = coherence.loads.begin("k", 100.0)
     coherence.evict(Eviction(tags=["t"]), 100.0)
-    assert coherence.may_store(load)
-    coherence.inherit(load, stored(coherence, "part", tags=frozenset(["t"])))
-    assert not coherence.may_store(load)
+    assert coherence.loads.may_store(load)
+    coherence.loads.inherit(load, stored(coherence, "part", tags=frozenset(["t"])))
+    assert not coherence.loads.may_store(load)
 
 
 def test_a_value_is_as_old_as_its_oldest_part_and_goes_with_its_tags() -> None:
     coherence = ready()
     part = stored(coherence, "part", now=90.0, tags=frozenset(["t"]))
-    whole = coherence.begin_load("whole", 100.0, frozenset(["w"]))
-    coherence.inherit(whole, part)
-    coherence.inherit(whole, coherence.begin_load("young", 101.0, frozenset(["y"])))
+    whole = coherence.loads.begin("whole", 100.0, frozenset(["w"]))
+    coherence.loads.inherit(whole, part)
+    coherence.loads.inherit(whole, coherence.loads.begin("young", 101.0, frozenset(["y"])))
     assert (whole.started, whole.tags) == (90.0, {"w", "t", "y"})
-    entry = coherence.entry(whole, "value", math.inf)
+    entry = whole.entry("value", math.inf)
     assert entry.load_started == 90.0
     coherence.evict(Eviction(tags=["t"]), 100.0)
     assert not coherence.may_serve(entry, 101.0)
@@ -530,31 +532,31 @@ def test_a_value_is_as_old_as_its_oldest_part_and_goes_with_its_tags() -> None:
 
 def test_a_voided_part_voids_the_whole() -> None:
     coherence = ready()
-    whole = coherence.begin_load("whole", 100.0)
-    part = coherence.begin_load("part", 100.0, parent=whole)
+    whole = coherence.loads.begin("whole", 100.0)
+    part = coherence.loads.begin("part", 100.0, parent=whole)
     coherence.evict(Eviction(["part"]), 100.0)
-    coherence.inherit(whole, part)
-    assert not coherence.may_store(whole)
+    coherence.loads.inherit(whole, part)
+    assert not coherence.loads.may_store(whole)
 
 
 def test_a_flood_of_tags_is_bounded_and_evicts_rather_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "MAX_EVICTED_TAGS", 10)
+    monkeypatch.setattr(epochs, "MAX_EVICTED_TAGS", 10)
     coherence = ready()
     tagged, plain = stored(coherence, "tagged", tags=frozenset(["t"])), stored(coherence, "plain")
-    load = coherence.begin_load("k", 100.0, frozenset(["t"]))
+    load = coherence.loads.begin("k", 100.0, frozenset(["t"]))
     for n in range(1000):
         coherence.evict(Eviction(tags=[f"flood {n}"]), 100.0)
-    assert len(coherence._tag_evicted) <= 10
+    assert len(coherence._epochs._tag_evicted) <= 10
     assert not coherence.may_serve(tagged, 100.0)
-    assert not coherence.may_store(load)
+    assert not coherence.loads.may_store(load)
     assert coherence.may_serve(plain, 100.0)
     assert coherence.may_serve(stored(coherence, tags=frozenset(["t"])), 100.0)
 
 
 def test_an_entry_ends_with_its_ttl() -> None:
     coherence = ready()
-    load = coherence.begin_load("k", 100.0)
-    entry = coherence.entry(load, "value", 160.0)
+    load = coherence.loads.begin("k", 100.0)
+    entry = load.entry("value", 160.0)
     assert coherence.may_serve(entry, 159.9)
     assert not coherence.may_serve(entry, 160.0)
 
@@ -562,12 +564,12 @@ def test_an_entry_ends_with_its_ttl() -> None:
 @pytest.mark.parametrize(("max_staleness", "limit"), [(None, 1.0), (3.0, 3.0)])
 def test_a_suspect_instance_serves_by_age_alone(max_staleness: float | None, limit: float) -> None:
     coherence = ready(max_staleness)
-    entry, load = stored(coherence), coherence.begin_load("l", 100.0)
+    entry, load = stored(coherence), coherence.loads.begin("l", 100.0)
     coherence.lost("cut")
     assert coherence.may_serve(entry, 100.0 + limit)
     assert not coherence.may_serve(entry, 100.001 + limit)
-    assert coherence.joinable("l", 100.0 + limit) is load
-    assert coherence.joinable("l", 100.001 + limit) is None
+    assert coherence.loads.joinable("l", 100.0 + limit) is load
+    assert coherence.loads.joinable("l", 100.001 + limit) is None
     assert coherence.bypassing(entry, 100.0)
 
 
@@ -591,7 +593,7 @@ def test_before_it_has_ever_joined_it_is_suspect() -> None:
 
 def test_joining_evicts_everything_before_it_is_trusted() -> None:
     coherence = ready()
-    entry, load = stored(coherence), coherence.begin_load("l", 100.0)
+    entry, load = stored(coherence), coherence.loads.begin("l", 100.0)
     coherence.lost("cut")
     eviction = coherence.joined_anew(0.0)
     assert eviction.everything
@@ -600,7 +602,7 @@ def test_joining_evicts_everything_before_it_is_trusted() -> None:
     coherence.trust()
     assert coherence.suspect is None
     assert not coherence.may_serve(entry, 100.0)
-    assert not coherence.may_store(load)
+    assert not coherence.loads.may_store(load)
 
 
 def test_trust_does_not_outrun_a_loss() -> None:
@@ -646,12 +648,12 @@ def test_resumed_it_refuses_what_stood_in_front_of_the_cache_outside() -> None:
     coherence = Coherence(in_front=True)
     coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
-    entry, load = stored(coherence), coherence.begin_load("k", 100.0)
+    entry, load = stored(coherence), coherence.loads.begin("k", 100.0)
     coherence.lost("cut")
     assert coherence.may_serve(entry, 100.5), "what is a second old at most may be served while it is suspect"
     assert coherence.resumed("mine", 100.5, coherence.proof_state()) is None
     assert not coherence.may_serve(entry, 100.5)
-    assert not coherence.may_store(load)
+    assert not coherence.loads.may_store(load)
     found = coherence.found("value", 100.0, math.inf, frozenset(), coherence.moment)
     assert coherence.may_serve_found(found, 100.5, coherence.moment), "outside everything stays"
 
@@ -708,7 +710,7 @@ def test_the_numbers_that_were_kept_count_in_the_next_process() -> None:
 
 
 def test_of_many_origins_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "MAX_ORIGINS_KEPT", 2)
+    monkeypatch.setattr(numbers, "MAX_ORIGINS_KEPT", 2)
     coherence = ready()
     for origin in ("o", "p", "q"):
         coherence.received(numbered(1, origin), 100.0)
@@ -802,13 +804,13 @@ def test_the_message_behind_a_gap_that_is_put_off_is_evicted_itself() -> None:
 
 
 def test_origins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "MAX_ORIGINS", 10)
+    monkeypatch.setattr(numbers, "MAX_ORIGINS", 10)
     coherence = ready()
     for n in range(100):
         coherence.received(numbered(n + 1, "busy"), 100.0)
         coherence.received(numbered(1, f"o{n}"), 100.0)
-        assert "busy" in coherence._seqs, "the busiest origin was forgotten"
-    assert len(coherence._seqs) == 10
+        assert "busy" in coherence._numbers.seqs, "the busiest origin was forgotten"
+    assert len(coherence._numbers.seqs) == 10
 
 
 def test_messages_that_are_no_invalidation_evict_nothing() -> None:
@@ -918,9 +920,9 @@ def test_nobody_joins_a_load_that_may_hang_for_good() -> None:
     coherence = Coherence()
     coherence.joined_anew(0.0)
     coherence.trust()
-    load = coherence.begin_load("k", 0.0)
-    assert coherence.joinable("k", rules.JOIN_AGE) is load
-    assert coherence.joinable("k", rules.JOIN_AGE + 0.1) is None
+    load = coherence.loads.begin("k", 0.0)
+    assert coherence.loads.joinable("k", JOIN_AGE) is load
+    assert coherence.loads.joinable("k", JOIN_AGE + 0.1) is None
 
 
 def test_a_gap_of_a_cache_that_outlives_the_process_is_not_put_off() -> None:
@@ -953,7 +955,7 @@ def proving() -> Coherence:
 
 def test_a_tick_keeps_what_was_loaded_after_the_first_one() -> None:
     coherence = proving()
-    entry = coherence.entry(coherence.begin_load("k", 2.0), "value", 1e9)
+    entry = coherence.loads.begin("k", 2.0).entry("value", 1e9)
     assert coherence.may_serve(entry, 7.0)
     assert not coherence.may_serve(entry, 7.1)
     told(coherence, tick(9.0), 9.1)
@@ -965,7 +967,7 @@ def test_the_first_tick_extends_nothing_that_was_loaded_before() -> None:
     coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
     coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()
-    entry = coherence.entry(coherence.begin_load("k", 0.5), "value", 1e9)
+    entry = coherence.loads.begin("k", 0.5).entry("value", 1e9)
     told(coherence, tick(0.9), 1.0)
     told(coherence, tick(9.0), 9.1)
     assert not coherence.may_serve(entry, 9.2)
@@ -1083,7 +1085,7 @@ def resumed(coherence: Coherence, now: float) -> Coherence:
 
 def test_the_proof_goes_on_in_the_next_process_with_its_first_tick() -> None:
     before = proving()
-    entry = before.entry(before.begin_load("k", 2.0), "value", 1e9)
+    entry = before.loads.begin("k", 2.0).entry("value", 1e9)
     told(before, tick(9.0), 9.1)
     after = resumed(before, 9.2)
     entry.epoch = after.epoch
@@ -1120,8 +1122,8 @@ def test_of_more_channels_than_are_remembered_none_is_a_gap_each_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The relay tells all that were open within an hour."""
-    monkeypatch.setattr(rules, "MAX_ORIGINS", 10)
-    monkeypatch.setattr(rules, "MAX_ORIGINS_KEPT", 5)
+    monkeypatch.setattr(numbers, "MAX_ORIGINS", 10)
+    monkeypatch.setattr(numbers, "MAX_ORIGINS_KEPT", 5)
     coherence = Coherence(max_staleness=5.0, max_clock_skew=0.1)
     coherence.evict(coherence.joined_anew(0.0), 0.0)
     coherence.trust()

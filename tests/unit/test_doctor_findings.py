@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from cacheinval import Settings, doctor
+from cacheinval.coherence.registration import Registered
 from cacheinval.doctor import checking, findings, instances
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import Finding, ok
 from cacheinval.outbox.grants import NEEDED, grants
-from cacheinval.registration import Registered
 
 URL = "amqp://shop:secret@broker/prod"
 ROOT = Path(__file__).parents[2]

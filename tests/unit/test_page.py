@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from cacheinval.coherence.registration import Registered
 from cacheinval.latencies import BUCKETS
 from cacheinval.page import fleet as rules
 from cacheinval.page.fleet import Condition, Fate, Fleet, Lag
@@ -13,7 +14,6 @@ from cacheinval.page.reports import understand
 from cacheinval.page.verdict import Level, Verdict, clock_time, judge
 from cacheinval.page.writes import MOST_LINES, Writes
 from cacheinval.recent import Evicted, Recent
-from cacheinval.registration import Registered
 
 NOW = 1_795_391_943.5  # 23:59:03 UTC
 LEADS = {"state": "leader", "since": 0.0, "reason": None, "oldest_row_age": None}

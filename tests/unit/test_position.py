@@ -6,8 +6,8 @@ import pytest
 
 from cacheinval import coherence as rules
 from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence.position import Position
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
-from cacheinval.position import Position
 
 ELSEWHERE, MISSING = "the stream does not go on where it was left", "messages missing in the stream"
 

@@ -11,9 +11,9 @@ from waiting import Eventually
 
 from cacheinval import Receipt, asking
 from cacheinval.asking import Answering, Asking
+from cacheinval.coherence.receipts import Question, check_wait
+from cacheinval.coherence.registration import Registered
 from cacheinval.errors import DatabaseError, PublishError
-from cacheinval.receipts import Question, check_wait
-from cacheinval.registration import Registered
 
 ME = ("me", "s0")
 

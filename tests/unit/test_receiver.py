@@ -396,12 +396,12 @@ async def test_it_answers_when_every_cache_has_evicted(joined: House) -> None:
 
 
 async def test_the_rules_know_before_the_caches_do(joined: House) -> None:
-    load = joined.coherence.begin_load("a", 1000.0)
+    load = joined.coherence.loads.begin("a", 1000.0)
     joined.caches[0].open.clear()
     receiving = asyncio.create_task(joined.instance.receive([invalidate("a")]))
     while not joined.caches[0].attempts:
         await asyncio.sleep(0)
-    assert not joined.coherence.may_store(load)
+    assert not joined.coherence.loads.may_store(load)
     joined.caches[0].open.set()
     await receiving
 
@@ -726,14 +726,14 @@ async def quick() -> House:
 
 
 async def test_at_once_it_does_the_same(quick: House) -> None:
-    load = quick.coherence.begin_load("b", 0.0)
+    load = quick.coherence.loads.begin("b", 0.0)
     asking = Delivery(invalidate("a", seq=1).body, reply_to="me")
     answers = quick.instance.receive_now(
         [asking, invalidate("b", seq=2), Delivery(b'{"v": 1, "kind": "new"}')]
     )
     assert answers == [None, None, None]
     assert quick.caches[0].keys == ["a", "b"]
-    assert not quick.coherence.may_store(load)
+    assert not quick.coherence.loads.may_store(load)
     assert quick.asked == [asking]
     counters = quick.instance.counters
     assert (counters.messages, counters.evictions) == (3, 2)  # joining is one, too

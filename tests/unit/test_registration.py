@@ -9,7 +9,7 @@ from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence
-from cacheinval.registration import NOT_YET, SHORTEST_LEASE, Registration
+from cacheinval.coherence.registration import NOT_YET, SHORTEST_LEASE, Registration
 
 SKEW = 0.1
 
@@ -177,19 +177,19 @@ class TestCoherence:
 
     def test_one_that_is_not_registered_bypasses(self) -> None:
         coherence = self.coherence()
-        load = coherence.begin_load("k", 100)
-        entry = coherence.entry(load, 1, 1e9)
+        load = coherence.loads.begin("k", 100)
+        entry = load.entry(1, 1e9)
         assert not coherence.may_serve(entry, 101)
         assert coherence.bypassing(entry, 101)
         assert coherence.bypassing(None, 101)
-        assert coherence.may_store(load)
+        assert coherence.loads.may_store(load)
 
     def test_it_serves_what_it_loaded_since(self) -> None:
         coherence = self.coherence()
-        before = coherence.entry(coherence.begin_load("k", 100), 1, 1e9)
+        before = coherence.loads.begin("k", 100).entry(1, 1e9)
         register(coherence.registration, 101)
         coherence.settle("registration")
-        after = coherence.entry(coherence.begin_load("k", 102), 1, 1e9)
+        after = coherence.loads.begin("k", 102).entry(1, 1e9)
         assert not coherence.may_serve(before, 103)
         assert coherence.bypassing(before, 103)
         assert coherence.may_serve(after, 103)
@@ -197,12 +197,12 @@ class TestCoherence:
 
     def test_a_load_is_given_only_to_readers_that_came_before_it(self) -> None:
         coherence = self.coherence()
-        load = coherence.begin_load("k", 100)
-        assert coherence.joinable("k", 101) is load, "one load of a key at a time"
-        assert not coherence.may_give(load, 100)
-        assert coherence.may_give(load, 99)
+        load = coherence.loads.begin("k", 100)
+        assert coherence.loads.joinable("k", 101) is load, "one load of a key at a time"
+        assert not coherence.loads.may_give(load, 100)
+        assert coherence.loads.may_give(load, 99)
         register(coherence.registration, 99)
-        assert coherence.may_give(load, 101)
+        assert coherence.loads.may_give(load, 101)
 
     def test_a_clock_that_was_set_drops_it(self) -> None:
         coherence = self.coherence()

@@ -11,9 +11,9 @@ from rich.console import Console
 from waiting import Eventually
 
 from cacheinval import Client, Settings, status_command
+from cacheinval.coherence.registration import Registered
 from cacheinval.errors import DatabaseError, PublishError, SchemaMissingError
 from cacheinval.fleet import silent_among
-from cacheinval.registration import Registered
 from cacheinval.status_command import ago, status, watch
 
 Answer = dict[str, Any]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from cacheinval import floors as floors_module
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache, Read, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, higher
+from cacheinval.coherence import floors as floors_module
+from cacheinval.coherence.floors import NO_FLOOR, Floors
 from cacheinval.errors import CacheError
-from cacheinval.floors import NO_FLOOR, Floors
 from cacheinval.messages import Invalidate, Tick
 from cacheinval.versions import version_of
 
@@ -63,7 +63,7 @@ class Database:
 
 def subscribed(max_staleness: float | None = None, at: float = 0.0) -> Coherence:
     coherence = Coherence(max_staleness, max_replica_lag=LAG)
-    coherence.compare_versions()
+    coherence.loads.compare_versions()
     coherence.evict(coherence.joined_anew(at), at)
     coherence.trust()
     return coherence
@@ -369,7 +369,7 @@ async def test_loads_without_versions_ignore_floors(read: Reading, db: Database,
 async def test_floors_that_are_too_many_are_forgotten_and_nothing_is_taken_for_fresh(
     read: Reading, db: Database, evict: Act, coherence: Coherence, clock: SetClock, evicted: dict[str, Any]
 ) -> None:
-    coherence._floors = Floors(LAG, most=10)
+    coherence.loads.floors = Floors(LAG, most=10)
     evict("k", versions=(8,))
     clock.time += 1
     for n in range(11):
@@ -461,7 +461,7 @@ def test_so_many_keys_that_none_is_noted_are_merged_without_their_versions() -> 
     assert (len(merged.keys), merged.versions) == (2 * half + 1, ())
     coherence = subscribed()
     coherence.evict(merged, START)
-    assert not coherence.turn_to_replica(coherence.begin_load("another", START), START)
+    assert not coherence.loads.turn_to_replica(coherence.loads.begin("another", START), START)
 
 
 def test_an_unknown_version_is_not_lower_than_a_known_one() -> None:
@@ -541,29 +541,29 @@ async def test_what_the_primary_gives_instead_is_as_old_as_that_load(
 async def test_nobody_joins_a_load_at_a_replica_that_is_as_old_as_a_value_may_be(
     proven: Coherence, clock: SetClock, db: Database
 ) -> None:
-    load = proven.begin_load("k", START)
-    assert proven.turn_to_replica(load, START)
-    assert proven.joinable("k", START + 3.8) is load
-    assert proven.joinable("k", START + 4) is None
-    proven.turn_to_primary(load, START + 4)
-    assert proven.joinable("k", START + 9) is load
+    load = proven.loads.begin("k", START)
+    assert proven.loads.turn_to_replica(load, START)
+    assert proven.loads.joinable("k", START + 3.8) is load
+    assert proven.loads.joinable("k", START + 4) is None
+    proven.loads.turn_to_primary(load, START + 4)
+    assert proven.loads.joinable("k", START + 9) is load
 
 
 def test_who_names_a_further_tag_does_not_join_a_load_at_a_replica(coherence: Coherence) -> None:
-    load = coherence.begin_load("k", START, frozenset("a"))
-    assert coherence.joinable("k", START, frozenset("b")) is load
-    assert coherence.turn_to_replica(load, START)
-    assert coherence.joinable("k", START, frozenset("ab")) is load
-    assert coherence.joinable("k", START, frozenset("c")) is None
-    coherence.turn_to_primary(load, START)
-    assert coherence.joinable("k", START, frozenset("c")) is load
+    load = coherence.loads.begin("k", START, frozenset("a"))
+    assert coherence.loads.joinable("k", START, frozenset("b")) is load
+    assert coherence.loads.turn_to_replica(load, START)
+    assert coherence.loads.joinable("k", START, frozenset("ab")) is load
+    assert coherence.loads.joinable("k", START, frozenset("c")) is None
+    coherence.loads.turn_to_primary(load, START)
+    assert coherence.loads.joinable("k", START, frozenset("c")) is load
 
 
 def test_what_is_stored_for_others_is_not_a_replicas_where_it_has_to_be_proven(
     proven: Coherence, coherence: Coherence
 ) -> None:
-    assert not proven.turn_to_replica(proven.begin_load("k", START), START, shared=True)
-    assert coherence.turn_to_replica(coherence.begin_load("k", START), START, shared=True)
+    assert not proven.loads.turn_to_replica(proven.loads.begin("k", START), START, shared=True)
+    assert coherence.loads.turn_to_replica(coherence.loads.begin("k", START), START, shared=True)
     assert SharedCache._shared
 
 

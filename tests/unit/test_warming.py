@@ -15,9 +15,9 @@ from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache, Policies, Read, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence.warming import Hot, Warming
 from cacheinval.levels import TwoLevels
 from cacheinval.reloading import MOST_WARMING, Warmer
-from cacheinval.warming import Hot, Warming
 
 NONE: frozenset[str] = frozenset()
 KEY, EVERYTHING = Eviction(["k"]), Eviction(everything=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from cacheinval.registration import Registered
+from cacheinval.coherence.registration import Registered
 
 __all__ = ["Question", "Receipt", "check_wait"]
 

@@ -7,7 +7,7 @@ promises freshness serves from its cache only while it surely is there, and only
 import math
 from dataclasses import dataclass
 
-from cacheinval.standing import Standing
+from cacheinval.coherence.standing import Standing
 
 __all__ = ["NOT_YET", "SHORTEST_LEASE", "Registered", "Registration"]
 
