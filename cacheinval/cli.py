@@ -221,9 +221,9 @@ def sandbox(
     """Start private RabbitMQ and Postgres servers, and run COMMAND with CACHEINVAL_… pointing at them."""
     import asyncio
 
-    from cacheinval import sandbox
+    from cacheinval.sandbox import running
 
-    raise typer.Exit(asyncio.run(sandbox.run(command or [], cluster=cluster)))
+    raise typer.Exit(asyncio.run(running.run(command or [], cluster=cluster)))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from cacheinval.demo.waiting import until
 from cacheinval.errors import CacheinvalError
-from cacheinval.processes import LOOPBACK, Guard
+from cacheinval.sandbox.processes import LOOPBACK, Guard
 
 __all__ = ["Process"]
 

@@ -17,9 +17,9 @@ from cacheinval.demo.process import Process
 from cacheinval.demo.stage import CATALOGUE, LAMP, Wrong, new_price
 from cacheinval.demo.waiting import together
 from cacheinval.errors import CacheinvalError
-from cacheinval.processes import LOOPBACK, Guard
 from cacheinval.products import product_key
 from cacheinval.sandbox import RabbitMQ, Sandbox
+from cacheinval.sandbox.processes import LOOPBACK, Guard
 from cacheinval.settings import mask_url
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from cacheinval.demo.acts import without_invalidation
 from cacheinval.demo.memory import MemoryStage
 from cacheinval.demo.page import Page
 from cacheinval.demo.stage import Wrong, wrong_at_the_end, wrong_prices
-from cacheinval.servers import RabbitMQ
+from cacheinval.sandbox import RabbitMQ
 
 ELSEWHERE = {  # what the demo must not mind
     "CACHEINVAL_BROKER_URL": "amqp://nowhere.invalid/",

@@ -11,9 +11,9 @@ import yaml
 from running import Started
 from waiting import Eventually
 
-from cacheinval.processes import Guard
 from cacheinval.sandbox import RabbitMQ
-from cacheinval.servers import Programs, Server
+from cacheinval.sandbox.processes import Guard
+from cacheinval.sandbox.server import Programs, Server
 
 CONFIG = Path(__file__).parents[2] / "config"
 

@@ -27,7 +27,7 @@ from proxy import Proxy
 
 from cacheinval import Client, Read, Settings
 from cacheinval.outbox import apply_schema
-from cacheinval.processes import Guard
+from cacheinval.sandbox.processes import Guard
 
 EVENTUAL = 60.0  # seconds for what takes a second on a machine that has nothing else to do
 SHARED = (str(Path(__file__).parent), str(Path(__file__).parent.parent))  # where tests have what they share

@@ -29,8 +29,8 @@ from waiting import until
 from workload import Work
 
 from cacheinval import Client, Settings
-from cacheinval.processes import Guard
 from cacheinval.sandbox import Sandbox
+from cacheinval.sandbox.processes import Guard
 
 DELTA = 5.0
 SETTINGS: dict[str, Any] = {

@@ -16,8 +16,8 @@ from scene import EVENTUAL, OUTBOX, Clients, Eventually, through
 from workload import Work, Working
 
 from cacheinval import Client
-from cacheinval.processes import Guard
 from cacheinval.sandbox import Postgres, RabbitMQ
+from cacheinval.sandbox.processes import Guard
 
 pytest_plugins = ("scene", "workload")
 

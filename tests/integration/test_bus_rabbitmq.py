@@ -21,8 +21,8 @@ from cacheinval.bus import Bus, Delivery, consuming
 from cacheinval.bus.consuming import Subscription
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.errors import ConfigurationError, PublishError
-from cacheinval.processes import claim_port
 from cacheinval.sandbox import RabbitMQ
+from cacheinval.sandbox.processes import claim_port
 from cacheinval.settings import Settings
 
 

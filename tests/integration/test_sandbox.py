@@ -19,10 +19,19 @@ import asyncpg
 import pytest
 from waiting import Eventually
 
-from cacheinval import processes, servers
 from cacheinval.errors import SandboxError
-from cacheinval.processes import living
-from cacheinval.sandbox import SERVICES, Memcached, Postgres, RabbitMQ, Redis, Sandbox, Server
+from cacheinval.sandbox import (
+    SERVICES,
+    Memcached,
+    Postgres,
+    RabbitMQ,
+    Redis,
+    Sandbox,
+    Server,
+    processes,
+    server,
+)
+from cacheinval.sandbox.processes import living
 
 
 def _refuses(server: Server) -> bool:
@@ -178,7 +187,7 @@ async def test_nobody_gets_the_port_of_a_server_that_is_down(own_redis: Redis) -
 async def test_a_port_that_somebody_took_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as somebody:
         taken = [somebody.dup()]
-        monkeypatch.setattr(servers, "claim_port", lambda: taken.pop() if taken else processes.claim_port())
+        monkeypatch.setattr(server, "claim_port", lambda: taken.pop() if taken else processes.claim_port())
         async with Sandbox(["redis"]) as sandbox:
             assert not taken
             assert sandbox.redis.port != somebody.getsockname()[1]
@@ -327,7 +336,7 @@ async def test_a_process_lives_until_its_last_thread_has_ended(eventually: Event
 
 _RUN = """
 import asyncio, sys
-from cacheinval.sandbox import run
+from cacheinval.sandbox.running import run
 sys.exit(asyncio.run(run(sys.argv[1:], ["redis"])))
 """
 

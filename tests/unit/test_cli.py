@@ -205,7 +205,7 @@ class TestProcesses:
 
     def test_demo_and_sandbox_are_called_with_what_was_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import cacheinval.demo
-        import cacheinval.sandbox
+        import cacheinval.sandbox.running
 
         async def sandbox(command: list[str], *, cluster: bool) -> int:
             assert command == ["ls", "-l", "--all"]
@@ -214,7 +214,7 @@ class TestProcesses:
         def demo(bus: str) -> int:
             return {"rabbitmq": 3, "memory": 4}[bus]
 
-        monkeypatch.setattr(cacheinval.sandbox, "run", sandbox)
+        monkeypatch.setattr(cacheinval.sandbox.running, "run", sandbox)
         monkeypatch.setattr(cacheinval.demo, "run", demo)
         assert ended(monkeypatch, "sandbox", "--", "ls", "-l", "--all") == 5
         assert ended(monkeypatch, "sandbox", "--cluster", "--", "ls", "-l", "--all") == 6

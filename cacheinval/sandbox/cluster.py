@@ -4,8 +4,8 @@ import asyncio
 import secrets
 from pathlib import Path
 
-from cacheinval.processes import LOOPBACK, Guard
-from cacheinval.servers import Epmd, Membership, RabbitMQ
+from cacheinval.sandbox.processes import LOOPBACK, Guard
+from cacheinval.sandbox.rabbitmq import Epmd, Membership, RabbitMQ
 
 __all__ = ["Cluster"]
 
