@@ -25,11 +25,14 @@ from cacheinval.bus import Bus, Channel
 from cacheinval.bus.memory import EventBus
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.cache import CoherentCache, InProcessCache, Policies, SharedCache
+from cacheinval.cache.decorating import Cached, cached, invalidates
+from cacheinval.cache.levels import SECOND_LEVEL, TwoLevels
+from cacheinval.cache.reloading import Warmer
+from cacheinval.cache.versions import VersionOf
 from cacheinval.clock import Clock
 from cacheinval.coherence import SUSPECT_AGE, Coherence, Eviction
 from cacheinval.coherence.receipts import Question, Receipt
 from cacheinval.coherence.registration import Registered, Registration
-from cacheinval.decorating import Cached, cached, invalidates
 from cacheinval.errors import (
     CacheError,
     CacheinvalError,
@@ -40,7 +43,6 @@ from cacheinval.errors import (
     PublishError,
 )
 from cacheinval.fleet import Outlook, Respondent, ask_instances, silent_among
-from cacheinval.levels import SECOND_LEVEL, TwoLevels
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Database, Instances, Registrar
 from cacheinval.outbox.pool import (
@@ -56,12 +58,10 @@ from cacheinval.outbox.session import LOST
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.receiver import Instance
 from cacheinval.recent import Recent, RecentEvictions
-from cacheinval.reloading import Warmer
 from cacheinval.settings import Settings, mask_url
 from cacheinval.tasks import STOP_TIMEOUT, Tasks
 from cacheinval.tracing import Tracing, tracing
 from cacheinval.transactions import Invalidations, Transaction
-from cacheinval.versions import VersionOf
 from cacheinval.writes import Writes
 
 if TYPE_CHECKING:

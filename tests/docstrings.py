@@ -11,7 +11,7 @@ from typing import Any
 
 import cacheinval
 import cacheinval.sqlalchemy
-from cacheinval.decorating import Cached
+from cacheinval.cache.decorating import Cached
 
 WITHOUT_EXAMPLE = {
     # Of the package's own parts: users have other names for it.

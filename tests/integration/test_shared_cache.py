@@ -641,7 +641,7 @@ async def test_much_that_could_not_be_evicted_is_as_good_as_everything(
     one: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the cache is away every write adds to it, and every read looks at it."""
-    monkeypatch.setattr("cacheinval.cache.MOST_OWED", 10)
+    monkeypatch.setattr("cacheinval.cache.shared.MOST_OWED", 10)
     await one.cache.get_or_set("k", value_of("old"))
     evict = one.entries.evict
 

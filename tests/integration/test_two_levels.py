@@ -13,9 +13,9 @@ from cacheinval import Client, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.cache import Read, SharedCache
+from cacheinval.cache.levels import TwoLevels
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError
-from cacheinval.levels import TwoLevels
 from cacheinval.sandbox import Memcached, RabbitMQ, Redis
 
 EVICTIONS = [Eviction(["k"]), Eviction(tags=["t"]), Eviction(everything=True)]

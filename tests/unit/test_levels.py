@@ -11,10 +11,10 @@ from cacheinval import Client, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.shared import Found
 from cacheinval.cache import InProcessCache, Policies, Read, SharedCache, without_cache
+from cacheinval.cache.levels import TwoLevels
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Entry, Eviction
 from cacheinval.errors import CacheError
-from cacheinval.levels import TwoLevels
 
 KEY, TAG, EVERYTHING = Eviction(["k"]), Eviction(tags=["t"]), Eviction(everything=True)
 each_eviction = pytest.mark.parametrize("what", [KEY, TAG, EVERYTHING], ids=["key", "tag", "everything"])

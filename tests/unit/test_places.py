@@ -8,9 +8,9 @@ from waiting import Eventually
 
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache
+from cacheinval.cache.places import Places
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
-from cacheinval.places import Places
 
 START = 1000.0
 
@@ -63,8 +63,8 @@ def bounded(coherence: Coherence, clock: SetClock, most: int) -> InProcessCache:
 
 
 def free(cache: InProcessCache) -> int:
-    assert cache._places.waiting == 0
-    return cache._places._free
+    assert cache._flights.places.waiting == 0
+    return cache._flights.places._free
 
 
 async def test_a_thousand_readers_of_a_hundred_keys_make_a_hundred_loads_each_time_and_few_at_once(
@@ -109,7 +109,7 @@ async def test_loads_wait_for_their_turn_in_order(
         await cache.get_or_set(key, factory)
 
     tasks = [asyncio.create_task(load(key)) for key in "abc"]
-    await eventually(lambda: cache._places.waiting == 2)
+    await eventually(lambda: cache._flights.places.waiting == 2)
     assert order == ["a"]
     source.release.set()
     await asyncio.gather(*tasks)
@@ -124,7 +124,7 @@ async def test_a_load_that_waited_is_as_old_as_its_beginning_and_may_be_joined_u
     second.release.set()
     tasks = [asyncio.create_task(cache.get_or_set("a", first))]
     tasks.append(asyncio.create_task(cache.get_or_set("b", second)))
-    await eventually(lambda: cache._places.waiting == 1)
+    await eventually(lambda: cache._flights.places.waiting == 1)
     clock.time += 60
     tasks.append(asyncio.create_task(cache.get_or_set("b", second)))
     await eventually(lambda: cache.counters.misses == 3)
@@ -140,7 +140,7 @@ async def test_an_eviction_voids_a_load_that_waits(
 ) -> None:
     cache, first = bounded(coherence, clock, 1), Source()
     tasks = [asyncio.create_task(cache.read("a", first)), asyncio.create_task(cache.read("b", first))]
-    await eventually(lambda: cache._places.waiting == 1)
+    await eventually(lambda: cache._flights.places.waiting == 1)
     coherence.evict(Eviction(["b"]), clock.now())
     first.release.set()
     assert [read.stored for read in await asyncio.gather(*tasks)] == [True, False]
@@ -154,14 +154,14 @@ async def test_a_cancelled_load_keeps_no_place(
     leader = asyncio.create_task(cache.get_or_set("a", first))
     await eventually(lambda: first.running == 1)
     task = asyncio.create_task(cache.get_or_set("b", second))
-    await eventually(lambda: cache._places.waiting == 1)
+    await eventually(lambda: cache._flights.places.waiting == 1)
     if when == "loading":
         first.release.set()
         await eventually(lambda: second.running == 1)
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
-    assert cache._places.waiting == 0
+    assert cache._flights.places.waiting == 0
     assert second.calls == (1 if when == "loading" else 0)
     first.release.set()
     await leader
@@ -223,7 +223,7 @@ async def test_a_part_that_waits_for_a_place_goes_on_when_a_load_with_a_place_wa
     reader = asyncio.create_task(cache.get_or_set("whole", whole))
     await asyncio.sleep(0)
     part = asyncio.create_task(cache.get_or_set("part", source))
-    await eventually(lambda: cache._places.waiting == 1)
+    await eventually(lambda: cache._flights.places.waiting == 1)
     go.set()
     async with asyncio.timeout(30):
         assert await asyncio.gather(reader, part) == [1, 1]

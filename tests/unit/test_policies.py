@@ -12,10 +12,10 @@ from waiting import Eventually
 from cacheinval import Client, ConfigurationError, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache, Policies, Read, SharedCache
+from cacheinval.cache.levels import TwoLevels
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.errors import CacheError
-from cacheinval.levels import TwoLevels
 from cacheinval.products.http import cache_status
 
 KEY, TAG, EVERYTHING = Eviction(["k"]), Eviction(tags=["t"]), Eviction(everything=True)

@@ -9,13 +9,13 @@ import pytest
 
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache, Read, SharedCache
+from cacheinval.cache.versions import version_of
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction, higher
 from cacheinval.coherence import floors as floors_module
 from cacheinval.coherence.floors import NO_FLOOR, Floors
 from cacheinval.errors import CacheError
 from cacheinval.messages import Invalidate, Tick
-from cacheinval.versions import version_of
 
 LAG = 30.0
 START = 1000.0

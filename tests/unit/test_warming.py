@@ -13,11 +13,11 @@ from waiting import Eventually
 from cacheinval import Client, ConfigurationError, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.cache import InProcessCache, Policies, Read, SharedCache
+from cacheinval.cache.levels import TwoLevels
+from cacheinval.cache.reloading import MOST_WARMING, Warmer
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.coherence.warming import Hot, Warming
-from cacheinval.levels import TwoLevels
-from cacheinval.reloading import MOST_WARMING, Warmer
 
 NONE: frozenset[str] = frozenset()
 KEY, EVERYTHING = Eviction(["k"]), Eviction(everything=True)
@@ -361,7 +361,7 @@ async def test_nothing_is_warmed_that_would_not_be_served(
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cacheinval.reloading.MAY_NOT_YET", 0.01)
+    monkeypatch.setattr("cacheinval.cache.reloading.MAY_NOT_YET", 0.01)
     await heat(cache, source, "k")
     coherence.lost("cut")
     evict(EVERYTHING)

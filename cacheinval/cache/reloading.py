@@ -32,10 +32,10 @@ class Reloads:
     def __init__(self, failed: Failed, most: int) -> None:
         self._failed = failed
         self._most = most
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[object]] = {}
         self._closed = False
 
-    def start(self, key: str, reload: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+    def start(self, key: str, reload: Callable[[], Coroutine[Any, Any, object]]) -> bool:
         """Begins to run `reload`; False where one of `key` runs already, or too many do."""
         if key in self._tasks or self.full or self._closed:
             return False
@@ -43,7 +43,7 @@ class Reloads:
         task.add_done_callback(partial(self._ended, key))
         return True
 
-    def _ended(self, key: str, task: "asyncio.Task[None]") -> None:
+    def _ended(self, key: str, task: "asyncio.Task[object]") -> None:
         del self._tasks[key]
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._failed(key, error)

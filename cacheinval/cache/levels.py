@@ -1,21 +1,15 @@
 """Two levels: entries in the process, in front of a cache outside it which other instances fill and evict as well."""
 
-from typing import Any
+from typing import Any, Literal
 
-from cacheinval.cache import (
-    MOST_LOADS,
-    Factory,
-    InProcessCache,
-    LoadAndStore,
-    MemoryBackend,
-    Policies,
-    Read,
-    Remember,
-    SharedCache,
-)
+from cacheinval.cache.coherent import MOST_LOADS, Remember
+from cacheinval.cache.flights import Factory, LoadAndStore
+from cacheinval.cache.in_process import InProcessCache, MemoryBackend
+from cacheinval.cache.reads import Policies, Read
+from cacheinval.cache.shared import SharedCache
+from cacheinval.cache.versions import VersionOf
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Entry, Eviction, Load
-from cacheinval.versions import VersionOf
 
 __all__ = ["SECOND_LEVEL", "TwoLevels"]
 
@@ -85,12 +79,12 @@ class TwoLevels(InProcessCache):
                 self._loads.inherit(load, there)
                 return there.value, self._put(load, there.value, there.expires_at, kept)
             self._loads.let_go(load, self._now())  # nothing has been read yet
-            return await super(TwoLevels, self)._in_place(load, load_and_store(found))
+            return await self._flights.in_place(load_and_store(found), load)
 
         def load_and_store(found: Any) -> LoadAndStore:
             async def load_and_store(load: Load) -> tuple[Any, bool]:
                 written, value = self.second.as_stored(
-                    await self._ask(load, factory, version, primary), model
+                    await self._flights.ask(load, factory, version, primary), model
                 )
                 stored = self._put(load, value, self._now() + lifetime, kept)
                 self.counters.not_stored += not stored
@@ -104,21 +98,12 @@ class TwoLevels(InProcessCache):
         looking = _Looking(look)
         return looking
 
-    async def _join_or_load(
-        self,
-        key: str,
-        load_and_store: LoadAndStore,
-        tags: frozenset[str],
-        now: float,
-        entry: Entry | None,
-        refresh: bool,
+    def _given(
+        self, load_and_store: LoadAndStore, value: Any, outcome: Literal["miss", "bypass"], stored: bool
     ) -> Read:
-        read = await super()._join_or_load(key, load_and_store, tags, now, entry, refresh)
-        was_there = isinstance(load_and_store, _Looking) and load_and_store.was_there
-        return Read(read.value, "hit", False, "shared") if was_there else read
-
-    async def _in_place(self, load: Load, load_and_store: LoadAndStore) -> tuple[Any, bool]:
-        return await load_and_store(load)  # a look takes no place: places are for loaders
+        if isinstance(load_and_store, _Looking) and load_and_store.was_there:
+            return Read(value, "hit", False, "shared")
+        return super()._given(load_and_store, value, outcome, stored)
 
     def _put(self, load: Load, value: Any, expires_at: float, kept: bool) -> bool:
         if not self._loads.may_store(load):

@@ -5,10 +5,10 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine
 from copy import deepcopy
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast, overload
 
-from cacheinval.cache import CoherentCache
+from cacheinval.cache.coherent import CoherentCache
+from cacheinval.cache.templates import Arguments, compiled
+from cacheinval.cache.versions import VersionOf
 from cacheinval.messages import check_names
-from cacheinval.templates import Arguments, compiled
-from cacheinval.versions import VersionOf
 
 __all__ = ["Cached", "CachedMethod", "cached", "invalidates"]
 

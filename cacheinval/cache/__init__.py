@@ -1,0 +1,21 @@
+"""Read-through caching that obeys `coherence`: in the process, outside it, or both, one in front of the other."""
+
+from cacheinval.cache.coherent import CoherentCache
+from cacheinval.cache.in_process import InProcessCache
+from cacheinval.cache.levels import TwoLevels
+from cacheinval.cache.reads import BypassReason, CacheCounters, Policies, Read
+from cacheinval.cache.shared import SharedCache
+from cacheinval.cache.within import running_transaction, without_cache
+
+__all__ = [
+    "BypassReason",
+    "CacheCounters",
+    "CoherentCache",
+    "InProcessCache",
+    "Policies",
+    "Read",
+    "SharedCache",
+    "TwoLevels",
+    "running_transaction",
+    "without_cache",
+]
