@@ -405,13 +405,13 @@ async def test_the_connection_of_the_registration_is_made_by_instances_only_and_
         return bool(await db.fetchval(others) == count)
 
     async with Client(settings, subscribe=False) as writer:
-        assert writer._own_connection._connection is None
+        assert writer._connections._own_connection._connection is None
     async with (
         asyncpg.create_pool(database_url, min_size=1) as pool,
         Client(settings, pool=pool) as borrowing,
     ):
         await eventually(lambda: borrowing.status()["registration"]["state"] == "registered")
-        assert borrowing._own_connection._connection is None
+        assert borrowing._connections._own_connection._connection is None
     async with Client(settings) as client:
         await eventually(lambda: client.status()["registration"]["state"] == "registered")
         await eventually(lambda: are(1))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from waiting import Eventually
 
-import cacheinval.client as wiring
+import cacheinval.client.parts as parts
 from cacheinval import AuditReport, Client, Settings, audit_command, messages
 from cacheinval import audit as auditing
 from cacheinval.audit import AuditAnswer
@@ -39,7 +39,7 @@ def settings(namespace: str, name: str, **others: Any) -> Settings:
 
 @pytest.fixture(autouse=True)
 def hardly_a_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wiring, "SUSPECT_AGE", 0.01)
+    monkeypatch.setattr(parts, "SUSPECT_AGE", 0.01)
 
 
 @pytest.fixture

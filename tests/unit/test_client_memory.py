@@ -10,8 +10,15 @@ import pytest
 from aiocache import SimpleMemoryCache
 from waiting import Eventually
 
-import cacheinval.client as wiring
-from cacheinval import Client, ConfigurationError, InvalidKeyError, NoDatabaseError, PublishError, Settings
+from cacheinval import (
+    Client,
+    ConfigurationError,
+    InvalidKeyError,
+    NoDatabaseError,
+    PublishError,
+    Settings,
+    tasks,
+)
 from cacheinval.bus import Delivery
 from cacheinval.bus.memory import EventBus, EventChannel
 from cacheinval.cache import Read
@@ -192,7 +199,7 @@ async def test_a_client_that_does_not_subscribe_invalidates_others_and_collects_
 async def test_a_part_that_fails_is_started_again(
     namespace: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(wiring, "RESTART_PAUSE", 0.01)
+    monkeypatch.setattr(tasks, "RESTART_PAUSE", 0.01)
     async with Client(settings(namespace)) as client:
         await client.wait_ready(30)
         await client.cache.get_or_set("k", Source())
@@ -214,7 +221,7 @@ async def test_a_part_that_fails_is_started_again(
 async def test_an_epoch_put_off_that_fails_does_not_leave_it_suspect_for_ever(
     namespace: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    monkeypatch.setattr(wiring, "RESTART_PAUSE", 0.01)
+    monkeypatch.setattr(tasks, "RESTART_PAUSE", 0.01)
     async with Client(settings(namespace)) as client:
         await client.wait_ready(30)
         channel = await client.bus.open_channel()

@@ -219,7 +219,7 @@ async def test_an_instance_tells_its_hit_ratio_its_last_gap_and_its_own_time(
         for _ in range(4):
             await client.cache.get_or_set("k", load)
         client.instance.lost("cut")
-        client._resubscribe("cut")
+        client._subscriber.resubscribe("cut")
         await eventually(lambda: client.ready)
         told = client.status()
         assert told["hit_ratio"] == 0.75

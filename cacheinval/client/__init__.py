@@ -1,65 +1,49 @@
 """The client that services embed: the one place where the parts are put together."""
 
 import asyncio
-import logging
-import os
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from importlib.metadata import version
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, overload
 
 import asyncpg
 
-from cacheinval import logs
 from cacheinval.asking import Answering, Asking
-from cacheinval.audit import Auditor, AuditReport, Loaders
+from cacheinval.audit import AuditReport, Loaders
 from cacheinval.backends.attached import AttachedCache
-from cacheinval.backends.memory import BoundedMemoryCache
-from cacheinval.backends.proof import KeptProof
-from cacheinval.backends.serializing import serializer
-from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.bus import Bus, Channel
-from cacheinval.bus.memory import EventBus
-from cacheinval.bus.rabbitmq import RabbitBus
-from cacheinval.cache import CoherentCache, InProcessCache, Policies, SharedCache
+from cacheinval.cache import CoherentCache
 from cacheinval.cache.decorating import Cached, cached, invalidates
-from cacheinval.cache.levels import SECOND_LEVEL, TwoLevels
-from cacheinval.cache.reloading import Warmer
 from cacheinval.cache.versions import VersionOf
+from cacheinval.client.caches import Caches
+from cacheinval.client.connections import Connections
+from cacheinval.client.parts import check, make_auditor, make_cache, make_coherence
+from cacheinval.client.status import Status
+from cacheinval.client.subscriber import Subscriber
+from cacheinval.client.unrecorded import Unrecorded
 from cacheinval.clock import Clock
-from cacheinval.coherence import SUSPECT_AGE, Coherence, Eviction
-from cacheinval.coherence.receipts import Question, Receipt
-from cacheinval.coherence.registration import Registered, Registration
+from cacheinval.coherence.receipts import Receipt
+from cacheinval.coherence.registration import Registered
 from cacheinval.errors import (
-    CacheError,
     CacheinvalError,
-    ConfigurationError,
     DatabaseError,
     InvalidKeyError,
-    NoDatabaseError,
-    PublishError,
 )
 from cacheinval.fleet import Outlook, Respondent, ask_instances, silent_among
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Database, Instances, Registrar
 from cacheinval.outbox.pool import (
     CONNECT_TIMEOUT,
-    STATEMENT_TIMEOUT,
-    Borrowed,
-    OwnConnection,
-    close_pool,
-    make_pool,
 )
 from cacheinval.outbox.relay import Relay
 from cacheinval.outbox.session import LOST
-from cacheinval.publisher import Publisher, Unpublished
+from cacheinval.publisher import Publisher
 from cacheinval.receiver import Instance
 from cacheinval.recent import Recent, RecentEvictions
-from cacheinval.settings import Settings, mask_url
-from cacheinval.tasks import STOP_TIMEOUT, Tasks
+from cacheinval.settings import Settings
+from cacheinval.tasks import Tasks
 from cacheinval.tracing import Tracing, tracing
 from cacheinval.transactions import Invalidations, Transaction
 from cacheinval.writes import Writes
@@ -72,20 +56,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Client"]
 
-log = logging.getLogger("cacheinval.client")
-
 P = ParamSpec("P")
 T = TypeVar("T")
-
-VERSION = version("cacheinval")
-
-# Of the settings that are told, those in which the instances of a namespace should agree.
-SHARED_SETTINGS = ("max_staleness", "max_clock_skew", "tick_interval", "max_replica_lag")
 
 # What leaving takes at most, in seconds: with the tasks' time to stop within the 10 s that a supervisor grants.
 FLUSH_TIMEOUT = 1.0
 
-RESTART_PAUSE = 1.0
 FIRST_JOIN_TIMEOUT = 1.0
 
 
@@ -122,121 +98,102 @@ class Client:
         bus: Bus | None = None,
         subscribe: bool = True,
     ) -> None:
-        self.settings = settings or Settings()
-        if (
-            subscribe
-            and self.settings.cache_is_external
-            and "instance_id" not in self.settings.model_fields_set
-        ):
-            raise ConfigurationError(
-                "CACHEINVAL_INSTANCE_ID=: accepted: a name that stays the same over restarts, as CACHEINVAL_CACHE_URL "
-                "names a cache outside the process"
-            )
-        if pool is not None and self.settings.relay == "auto" and pool.get_max_size() < 2:
-            raise ConfigurationError(
-                "pool: max_size 1 leaves nothing beside the relay, which keeps one connection; accepted: at least 2, or "
-                "CACHEINVAL_RELAY=off"
-            )
+        self.settings = settings = settings or Settings()
+        check(settings, pool, subscribe=subscribe)
         self._clock, self._tasks = Clock(), Tasks()
         self._subscribe = subscribe
-        self._pool, self._own_pool = pool, pool is None
-        self._own_connection = OwnConnection(
-            self.settings.database_url
-        )  # for the registration, where the pool is our own
-        self._has_database = pool is not None or bool(self.settings.database_url)
-        self._registration = Registration(
-            self.settings.max_staleness,
-            self.settings.max_clock_skew,
-            required=self._has_database and self.settings.max_staleness is not None,
-            outlives=self.settings.cache_is_external,
-        )
-        self._coherence = Coherence(
-            self.settings.max_staleness,
-            self.settings.max_clock_skew,
-            gap_interval=0 if self.settings.cache_is_external else None,
-            max_replica_lag=self.settings.max_replica_lag,
-            registration=self._registration,
-            in_front=self.settings.cache_local_entries > 0,
-        )
-        if self._has_database:
-            self._coherence.proof.await_source()
-        self._bus = bus
-        self._keeper: KeptProof | None = None
-        self._loaders = Loaders(among=self.settings.cache_max_entries)
-        self.cache: CoherentCache = self._make_cache()
-        self.auditor = self._make_auditor()
-        self._caches: list[Any] = [self.cache]
-        self._outbox = Outbox(self.settings.namespace)
+        self._connections = Connections(settings.database_url, pool)
+        self._has_database = has_database = self._connections.exist
+        self._subscriber = Subscriber(bus, settings)
+
+        self._coherence = make_coherence(settings, has_database=has_database)
+        loaders = Loaders(among=settings.cache_max_entries)
+        cache, keeper = make_cache(settings, self._coherence, self._clock, loaders)
+        self.cache: CoherentCache = cache
+        self.auditor = make_auditor(settings, cache, loaders)
+        self._caches = Caches(cache, self._coherence, self._clock.now, self._tasks.aside)
+
         # A cache outside the process alone is the same one when the next process takes over.
-        ends_with_process = not self.settings.cache_is_external or self.settings.cache_local_entries
+        ends_with_process = not settings.cache_is_external or settings.cache_local_entries
         session = secrets.token_hex(8) if ends_with_process else ""
-        me = Registered(self.settings.instance_id, session, self.settings.max_staleness)
-        self._asking = Asking(
-            self._instances(lambda: self.pool).count if self._has_database else None,
-            self.settings.max_clock_skew,
-            (me.id, me.session) if subscribe else None,
-        )
-        self._answering = Answering(self._say_evicted, (me.id, me.session))
+        me = Registered(settings.instance_id, session, settings.max_staleness)
+        count = self._instances(lambda: self.pool).count if has_database else None
+        self._asking = Asking(count, settings.max_clock_skew, (me.id, me.session) if subscribe else None)
+        self._answering = Answering(self._subscriber.answer, (me.id, me.session))
+
+        self._outbox = Outbox(settings.namespace)
         self.publisher = Publisher(
             self._open_channel,
-            self._delete_rows if self._has_database else None,
+            self._delete_rows if has_database else None,
             self._coherence,
-            self.settings.publish_timeout,
-            self.settings.tick_interval,
+            settings.publish_timeout,
+            settings.tick_interval,
             self._asking,
         )
+        self._writes = Writes(
+            lambda: self.pool,
+            self._outbox,
+            self.publisher,
+            self._caches.evict,
+            self._asking,
+            self._tasks.aside,
+        )
+        unrecorded = Unrecorded(self.publisher, self._caches.evict, self._asking, settings.publish_timeout)
+        self._invalidate = (self._writes if has_database else unrecorded).invalidate
+        self.relay = self._make_relay()
+
         self._recent = RecentEvictions()
         respondent = Respondent(me.id, lambda: self.bus, self._answer_status, self.auditor, self._tasks.aside)
         self.instance = Instance(
             self._coherence,
             self._clock,
-            self._caches,
-            self._publish_probe,
+            self._caches.all,
+            self._subscriber.publish_probe,
             respondent.answer,
-            self._resubscribe,
-            keeper=self._keeper,
-            tick_interval=self.settings.tick_interval,
-            max_clock_skew=self.settings.max_clock_skew,
+            self._subscriber.resubscribe,
+            keeper=keeper,
+            tick_interval=settings.tick_interval,
+            max_clock_skew=settings.max_clock_skew,
             confirm=self._answering.evicted,
             recent=self._recent,
         )
         self._registrar = Registrar(
-            self._instances(lambda: self._own_connection if self._own_pool else self.pool),
+            self._instances(lambda: self._connections.registering),
             me,
-            self._registration,
+            self._coherence.registration,
             self._clock.now,
             self._may_register,
             self.instance.registered,
         )
+        self._status = Status(
+            settings=settings,
+            clock=self._clock,
+            coherence=self._coherence,
+            cache=cache,
+            caches=self._caches,
+            auditor=self.auditor,
+            publisher=self.publisher,
+            instance=self.instance,
+            registrar=self._registrar if subscribe and has_database else None,
+            relay=self.relay,
+            bus=lambda: self.bus,
+        )
         self.outlook = Outlook(
-            lambda: self.bus,
-            self.status,
-            self._recently_evicted,
-            self._instances(lambda: self.pool).count if self._has_database else None,
-            instance=subscribe,
+            lambda: self.bus, self.status, self._recently_evicted, count, instance=subscribe
         )
-        self._writes = Writes(
-            lambda: self.pool, self._outbox, self.publisher, self._evict_here, self._asking, self._tasks.aside
-        )
-        self.relay = self._make_relay()
-        self._bus_run: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
-        self._started_at: float | None = None
         self._tracing: Tracing | None = None
 
     # Life
 
     async def __aenter__(self) -> Self:
-        if self._started_at is not None:
+        if self._status.started_at is not None:
             raise CacheinvalError("a Client can be entered once; make another one")
-        self._started_at = time.time()
+        self._status.started_at = time.time()
         self._trace()
         # Entered in this order, left in the reverse one: what feeds others stops before what it feeds.
         async with AsyncExitStack() as stack:
-            if self._has_database and self._own_pool:
-                self._pool = await make_pool(self.settings.database_url)
-                stack.push_async_callback(close_pool, self._pool)
-                stack.push_async_callback(self._own_connection.close)
+            await self._connections.open(stack)
             stack.push_async_callback(self.cache.close)
             stack.push_async_callback(
                 self.bus.close
@@ -260,11 +217,13 @@ class Client:
                 if self.settings.audit_interval:
                     self._tasks.start("audit", self.auditor.run)
                 if self._has_database:
-                    self._tasks.start("source", self._learn_source)
+                    learn_source = self._connections.learn_source
+                    self._tasks.start("source", partial(learn_source, self._coherence.proof.trust_only))
                     self._tasks.start("registration", self._registrar.run)
                     stack.push_async_callback(self._registrar.leave)
                     stack.push_async_callback(self._tasks.stop, "registration")
-                self._tasks.start("subscription", self._stay_subscribed, self.instance.lost)
+                stay_subscribed = partial(self._subscriber.stay_subscribed, self.instance)
+                self._tasks.start("subscription", stay_subscribed, self.instance.lost)
             self._stack = stack.pop_all()
         return self
 
@@ -360,7 +319,7 @@ class Client:
         Raises:
             ConfigurationError: everything in it could not be dropped without harm to others.
         """
-        self._caches.append(AttachedCache(cache, may_flush_all=may_flush_all))
+        self._caches.attach(AttachedCache(cache, may_flush_all=may_flush_all))
 
     # Writing
 
@@ -374,11 +333,7 @@ class Client:
         Raises:
             NoDatabaseError: there is no database.
         """
-        if self._pool is None:
-            if self._has_database:
-                raise DatabaseError("the client has not been entered: `async with Client(…) as client:`")
-            raise NoDatabaseError
-        return self._pool
+        return self._connections.pool
 
     def transaction(
         self, *, wait: float | None = None, **options: Any
@@ -554,10 +509,7 @@ class Client:
                 "nothing to invalidate; accepted: at least one key or tag, or everything=True"
             )
         with self._asking.about(wait) as question:
-            if self._has_database:
-                await self._writes.invalidate(invalidations, question)
-            else:
-                await self._publish(invalidations, question)
+            await self._invalidate(invalidations, question)
             return None if question is None else await self._asking.receipt(question)
 
     def invalidates(
@@ -596,37 +548,6 @@ class Client:
         else:
             await self.invalidate(*keys, tags=tags)
 
-    async def _publish(self, invalidations: Invalidations, question: Question | None) -> None:
-        """Without a database: what is said is safe once the broker has confirmed it, and not before."""
-        invalidations.warn_if_large()
-        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        evicting = self._evict_here(
-            Eviction(invalidations.keys, invalidations.tags, invalidations.everything, reason="own write")
-        )
-        if question is not None:
-            self._asking.committed(question, evicted_here=evicting is None)
-        self.publisher.submit(
-            Unpublished(
-                keys=invalidations.keys,
-                tags=invalidations.tags,
-                everything=invalidations.everything,
-                evicted_here=evicting is None,
-                confirmed=confirmed,
-                question=question,
-                context=self._tracing.current() if self._tracing is not None else None,
-            )
-        )
-        if evicting is not None:
-            await asyncio.shield(evicting)
-        try:
-            async with asyncio.timeout(2 * self.settings.publish_timeout):
-                await confirmed
-        except TimeoutError:
-            raise PublishError(
-                f"the broker did not confirm within {2 * self.settings.publish_timeout:g} s (twice "
-                "CACHEINVAL_PUBLISH_TIMEOUT); the message may still arrive"
-            ) from None
-
     async def apply_schema(self) -> None:
         """Makes or updates the schema `cacheinval`; safe to call from any number of processes at once.
 
@@ -661,59 +582,7 @@ class Client:
         >>> client.bus.state["consumer"]
         'connected'
         """
-        if self._bus is None:  # not before: an `EventBus` belongs to the event loop that runs
-            memory = self.settings.broker_url.startswith("memory:")
-            self._bus = EventBus.of(self.settings.namespace) if memory else RabbitBus(self.settings)
-        return self._bus
-
-    def _make_cache(self) -> CoherentCache:
-        settings = self.settings
-        parts = (
-            self._coherence,
-            self._clock,
-            settings.cache_ttl,
-            self._loaders.remember,
-            settings.max_concurrent_loads,
-            Policies(
-                settings.cache_ttl_jitter,
-                settings.stale_if_error,
-                settings.stale_while_revalidate,
-                settings.warm_keys,
-                settings.warm_interval,
-            ),
-        )
-        if settings.cache_is_external:
-            for policy in ("stale_if_error", "stale_while_revalidate", "warm_keys"):
-                asked = getattr(settings, policy)
-                if asked and not settings.cache_local_entries:
-                    raise ConfigurationError(
-                        f"CACHEINVAL_{policy.upper()}={asked:g}: accepted: 0, as CACHEINVAL_CACHE_URL names a cache "
-                        "outside the process, unless CACHEINVAL_CACHE_LOCAL_ENTRIES keeps some in front of it"
-                    )
-            entries = SharedEntries(
-                connect(settings.cache_url),
-                settings.namespace,
-                serializer(settings.cache_serializer),
-                settings.cache_compress_above,
-            )
-            self._keeper = KeptProof(entries, settings.instance_id)
-            shared = SharedCache(entries, *parts)
-            if not settings.cache_local_entries:
-                return shared
-            return TwoLevels(BoundedMemoryCache(settings.cache_local_entries), shared, *parts)
-        return InProcessCache(BoundedMemoryCache(settings.cache_max_entries), *parts)
-
-    @property
-    def _warmer(self) -> Warmer | None:
-        return self.cache.warming if isinstance(self.cache, InProcessCache) else None
-
-    def _make_auditor(self) -> Auditor:
-        settings = self.settings
-        if settings.max_staleness is None:
-            least_delay = SUSPECT_AGE
-        else:
-            least_delay = settings.max_staleness + settings.max_clock_skew
-        return Auditor(self.cache, self._loaders, least_delay=least_delay, interval=settings.audit_interval)
+        return self._subscriber.bus
 
     def _instances(self, database: Callable[[], Database]) -> Instances:
         return Instances(database, self.settings.namespace, self.settings.max_clock_skew)
@@ -722,47 +591,13 @@ class Client:
         if not self._has_database or self.settings.relay == "off":
             return None
         return Relay(
-            self._connect_relay,
+            self._connections.connect_relay,
             self._open_channel,
             namespace=self.settings.namespace,
             tick_interval=self.settings.tick_interval,
             publish_timeout=self.settings.publish_timeout,
             max_clock_skew=self.settings.max_clock_skew,
         )
-
-    async def _connect_relay(self) -> Any:
-        if self._own_pool:
-            return await asyncpg.connect(
-                self.settings.database_url, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
-            )
-        return Borrowed(self.pool, await self.pool.acquire(timeout=CONNECT_TIMEOUT))
-
-    async def _stay_subscribed(self) -> None:
-        while True:
-            run = self._bus_run = asyncio.create_task(self.bus.run(self.instance))
-            try:
-                await asyncio.wait({run})
-            finally:
-                run.cancel()
-                await asyncio.wait({run}, timeout=STOP_TIMEOUT)
-            if not run.cancelled():
-                run.result()
-
-    def _resubscribe(self, reason: str) -> None:
-        logs.event(log, logging.WARNING, "subscribing anew", reason=reason)
-        if self._bus_run is not None:
-            self._bus_run.cancel()
-
-    async def _learn_source(self) -> None:
-        """Asks the database who it is, once: only its own relay's ticks prove anything here."""
-        while True:
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT):
-                    source = await self.pool.fetchval("SELECT cacheinval.source()")
-                self._coherence.proof.trust_only(source)
-                await asyncio.Event().wait()  # for good: the task ends with the client
-            except LOST:
-                await asyncio.sleep(RESTART_PAUSE)
 
     async def _delete_rows(self, rows: Sequence[Any], confirmed: Mapping[str, int]) -> None:
         await self._outbox.delete(self.pool, rows, confirmed)
@@ -778,32 +613,6 @@ class Client:
     def _may_register(self) -> bool:
         # Of two processes with one id the second hears nothing, and is not to be counted as the first one.
         return not self.settings.cache_is_external or self._coherence.subscribed
-
-    async def _say_evicted(self, delivery: Any, body: bytes) -> None:
-        await self.bus.answer(delivery, body)
-
-    async def _publish_probe(self, body: bytes) -> None:
-        async with asyncio.timeout(2 * self.settings.publish_timeout):
-            channel: Channel = await self.bus.open_channel()
-            try:
-                await channel.send(body)
-            finally:
-                await channel.close()
-
-    def _evict_here(self, eviction: Eviction) -> "asyncio.Future[None] | None":
-        self._coherence.evict(eviction, self._clock.now())
-        if self.cache.evict_now(eviction) and len(self._caches) == 1:
-            return None
-        return self._tasks.aside(self._try_to_evict(eviction))
-
-    async def _try_to_evict(self, eviction: Eviction) -> None:
-        for cache in self._caches:
-            try:
-                await cache.evict(eviction)
-            except CacheError:
-                pass  # the message comes back here, and is not acknowledged before it is done
-            except Exception:
-                log.exception("a cache cannot evict")
 
     async def _answer_status(self, evictions: float | None) -> dict[str, Any]:
         status = self.status()  # first, for it says when it was
@@ -826,9 +635,7 @@ class Client:
         >>> client.state
         'ready'
         """
-        if self._coherence.suspect is None:
-            return "ready"
-        return "suspect" if self.instance.ever_joined else "starting"
+        return self._status.state
 
     @property
     def ready(self) -> bool:
@@ -856,11 +663,7 @@ class Client:
         >>> print(client.watermark_age)  # without a database nobody sends ticks
         None
         """
-        return self._age(self._coherence.proof.watermark)
-
-    def _age(self, moment: float) -> float | None:
-        age = self._clock.now() - moment
-        return max(0.0, age) if age < float("inf") else None
+        return self._status.watermark_age
 
     async def wait_ready(self, timeout: float) -> None:
         """Waits until what is cached can be relied on.
@@ -885,43 +688,7 @@ class Client:
         >>> status["id"], status["state"], status["cache"]["entries"]
         ('shop-1', 'ready', 0)
         """
-        reason, gap = self._coherence.suspect, self._coherence.last_gap
-        broker, cache = getattr(self.bus, "state", None), self.cache.counters
-        reads = cache.hits + cache.misses + cache.bypasses
-        return {
-            "id": self.settings.instance_id,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "version": VERSION,
-            "namespace": self.settings.namespace,
-            "state": self.state,
-            "reason": reason,
-            "since": self.instance.since,
-            "started_at": self._started_at,
-            "now": self._clock.now(),
-            "watermark_age": self.watermark_age,
-            "tick_age": self._age(self._coherence.proof.checked_until),
-            "max_staleness": self.settings.max_staleness,
-            "tick_refused": self._coherence.proof.refused,
-            "source": self._coherence.proof.source,
-            "last_gap": None if gap is None else {"at": gap.at, "reason": gap.reason},
-            "queue_depth": None if broker is None else broker.get("unsettled"),
-            "hit_ratio": cache.hits / reads if reads else None,
-            "registration": self._registrar.state if self._subscribe and self._has_database else None,
-            "broker": broker,
-            "relay": None if self.relay is None else self.relay.state,
-            "publisher": {"failing": self.publisher.failing, "waiting": self.publisher.waiting},
-            "cache": {
-                "url": mask_url(self.settings.cache_url),
-                "entries": len(self.cache) if isinstance(self.cache, InProcessCache) else None,
-                "attached": len(self._caches) - 1,
-                "epoch": self._coherence.epoch,
-                "warming": None if self._warmer is None else self._warmer.state,
-            },
-            "settings": {name: getattr(self.settings, name) for name in SHARED_SETTINGS},
-            "audit": self.auditor.state,
-            "counters": self.stats(),
-        }
+        return self._status.told()
 
     def stats(self) -> dict[str, Any]:
         """Every counter, by part; numbers since the start of this process.
@@ -929,24 +696,7 @@ class Client:
         >>> client.stats()["cache"]["hits"]
         0
         """
-        counters: dict[str, Any] = {
-            name: _counted(part.counters)
-            for name, part in (
-                ("cache", self.cache),
-                ("coherence", self._coherence),
-                ("receiver", self.instance),
-                ("publisher", self.publisher),
-                ("audit", self.auditor),
-            )
-        }
-        if self._warmer is not None:
-            counters["warming"] = _counted(self._warmer.counters)
-        if isinstance(self.cache, TwoLevels):
-            second = self.cache.second.counters
-            counters["second_level"] = {field: getattr(second, field) for field in SECOND_LEVEL}
-        if self.relay is not None:
-            counters["relay"] = self.relay.counters
-        return counters
+        return self._status.counters()
 
     async def ask_instances(self, wait: float = 1.0) -> list[dict[str, Any]]:
         """The status of every instance of the namespace that answers within `wait` seconds, by id.
@@ -996,8 +746,3 @@ class Client:
                 nor more than 600.
         """
         return await self.auditor.audit(sample, delay)
-
-
-def _counted(counters: object) -> dict[str, Any]:
-    fields = [field for kind in type(counters).__mro__ for field in getattr(kind, "__slots__", ())]
-    return {field: getattr(counters, field) for field in sorted(fields)}
