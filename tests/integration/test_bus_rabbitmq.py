@@ -7,12 +7,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel
+from buses import Buses, Subscribe, stop
 from proxy import Proxy
 from recorder import Recorder
 from waiting import Eventually
@@ -24,18 +25,6 @@ from cacheinval.errors import ConfigurationError, PublishError
 from cacheinval.sandbox import RabbitMQ
 from cacheinval.sandbox.processes import claim_port
 from cacheinval.settings import Settings
-
-
-class Instances(Protocol):
-    """The fixture `instances`: a bus of its own on the test's namespace; keyword arguments are settings."""
-
-    def __call__(self, url: str | None = None, /, **settings: Any) -> RabbitBus: ...
-
-
-class Subscribe(Protocol):
-    """The fixture `subscribe`: runs a receiver on a bus in the background until the test ends."""
-
-    def __call__(self, bus: RabbitBus, receiver: Recorder) -> "asyncio.Task[None]": ...
 
 
 @pytest.fixture(autouse=True)
@@ -51,45 +40,6 @@ async def nothing_unseen() -> AsyncIterator[None]:
     assert [one for one in complaints if "StreamReaderProtocol.connection_made" not in one["message"]] == []
 
 
-@pytest.fixture
-async def instances(rabbitmq: RabbitMQ, namespace: str) -> AsyncIterator[Instances]:
-    made: list[RabbitBus] = []
-
-    def make(url: str | None = None, /, **settings: Any) -> RabbitBus:
-        bus = RabbitBus(Settings(broker_url=url or rabbitmq.url, namespace=namespace, **settings))
-        made.append(bus)
-        return bus
-
-    yield make
-    for bus in made:
-        await bus.close()
-
-
-@pytest.fixture
-async def subscribe(instances: Instances) -> AsyncIterator[Subscribe]:
-    running: list[asyncio.Task[None]] = []
-
-    def run(bus: RabbitBus, receiver: Recorder) -> "asyncio.Task[None]":
-        running.append(asyncio.create_task(bus.run(receiver)))
-        return running[-1]
-
-    yield run
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-
-
-@pytest.fixture
-async def operator(rabbitmq: RabbitMQ, namespace: str) -> AsyncIterator[AbstractChannel]:
-    """A channel of somebody else, who looks at queues and meddles; the namespace's exchanges are deleted in the end."""
-    async with asyncio.timeout(50), await aio_pika.connect(rabbitmq.url) as connection:
-        yield await connection.channel()
-        async with connection.channel() as channel:
-            await channel.exchange_delete(f"cacheinval.{namespace}")
-            await channel.exchange_delete(f"cacheinval.{namespace}.dead")
-            await channel.queue_delete(f"cacheinval.{namespace}.dead")
-
-
 OUTSIDE = {
     "cache_url": "redis://127.0.0.1:1/0",
     "instance_id": "one",
@@ -98,12 +48,6 @@ OUTSIDE = {
 
 def on_proxy(rabbitmq: RabbitMQ, proxy: Proxy, query: str = "") -> str:
     return rabbitmq.url.replace(f":{rabbitmq.port}/", f":{proxy.port}/{query}")
-
-
-async def stop(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
 
 
 async def waiting(operator: AbstractChannel, queue: str) -> int:
@@ -119,9 +63,9 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 async def test_everybody_receives_everything_in_order(
-    instances: Instances, subscribe: Subscribe, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    buses, receivers = [instances() for _ in range(3)], [Recorder() for _ in range(3)]
+    buses, receivers = [buses() for _ in range(3)], [Recorder() for _ in range(3)]
     for bus, receiver in zip(buses, receivers, strict=True):
         subscribe(bus, receiver)
     await eventually(lambda: all(receiver.ready for receiver in receivers))
@@ -137,9 +81,9 @@ async def test_everybody_receives_everything_in_order(
 
 
 async def test_what_is_published_while_a_receiver_joins_waits_for_it(
-    instances: Instances, subscribe: Subscribe, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(), Recorder()
+    bus, receiver = buses(), Recorder()
     receiver.may_join.clear()
     subscribe(bus, receiver)
     await eventually(receiver.joining.is_set)
@@ -151,13 +95,13 @@ async def test_what_is_published_while_a_receiver_joins_waits_for_it(
 
 
 async def test_properties_of_a_message(
-    instances: Instances,
+    buses: Buses,
     operator: AbstractChannel,
     namespace: str,
     subscribe: Subscribe,
     eventually: Eventually,
 ) -> None:
-    bus, receiver = instances(), Recorder()
+    bus, receiver = buses(), Recorder()
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     queue = await operator.declare_queue(exclusive=True)
@@ -180,17 +124,17 @@ async def test_properties_of_a_message(
 
 async def test_nothing_is_acknowledged_before_it_was_received(
     rabbitmq: RabbitMQ,
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     operator: AbstractChannel,
     eventually: Eventually,
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus, receiver = instances(on_proxy(rabbitmq, proxy), **OUTSIDE), Recorder()
+        bus, receiver = buses(on_proxy(rabbitmq, proxy), **OUTSIDE), Recorder()
         receiver.open.clear()
         task = subscribe(bus, receiver)
         await eventually(lambda: receiver.ready)
-        await (await instances().open_channel()).send(b"precious")
+        await (await buses().open_channel()).send(b"precious")
         await eventually(lambda: receiver.begun)
         proxy.cut_open()
         await eventually(lambda: receiver.told[1:] and receiver.told[1].startswith("lost"))
@@ -203,14 +147,14 @@ async def test_nothing_is_acknowledged_before_it_was_received(
 
 
 async def test_acknowledgements_that_wait_hold_nothing_up_and_are_sent_at_the_end(
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     operator: AbstractChannel,
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(consuming, "ACKNOWLEDGE_WITHIN", 600.0)
-    bus, receiver = instances(prefetch=8, **OUTSIDE), Recorder()
+    bus, receiver = buses(prefetch=8, **OUTSIDE), Recorder()
     task = subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     channel = await bus.open_channel()
@@ -223,9 +167,9 @@ async def test_acknowledgements_that_wait_hold_nothing_up_and_are_sent_at_the_en
 
 
 async def test_no_more_than_the_prefetch_is_under_way(
-    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(prefetch=3, **OUTSIDE), Recorder()
+    bus, receiver = buses(prefetch=3, **OUTSIDE), Recorder()
     receiver.open.clear()
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
@@ -243,9 +187,9 @@ async def test_no_more_than_the_prefetch_is_under_way(
 
 
 async def test_how_much_waits_in_a_queue_of_its_own_is_known_until_the_subscription_ends(
-    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(prefetch=1), Recorder()
+    bus, receiver = buses(prefetch=1), Recorder()
     assert await bus.depth() is None
     receiver.open.clear()
     task = subscribe(bus, receiver)
@@ -262,7 +206,7 @@ async def test_how_much_waits_in_a_queue_of_its_own_is_known_until_the_subscript
 
 async def test_asking_a_slow_broker_how_much_waits_costs_no_subscription(
     rabbitmq: RabbitMQ,
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     monkeypatch: pytest.MonkeyPatch,
     eventually: Eventually,
@@ -270,7 +214,7 @@ async def test_asking_a_slow_broker_how_much_waits_costs_no_subscription(
     """A channel that was given up half-way is an error of the whole connection."""
     port = int(urlsplit(rabbitmq.url).port or 0)
     async with Proxy("127.0.0.1", port) as proxy:
-        near, far = instances(), instances(rabbitmq.url.replace(str(port), str(proxy.port)))
+        near, far = buses(), buses(rabbitmq.url.replace(str(port), str(proxy.port)))
         receiver = Recorder()
         subscribe(far, receiver)
         await eventually(lambda: receiver.ready)
@@ -291,13 +235,13 @@ async def test_asking_a_slow_broker_how_much_waits_costs_no_subscription(
 
 
 async def test_malformed_messages_are_dead_lettered_and_their_neighbours_acknowledged(
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     operator: AbstractChannel,
     namespace: str,
     eventually: Eventually,
 ) -> None:
-    bus = instances(**OUTSIDE)
+    bus = buses(**OUTSIDE)
     receiver = Recorder(lambda body: "bad" if body.startswith(b"bad") else None)
     receiver.open.clear()  # so that the rest comes in one batch
     task = subscribe(bus, receiver)
@@ -321,9 +265,9 @@ async def test_malformed_messages_are_dead_lettered_and_their_neighbours_acknowl
 
 
 async def test_stopping_finishes_and_acknowledges_what_is_in_hand_and_leaves_the_rest(
-    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(**OUTSIDE), Recorder()
+    bus, receiver = buses(**OUTSIDE), Recorder()
     receiver.open.clear()
     task = subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
@@ -342,9 +286,9 @@ async def test_stopping_finishes_and_acknowledges_what_is_in_hand_and_leaves_the
 
 
 async def test_stopping_does_not_wait_for_ever(
-    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(**OUTSIDE), Recorder()
+    bus, receiver = buses(**OUTSIDE), Recorder()
     receiver.open.clear()
     task = subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
@@ -357,9 +301,9 @@ async def test_stopping_does_not_wait_for_ever(
 
 
 async def test_a_receiver_that_fails_gets_it_again(
-    instances: Instances, subscribe: Subscribe, eventually: Eventually, caplog: pytest.LogCaptureFixture
+    buses: Buses, subscribe: Subscribe, eventually: Eventually, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bus, receiver = instances(**OUTSIDE), Recorder()
+    bus, receiver = buses(**OUTSIDE), Recorder()
     receiver.failure = RuntimeError("redis is down")
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
@@ -377,9 +321,9 @@ async def test_a_receiver_that_fails_gets_it_again(
 
 
 async def test_an_operator_deletes_the_queue_of_a_process(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(), Recorder()
+    bus, receiver = buses(), Recorder()
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     queue = str(bus.state["queue"])
@@ -393,9 +337,9 @@ async def test_an_operator_deletes_the_queue_of_a_process(
 
 
 async def test_an_operator_deletes_a_durable_queue(
-    instances: Instances, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, operator: AbstractChannel, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(**OUTSIDE), Recorder()
+    bus, receiver = buses(**OUTSIDE), Recorder()
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     assert receiver.renewals == 1
@@ -408,13 +352,13 @@ async def test_an_operator_deletes_a_durable_queue(
 
 async def test_the_broker_is_killed_and_comes_back(
     own_rabbitmq: RabbitMQ,
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     eventually: Eventually,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "cacheinval.bus")
-    inside, outside = instances(own_rabbitmq.url), instances(own_rabbitmq.url, **OUTSIDE)
+    inside, outside = buses(own_rabbitmq.url), buses(own_rabbitmq.url, **OUTSIDE)
     receiver, durable = Recorder(), Recorder()
     subscribe(inside, receiver)
     subscribe(outside, durable)
@@ -443,10 +387,10 @@ async def test_the_broker_is_killed_and_comes_back(
 
 
 async def test_a_cut_connection_is_noticed_at_once(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        bus, receiver = buses(on_proxy(rabbitmq, proxy)), Recorder()
         subscribe(bus, receiver)
         await eventually(lambda: receiver.ready)
         proxy.cut()
@@ -458,10 +402,10 @@ async def test_a_cut_connection_is_noticed_at_once(
 
 
 async def test_a_cut_while_joining_is_lost_and_never_joined(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        bus, receiver = buses(on_proxy(rabbitmq, proxy)), Recorder()
         receiver.may_join.clear()
         subscribe(bus, receiver)
         await eventually(receiver.joining.is_set)
@@ -477,10 +421,10 @@ async def test_a_cut_while_joining_is_lost_and_never_joined(
 
 
 async def test_a_silent_connection_is_given_up(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus = instances(on_proxy(rabbitmq, proxy, "?heartbeat=1"), publish_timeout=100)
+        bus = buses(on_proxy(rabbitmq, proxy, "?heartbeat=1"), publish_timeout=100)
         receiver = Recorder()
         subscribe(bus, receiver)
         await eventually(lambda: receiver.ready)
@@ -499,9 +443,9 @@ async def test_a_silent_connection_is_given_up(
 
 
 async def test_what_came_while_a_durable_queue_had_no_consumer_is_received(
-    instances: Instances, subscribe: Subscribe, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(**OUTSIDE), Recorder()
+    bus, receiver = buses(**OUTSIDE), Recorder()
     task = subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     await stop(task)
@@ -509,7 +453,7 @@ async def test_what_came_while_a_durable_queue_had_no_consumer_is_received(
     sent = [b"%d" % number for number in range(20)]
     for body in sent:
         await channel.send(body)
-    again, later = instances(**OUTSIDE), Recorder()
+    again, later = buses(**OUTSIDE), Recorder()
     subscribe(again, later)
     await eventually(lambda: len(later.bodies) >= 20)
     assert later.bodies == sent
@@ -518,7 +462,7 @@ async def test_what_came_while_a_durable_queue_had_no_consumer_is_received(
 
 
 async def test_a_second_process_with_the_same_name_stands_by_and_takes_over(
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     eventually: Eventually,
     caplog: pytest.LogCaptureFixture,
@@ -533,10 +477,10 @@ async def test_a_second_process_with_the_same_name_stands_by_and_takes_over(
 
     monkeypatch.setattr(Subscription, "_consume", counted)
     monkeypatch.setattr(consuming, "STAND_BY", 0.2)
-    first, receiver = instances(**OUTSIDE), Recorder()
+    first, receiver = buses(**OUTSIDE), Recorder()
     task = subscribe(first, receiver)
     await eventually(lambda: receiver.ready)
-    second, standby = instances(**OUTSIDE), Recorder()
+    second, standby = buses(**OUTSIDE), Recorder()
     caplog.clear()
     subscribe(second, standby)
     await eventually(lambda: second.state["consumer"] == "standby")
@@ -557,13 +501,13 @@ async def test_a_second_process_with_the_same_name_stands_by_and_takes_over(
 
 
 async def test_a_second_process_stands_by_also_where_quorum_queues_are_the_default(
-    rabbitmq: RabbitMQ, namespace: str, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, namespace: str, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     """They let in all who consume, exclusively or not."""
     await rabbitmq.ctl("add_vhost", namespace, "--default-queue-type", "quorum")
     try:
         await rabbitmq.ctl("set_permissions", "-p", namespace, "guest", ".*", ".*", ".*")
-        first, second = (instances(rabbitmq.url + namespace, **OUTSIDE) for _ in range(2))
+        first, second = (buses(rabbitmq.url + namespace, **OUTSIDE) for _ in range(2))
         receiver = Recorder()
         subscribe(first, receiver)
         await eventually(lambda: receiver.ready)
@@ -575,11 +519,11 @@ async def test_a_second_process_stands_by_also_where_quorum_queues_are_the_defau
 
 
 async def test_of_several_addresses_one_that_answers_is_enough(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", 1) as proxy:
         proxy.cut()
-        bus = instances(f"amqp://guest:guest@127.0.0.1:{proxy.port},127.0.0.1:{rabbitmq.port},127.0.0.1:1/")
+        bus = buses(f"amqp://guest:guest@127.0.0.1:{proxy.port},127.0.0.1:{rabbitmq.port},127.0.0.1:1/")
         for _ in range(5):
             receiver = Recorder()
             task = subscribe(bus, receiver)
@@ -609,7 +553,7 @@ async def test_a_broker_that_was_never_there_is_told_once(
 
 async def test_an_exchange_of_another_type_is_refused_loudly(
     rabbitmq: RabbitMQ,
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     operator: AbstractChannel,
     namespace: str,
@@ -618,9 +562,9 @@ async def test_an_exchange_of_another_type_is_refused_loudly(
 ) -> None:
     await operator.declare_exchange(f"cacheinval.{namespace}", "direct", durable=True)
     with pytest.raises(PublishError, match=r"not a durable fanout.*'direct'"):
-        await instances().open_channel()
+        await buses().open_channel()
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
+        bus, receiver = buses(on_proxy(rabbitmq, proxy)), Recorder()
         task = subscribe(bus, receiver)
         await eventually(lambda: proxy.connections >= 4)
         assert "PRECONDITION_FAILED" in str(bus.state["reason"])
@@ -635,7 +579,7 @@ async def test_an_exchange_of_another_type_is_refused_loudly(
 
 async def test_stopping_while_the_broker_does_not_answer(
     rabbitmq: RabbitMQ,
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
@@ -643,7 +587,7 @@ async def test_stopping_while_the_broker_does_not_answer(
     monkeypatch.setattr("cacheinval.bus.connecting.CONNECT_WITHIN", 600.0)
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
         proxy.swallow()
-        task = subscribe(instances(on_proxy(rabbitmq, proxy)), Recorder())
+        task = subscribe(buses(on_proxy(rabbitmq, proxy)), Recorder())
         await eventually(lambda: proxy.open_links == 1)
         async with asyncio.timeout(30):
             await stop(task)
@@ -653,8 +597,8 @@ async def test_stopping_while_the_broker_does_not_answer(
 # Publishing
 
 
-async def test_publishing_where_nobody_has_ever_subscribed(instances: Instances, namespace: str) -> None:
-    bus = instances()
+async def test_publishing_where_nobody_has_ever_subscribed(buses: Buses, namespace: str) -> None:
+    bus = buses()
     with pytest.raises(PublishError, match=f"the exchange cacheinval.{namespace} is missing"):
         await bus.open_channel()
     with pytest.raises(PublishError, match=f"the exchange cacheinval.{namespace} is missing"):
@@ -664,10 +608,10 @@ async def test_publishing_where_nobody_has_ever_subscribed(instances: Instances,
 
 
 async def test_publishing_where_nobody_is_subscribed_now_succeeds(
-    instances: Instances, operator: AbstractChannel, namespace: str
+    buses: Buses, operator: AbstractChannel, namespace: str
 ) -> None:
     await operator.declare_exchange(f"cacheinval.{namespace}", "fanout", durable=True)
-    bus = instances()
+    bus = buses()
     channel = await bus.open_channel()
     await channel.send(b"1")
     await asyncio.gather(*(channel.send(b"%d" % number) for number in range(99)))
@@ -675,10 +619,10 @@ async def test_publishing_where_nobody_is_subscribed_now_succeeds(
 
 
 async def test_the_exchange_is_deleted_under_a_channel(
-    instances: Instances, operator: AbstractChannel, namespace: str
+    buses: Buses, operator: AbstractChannel, namespace: str
 ) -> None:
     await operator.declare_exchange(f"cacheinval.{namespace}", "fanout", durable=True)
-    bus = instances()
+    bus = buses()
     channel = await bus.open_channel()
     await channel.send(b"1")
     await operator.exchange_delete(f"cacheinval.{namespace}")
@@ -690,13 +634,13 @@ async def test_the_exchange_is_deleted_under_a_channel(
 
 
 async def test_a_broker_that_reads_no_more_keeps_nobody_from_leaving(
-    own_rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    own_rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     receiver = Recorder()
-    subscribe(instances(own_rabbitmq.url), receiver)
+    subscribe(buses(own_rabbitmq.url), receiver)
     await eventually(lambda: receiver.ready)  # there has to be an exchange
     before = asyncio.all_tasks()
-    bus = instances(own_rabbitmq.url, publish_timeout=1)
+    bus = buses(own_rabbitmq.url, publish_timeout=1)
     channel = await bus.open_channel()
     own_rabbitmq.pause()
     try:
@@ -710,9 +654,9 @@ async def test_a_broker_that_reads_no_more_keeps_nobody_from_leaving(
 
 
 async def test_a_frozen_broker_fails_publishing_in_time(
-    own_rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    own_rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(own_rabbitmq.url, publish_timeout=1), Recorder()
+    bus, receiver = buses(own_rabbitmq.url, publish_timeout=1), Recorder()
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     channel = await bus.open_channel()
@@ -747,9 +691,9 @@ async def test_a_frozen_broker_fails_publishing_in_time(
 
 
 async def test_an_alarm_blocks_publishing_but_not_the_subscription(
-    own_rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    own_rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(own_rabbitmq.url, publish_timeout=1), Recorder()
+    bus, receiver = buses(own_rabbitmq.url, publish_timeout=1), Recorder()
     subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     channel = await bus.open_channel()
@@ -771,11 +715,11 @@ async def test_an_alarm_blocks_publishing_but_not_the_subscription(
 
 
 async def test_a_cut_fails_what_is_under_way_at_once_and_the_next_channel_works(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus, receiver = instances(on_proxy(rabbitmq, proxy), publish_timeout=100), Recorder()
-        subscribe(instances(), receiver)
+        bus, receiver = buses(on_proxy(rabbitmq, proxy), publish_timeout=100), Recorder()
+        subscribe(buses(), receiver)
         await eventually(lambda: receiver.ready)
         channel = await bus.open_channel()
         proxy.swallow("reply")
@@ -794,11 +738,11 @@ async def test_a_cut_fails_what_is_under_way_at_once_and_the_next_channel_works(
 
 
 async def test_a_sender_that_is_cancelled_spoils_the_channel(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus, receiver = instances(on_proxy(rabbitmq, proxy)), Recorder()
-        subscribe(instances(), receiver)
+        bus, receiver = buses(on_proxy(rabbitmq, proxy)), Recorder()
+        subscribe(buses(), receiver)
         await eventually(lambda: receiver.ready)
         channel = await bus.open_channel()
         proxy.swallow("reply")
@@ -813,14 +757,14 @@ async def test_a_sender_that_is_cancelled_spoils_the_channel(
 
 async def test_channels_share_one_connection(
     rabbitmq: RabbitMQ,
-    instances: Instances,
+    buses: Buses,
     operator: AbstractChannel,
     namespace: str,
     eventually: Eventually,
 ) -> None:
     await operator.declare_exchange(f"cacheinval.{namespace}", "fanout", durable=True)
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
-        bus = instances(on_proxy(rabbitmq, proxy))
+        bus = buses(on_proxy(rabbitmq, proxy))
         channels = await asyncio.gather(*(bus.open_channel() for _ in range(10)))
         assert proxy.connections == 1
         assert len({channel.origin for channel in channels}) == 10
@@ -852,7 +796,7 @@ async def test_a_broker_that_cannot_be_reached(namespace: str) -> None:
 
 
 async def test_questions_are_answered_by_everybody(
-    instances: Instances, subscribe: Subscribe, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
     class Answers(Recorder):
         def __init__(self, bus: RabbitBus, name: bytes) -> None:
@@ -864,7 +808,7 @@ async def test_questions_are_answered_by_everybody(
                 await self.bus.answer(delivery, self.name)
             return await super().receive(deliveries)
 
-    asker, receivers = instances(), [Answers(instances(), name) for name in (b"a", b"b", b"c")]
+    asker, receivers = buses(), [Answers(buses(), name) for name in (b"a", b"b", b"c")]
     for receiver in receivers:
         subscribe(receiver.bus, receiver)
     await eventually(lambda: all(receiver.ready for receiver in receivers))
@@ -889,9 +833,9 @@ async def test_questions_are_answered_by_everybody(
 
 
 async def test_tls_with_an_authority_of_ones_own(
-    rabbitmq: RabbitMQ, instances: Instances, subscribe: Subscribe, eventually: Eventually
+    rabbitmq: RabbitMQ, buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    bus, receiver = instances(rabbitmq.tls_url, broker_ca_file=str(rabbitmq.ca_file)), Recorder()
+    bus, receiver = buses(rabbitmq.tls_url, broker_ca_file=str(rabbitmq.ca_file)), Recorder()
     task = subscribe(bus, receiver)
     await eventually(lambda: receiver.ready)
     await (await bus.open_channel()).send(b"secretly")
@@ -899,13 +843,13 @@ async def test_tls_with_an_authority_of_ones_own(
     await stop(task)
 
 
-async def test_tls_refuses_a_stranger(rabbitmq: RabbitMQ, instances: Instances) -> None:
+async def test_tls_refuses_a_stranger(rabbitmq: RabbitMQ, buses: Buses) -> None:
     with pytest.raises(PublishError, match="CERTIFICATE_VERIFY_FAILED"):
-        await instances(rabbitmq.tls_url).open_channel()
+        await buses(rabbitmq.tls_url).open_channel()
 
 
 async def test_tls_refuses_another_host_name(
-    rabbitmq: RabbitMQ, instances: Instances, monkeypatch: pytest.MonkeyPatch
+    rabbitmq: RabbitMQ, buses: Buses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = asyncio.get_running_loop()
     resolve = loop.getaddrinfo
@@ -916,7 +860,7 @@ async def test_tls_refuses_another_host_name(
     monkeypatch.setattr(loop, "getaddrinfo", everything_is_here)
     url = rabbitmq.tls_url.replace("localhost", "rabbit.example")
     with pytest.raises(PublishError, match=r"(?i)hostname mismatch"):
-        await instances(url, broker_ca_file=str(rabbitmq.ca_file)).open_channel()
+        await buses(url, broker_ca_file=str(rabbitmq.ca_file)).open_channel()
 
 
 @pytest.fixture
@@ -953,17 +897,17 @@ async def test_tls_both_ways(
     demanding_url: str,
     certificate: tuple[Path, Path],
     rabbitmq: RabbitMQ,
-    instances: Instances,
+    buses: Buses,
     subscribe: Subscribe,
     tmp_path: Path,
     eventually: Eventually,
 ) -> None:
     ca = {"broker_ca_file": str(rabbitmq.ca_file)}
     with pytest.raises(PublishError):
-        await instances(demanding_url, **ca).open_channel()
+        await buses(demanding_url, **ca).open_channel()
     cert, key = certificate
     bus, receiver = (
-        instances(demanding_url, **ca, broker_cert_file=str(cert), broker_key_file=str(key)),
+        buses(demanding_url, **ca, broker_cert_file=str(cert), broker_key_file=str(key)),
         Recorder(),
     )
     subscribe(bus, receiver)
@@ -973,7 +917,7 @@ async def test_tls_both_ways(
 
     both = tmp_path / "both.pem"
     both.write_text(key.read_text() + cert.read_text())
-    await instances(demanding_url, **ca, broker_cert_file=str(both)).open_channel()
+    await buses(demanding_url, **ca, broker_cert_file=str(both)).open_channel()
 
 
 def test_a_certificate_that_is_none_or_has_another_key_is_refused_at_once(
@@ -1007,9 +951,9 @@ def test_a_ca_file_that_is_none_is_refused_at_once(tmp_path: Path, namespace: st
 
 
 async def test_what_asks_is_answered_to_its_own_channel(
-    instances: Instances, subscribe: Subscribe, eventually: Eventually
+    buses: Buses, subscribe: Subscribe, eventually: Eventually
 ) -> None:
-    near, far = instances(), instances()
+    near, far = buses(), buses()
     receivers = [Recorder(), Recorder()]
     for bus, receiver in zip((near, far), receivers, strict=True):
         subscribe(bus, receiver)
@@ -1031,10 +975,10 @@ async def test_what_asks_is_answered_to_its_own_channel(
 
 
 async def test_a_new_connection_is_asked_and_answered_anew(
-    instances: Instances, subscribe: Subscribe, eventually: Eventually, rabbitmq: RabbitMQ
+    buses: Buses, subscribe: Subscribe, eventually: Eventually, rabbitmq: RabbitMQ
 ) -> None:
     async with Proxy("127.0.0.1", int(rabbitmq.url.rsplit(":", 1)[1].strip("/").split("/")[0])) as proxy:
-        near, far, receiver = instances(), instances(_through(proxy, rabbitmq.url)), Recorder()
+        near, far, receiver = buses(), buses(_through(proxy, rabbitmq.url)), Recorder()
         subscribe(near, receiver)
         await eventually(lambda: receiver.ready)
         heard: list[tuple[str, bytes]] = []

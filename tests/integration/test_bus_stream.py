@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel
+from buses import Buses, Subscribe, stop
 from proxy import Proxy
 from recorder import Recorder
 from waiting import Eventually
@@ -15,7 +17,6 @@ from waiting import Eventually
 from cacheinval import Client, PublishError, Read, Settings
 from cacheinval import receiver as receiving
 from cacheinval.bus import streaming
-from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.messages import Invalidate, encode
 from cacheinval.sandbox import RabbitMQ
 
@@ -26,44 +27,9 @@ Publish = Callable[..., Awaitable[None]]
 
 
 @pytest.fixture
-async def buses(rabbitmq: RabbitMQ, namespace: str) -> AsyncIterator[Callable[..., RabbitBus]]:
-    """Makes buses on the test's namespace, which read its stream unless they are told otherwise."""
-    made: list[RabbitBus] = []
-
-    def make(**settings: Any) -> RabbitBus:
-        settings = {"broker_url": rabbitmq.url, "namespace": namespace, "bus": "stream", **settings}
-        made.append(RabbitBus(Settings(**settings)))
-        return made[-1]
-
-    yield make
-    for bus in made:
-        await bus.close()
-
-
-@pytest.fixture
-async def subscribe(buses: Callable[..., RabbitBus]) -> AsyncIterator[Callable[..., "asyncio.Task[None]"]]:
-    running: list[asyncio.Task[None]] = []
-
-    def run(bus: RabbitBus, receiver: Recorder) -> "asyncio.Task[None]":
-        running.append(asyncio.create_task(bus.run(receiver)))
-        return running[-1]
-
-    yield run
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-
-
-@pytest.fixture
-async def operator(rabbitmq: RabbitMQ, namespace: str) -> AsyncIterator[AbstractChannel]:
-    """A channel of somebody else; what the test has made on the broker is deleted in the end."""
-    async with asyncio.timeout(55), await aio_pika.connect(rabbitmq.url) as connection:
-        yield await connection.channel()
-        async with connection.channel() as channel:
-            await channel.queue_delete(f"cacheinval.{namespace}.stream")
-            await channel.queue_delete(f"cacheinval.{namespace}.dead")
-            await channel.exchange_delete(f"cacheinval.{namespace}")
-            await channel.exchange_delete(f"cacheinval.{namespace}.dead")
+def buses(buses: Buses) -> Buses:
+    """They read the stream unless they are told otherwise."""
+    return partial(buses, bus="stream")
 
 
 @pytest.fixture
@@ -77,19 +43,13 @@ def publish(operator: AbstractChannel, namespace: str) -> Publish:
     return publish
 
 
-async def stop(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
-
-
 # The bus
 
 
 async def test_everybody_receives_everything_in_order_and_acknowledges_it(
-    buses: Callable[..., RabbitBus],
+    buses: Buses,
     operator: AbstractChannel,
-    subscribe: Callable[..., Any],
+    subscribe: Subscribe,
     eventually: Eventually,
 ) -> None:
     readers = [buses(prefetch=prefetch) for prefetch in (1, 7, 500)]
@@ -110,7 +70,7 @@ async def test_everybody_receives_everything_in_order_and_acknowledges_it(
 
 @pytest.mark.timeout(60)
 async def test_what_is_published_once_somebody_reads_is_not_missed(
-    rabbitmq: RabbitMQ, namespace: str, buses: Callable[..., RabbitBus], operator: AbstractChannel
+    rabbitmq: RabbitMQ, namespace: str, buses: Buses, operator: AbstractChannel
 ) -> None:
     """ "From now on" has to be settled before the broker's answer: the cache is cleared then, and trusted."""
     publishing = buses()
@@ -147,9 +107,9 @@ async def test_what_is_published_once_somebody_reads_is_not_missed(
 
 
 async def test_reading_goes_on_at_the_position(
-    buses: Callable[..., RabbitBus],
+    buses: Buses,
     operator: AbstractChannel,
-    subscribe: Callable[..., Any],
+    subscribe: Subscribe,
     eventually: Eventually,
 ) -> None:
     bus, receiver = buses(), Recorder()
@@ -171,9 +131,9 @@ async def test_reading_goes_on_at_the_position(
 
 
 async def test_a_position_that_the_stream_has_not_reached_is_given_up(
-    buses: Callable[..., RabbitBus],
+    buses: Buses,
     operator: AbstractChannel,
-    subscribe: Callable[..., Any],
+    subscribe: Subscribe,
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -191,9 +151,9 @@ async def test_a_position_that_the_stream_has_not_reached_is_given_up(
 
 async def test_a_position_is_kept_where_it_is_the_broker_that_is_silent(
     rabbitmq: RabbitMQ,
-    buses: Callable[..., RabbitBus],
+    buses: Buses,
     operator: AbstractChannel,
-    subscribe: Callable[..., Any],
+    subscribe: Subscribe,
     publish: Publish,
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
@@ -206,7 +166,7 @@ async def test_a_position_is_kept_where_it_is_the_broker_that_is_silent(
     monkeypatch.setattr(streaming, "ANSWER_WITHIN", 0.5)
     async with Proxy("127.0.0.1", rabbitmq.port) as proxy:
         bus, receiver = (
-            buses(broker_url=rabbitmq.url.replace(str(rabbitmq.port), str(proxy.port))),
+            buses(rabbitmq.url.replace(str(rabbitmq.port), str(proxy.port))),
             Recorder(),
         )
         receiver.position = 1
@@ -227,9 +187,9 @@ async def test_a_position_is_kept_where_it_is_the_broker_that_is_silent(
 
 
 async def test_instances_with_queues_and_with_the_stream_share_a_namespace(
-    buses: Callable[..., RabbitBus],
+    buses: Buses,
     operator: AbstractChannel,
-    subscribe: Callable[..., Any],
+    subscribe: Subscribe,
     eventually: Eventually,
 ) -> None:
     readers, receivers = [buses(bus="fanout"), buses()], [Recorder(), Recorder()]

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,6 @@ from cacheinval.outbox.relay import Relay
 
 Connection = asyncpg.Connection
 Keys = dict[str, int | None]
-Hold = Callable[[str], Awaitable[Connection]]
 
 EVERYTHING: Keys = {"*": None}
 

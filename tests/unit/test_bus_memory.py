@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
+from buses import stop
 from recorder import Recorder
 from waiting import Eventually
 
@@ -30,12 +31,6 @@ async def run() -> AsyncIterator[Run]:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def stop(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
 
 
 async def test_everybody_receives_everything_in_order(run: Run, eventually: Eventually) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -24,8 +24,6 @@ from cacheinval.bus.memory import EventBus, EventChannel
 from cacheinval.cache import Read
 from cacheinval.coherence import Eviction
 from cacheinval.errors import CacheinvalError
-
-MakeClient = Callable[..., Client]
 
 
 def settings(namespace: str, **others: Any) -> Settings:
