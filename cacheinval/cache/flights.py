@@ -125,16 +125,15 @@ class Flights:
     async def in_place(self, load_and_store: LoadAndStore, load: Load) -> tuple[Any, bool]:
         """Does it when `load` has a place among the loaders."""
         # A part of another load runs in the place of that one, which waits for it.
-        has_place = load.parent is None and not load.awaited and await self._take_place(load)
+        needs_place = load.parent is None and not load.awaited
+        has_place = needs_place and (self.places.take() or await self._wait_for_place(load))
         try:
             return await load_and_store(load)
         finally:
             if has_place:
                 self.places.give_back()
 
-    async def _take_place(self, load: Load) -> bool:
-        if self.places.take():
-            return True
+    async def _wait_for_place(self, load: Load) -> bool:
         self._counters.queued_loads += 1
         self._loads.hold(load)
         took = await self.places.wait(load)

@@ -1,7 +1,4 @@
-"""What a replica's answer is compared with: the lowest versions that may still be stored, and evictions that told none.
-
-Part of the rules (see `coherence.py`): no I/O, no clock, no tasks.
-"""
+"""What a replica's answer is compared with: the lowest versions that may still be stored, and evictions that told none."""
 
 import math
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""How far a stream has been read, and by what it is known again: a part of the rules, without I/O.
+"""How far a stream has been read, and by what it is known again.
 
 A stream keeps what was published, for a while, and each message has an offset in it. Whoever was away goes on reading where
 he left, provided that it is still the same stream and still holds that place: the message there, looked at once more, has

@@ -1,7 +1,7 @@
 """A world with time: writers, the outbox, relays that tick, a broker, and an instance that serves by proof.
 
 The rules, and what decides when a tick may be sent (`outbox/ticks.py`), are the real ones; what lies between them does what
-`publisher.py`, `relay.py`, `receiver.py` and `cache.py` do, one step at a time. Time is real time in whole seconds; the
+`publisher.py`, `relay.py`, `receiver.py` and `cache/` do, one step at a time. Time is real time in whole seconds; the
 instance and the database each have a clock of their own.
 """
 

@@ -1,7 +1,7 @@
 """A small world with one cache outside the process, two instances that fill and evict it, and the time; and, where it is
 asked for, an entry in each of the processes in front of it.
 
-The rules are the real ones, one `Coherence` for each instance; what lies around them does what `cache.py` and
+The rules are the real ones, one `Coherence` for each instance; what lies around them does what `cache/` and
 `backends/shared.py` do, one step at a time: an instance can be frozen before any of them, since time may pass and everybody
 else may act before its next one.
 """

@@ -1,6 +1,6 @@
 """Small worlds around the real rules: a database, a broker, and one instance with its cache and its readers.
 
-A world does what `cache.py`, `receiver.py` and the bus do around `coherence`, one step at a time, in any order that
+A world does what `cache/`, `receiver.py` and the bus do around `coherence`, one step at a time, in any order that
 they could. `rules` is the module under test: the real one, or one with a line changed.
 """
 
