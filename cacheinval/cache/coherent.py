@@ -54,12 +54,11 @@ class CoherentCache(ABC):
     ) -> None:
         self.counters = CacheCounters()
         self._remember = remember
-        self._coherence = coherence
-        self._loads = coherence.loads
+        self._serving, self._loads = coherence.serving, coherence.loads
         self._clock = clock
         self._now = clock.now
         self._ttl = ttl
-        self._flights = Flights(coherence.loads, clock.now, self.counters, most_loads, shared=self._shared)
+        self._flights = Flights(self._loads, clock.now, self.counters, most_loads, shared=self._shared)
         self._policies = policies
 
     async def get_or_set(
@@ -234,7 +233,7 @@ class CoherentCache(ABC):
 
     def _count_load(self, entry: Entry | None, now: float, refresh: bool) -> Literal["miss", "bypass"]:
         """Counts a read at `now` that is answered by a load, and says why it is, where there is `entry`."""
-        reason: BypassReason | None = "refresh" if refresh else self._coherence.bypassing(entry, now)
+        reason: BypassReason | None = "refresh" if refresh else self._serving.bypassing(entry, now)
         if reason is None:
             self.counters.misses += 1
             return "miss"

@@ -67,14 +67,14 @@ class InProcessCache(CoherentCache):
                 Warming(policies.warm_keys, policies.warm_interval),
                 self._warm,
                 is_fresh=self._is_fresh,
-                may_begin=lambda: not coherence.bypassing(None, self._now()),
+                may_begin=lambda: not self._serving.bypassing(None, self._now()),
                 failed=partial(self._say_failed, "cannot load again what was evicted"),
             )
         self._keeps = False  # whether anybody has asked for `stale_if_error` so far
         self._standing = coherence.standing
         self._elapsed = clock.elapsed
 
-    # A hit is what most reads are, so it asks no more than whether an earlier judgement of `Coherence.may_serve` stands.
+    # A hit is what most reads are, so it asks no more than whether an earlier judgement of `Serving.may_serve` stands.
     # It is written twice, since a call more would cost a tenth of it, and without the `*` of its base class, for that too.
 
     async def get_or_set(
@@ -149,7 +149,7 @@ class InProcessCache(CoherentCache):
             return Read(await self._past(factory, model), "bypass", False)
         now = self._now()
         entry = self._backend.peek(key)
-        if entry is not None and not refresh and self._coherence.may_serve(entry, now):
+        if entry is not None and not refresh and self._serving.may_serve(entry, now):
             answer = self._answered_by(entry)
             if self.warming is not None:
                 entry.serve_until = min(entry.serve_until, self._elapsed() + LOOK_EVERY)
@@ -170,7 +170,7 @@ class InProcessCache(CoherentCache):
             and not refresh
             and entry is not None
             and not isinstance(within, Load)
-            and self._coherence.may_serve(entry, now, overtime)
+            and self._serving.may_serve(entry, now, overtime)
         ):
             self.counters.hits += 1
             self.counters.stale_while_revalidate += 1
@@ -226,7 +226,7 @@ class InProcessCache(CoherentCache):
     def _instead(self, key: str, if_error: float) -> Read | None:
         """What is given where loading has failed."""
         entry = self._backend.look(key) if if_error else None
-        if entry is None or not self._coherence.may_serve_instead(entry, self._now(), if_error):
+        if entry is None or not self._serving.may_serve_instead(entry, self._now(), if_error):
             return None
         self.counters.stale_if_error += 1
         current = current_load()
@@ -240,13 +240,13 @@ class InProcessCache(CoherentCache):
         self.counters.hits += 1
         # In time that elapses: were the clock set, which moves its start, everything would be judged again.
         entry.standing = self._standing.number
-        entry.serve_until = self._coherence.good_until(entry) - self._clock.start
+        entry.serve_until = self._serving.good_until(entry) - self._clock.start
         return Read(entry.value, "hit", False)
 
     async def would_serve(self, key: str, model: Any = None) -> Entry | None:
         """See `CoherentCache.would_serve`."""
         entry: Entry | None = self._backend.look(key)
-        return entry if entry is not None and self._coherence.may_serve(entry, self._now()) else None
+        return entry if entry is not None and self._serving.may_serve(entry, self._now()) else None
 
     async def evict(self, eviction: Eviction) -> None:
         """See `CoherentCache.evict`; done without suspending."""
@@ -275,7 +275,7 @@ class InProcessCache(CoherentCache):
         for key in eviction.keys:
             entry = self._backend.look(key)
             if entry is not None and entry.kept:
-                evicted += self._coherence.expire(entry)
+                evicted += self._serving.expire(entry)
             else:
                 dropped.append(key)
         return evicted + self._backend.drop(dropped)
@@ -285,7 +285,7 @@ class InProcessCache(CoherentCache):
 
     def _is_fresh(self, key: str) -> bool:
         entry = self._backend.look(key)
-        return entry is not None and self._coherence.may_serve(entry, self._now())
+        return entry is not None and self._serving.may_serve(entry, self._now())
 
     def _allowed(self, policy: str, seconds: float | None) -> float:
         if seconds is None:

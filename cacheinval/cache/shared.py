@@ -117,7 +117,7 @@ class SharedCache(CoherentCache):
         found, entry, moment = await self._find_entry(key, named, model, lifetime)
         # The clock may have been set back meanwhile, and what began in its future would stay young too long.
         now = min(now, self._now())
-        if entry is not None and not refresh and self._coherence.may_serve_found(entry, now, moment):
+        if entry is not None and not refresh and self._serving.may_serve_found(entry, now, moment):
             self._flights.inherit(entry)
             self.counters.hits += 1
             return Read(entry.value, "hit", False)
@@ -138,7 +138,7 @@ class SharedCache(CoherentCache):
         """See `CoherentCache.would_serve`."""
         now = self._now()
         _, entry, moment = await self._find_entry(key, NO_TAGS, model)
-        if entry is None or not self._coherence.may_serve_found(entry, now, moment):
+        if entry is None or not self._serving.may_serve_found(entry, now, moment):
             return None
         return entry
 
@@ -150,7 +150,7 @@ class SharedCache(CoherentCache):
         began = load.started
         found, entry, moment = await self._find_entry(load.key, load.tags, model, ttl)
         if entry is not None and all(
-            self._coherence.may_serve_found(entry, at, moment) for at in (began, self._now())
+            self._serving.may_serve_found(entry, at, moment) for at in (began, self._now())
         ):
             self.counters.hits += 1
             return found, entry
@@ -164,11 +164,11 @@ class SharedCache(CoherentCache):
         self, key: str, tags: frozenset[str], model: Any, ttl: float = 0.0
     ) -> tuple[Any, Entry | None, Moment]:
         # As it was before the look: whatever is evicted or proven during the look does not concern what the look saw.
-        moment, withheld = self._coherence.moment, frozenset(self._owed.tags)
+        moment, withheld = self._serving.moment, frozenset(self._owed.tags)
         found = await self._find(key, tags, model, ttl)
         if found is None or not found.present or not withheld.isdisjoint(found.tags):
             return found, None, moment
-        entry = self._coherence.found(found.value, found.load_started, found.expires_at, found.tags, moment)
+        entry = self._serving.found(found.value, found.load_started, found.expires_at, found.tags, moment)
         return found, entry, moment
 
     async def _find(self, key: str, tags: frozenset[str], model: Any, ttl: float) -> Any:

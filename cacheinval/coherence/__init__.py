@@ -6,7 +6,6 @@ follows its answer are one step as long as the caller awaits nothing in between.
 """
 
 import math
-from typing import Any, Literal
 
 from cacheinval.coherence.counters import Counters, Gap, GapReason
 from cacheinval.coherence.entries import NO_TAGS, Entry, Moment
@@ -18,6 +17,7 @@ from cacheinval.coherence.outcomes import Owed, WriteOutcome, outcome_of_error, 
 from cacheinval.coherence.position import Position
 from cacheinval.coherence.proof import ProofState
 from cacheinval.coherence.registration import Registration
+from cacheinval.coherence.serving import Serving
 from cacheinval.coherence.trust import SUSPECT_AGE, Matter, Trust
 from cacheinval.messages import Beat, Invalidate, Message, Probe, Tick, Unknown
 
@@ -68,7 +68,6 @@ class Coherence:
     ) -> None:
         self._in_front = in_front
         self._gap_interval = gap_interval
-        self._max_clock_skew = max_clock_skew
         self.registration = registration or Registration()
         self.standing = self.registration.standing
         self.counters = Counters()
@@ -76,8 +75,7 @@ class Coherence:
         self.proof = self._trust.proof
         self._epochs = Epochs(self.standing)
         self.loads = Loads(self._trust, self._epochs, self.counters, max_replica_lag)
-        self._ages_since = 1  # the first epoch of whose entries the ages can be told
-        self._registers = self.registration.required
+        self.serving = Serving(self._trust, self._epochs, max_clock_skew)
 
         self._numbers = Numbers(self.counters)
         self._echoes: set[tuple[str, int]] = set()
@@ -93,90 +91,12 @@ class Coherence:
         self._last_gap = -math.inf
         self._gap_due: str | None = None
 
-    # Serving
+    # Evicting
 
     @property
     def epoch(self) -> int:
         """How many epochs have begun: entries of an earlier one are not served."""
         return self._epochs.epoch
-
-    @property
-    def moment(self) -> Moment:
-        """How things are now: what an entry is judged by that is looked up elsewhere from now on."""
-        return Moment(self._epochs.epoch, self._epochs.generation, self.proof.until, self.proof.extends)
-
-    def found(
-        self, value: Any, load_started: float, expires_at: float, tags: frozenset[str], moment: Moment
-    ) -> Entry:
-        """An entry that was looked up elsewhere after `moment`, and was loaded by a host whose clock may differ."""
-        started = load_started - self._max_clock_skew
-        return Entry(value, started, moment.epoch, moment.generation, expires_at, tags)
-
-    def may_serve_found(self, entry: Entry, now: float, moment: Moment) -> bool:
-        """The same as `may_serve` for such an entry.
-
-        What has been proven since the look began does not count: it rests on evictions that the look may not have seen. One
-        that is dated later than clocks may differ is not young, but of an age that cannot be told.
-        """
-        if entry.load_started > now:
-            return False
-        proven = now <= moment.until and entry.load_started > moment.extends
-        return (proven or now - entry.load_started <= self._trust.age_limit) and self.may_serve(entry, now)
-
-    def may_serve(self, entry: Entry, now: float, overtime: float = 0.0) -> bool:
-        """Whether a read that begins at `now` may be answered with `entry`, whose ttl ran out no more than `overtime`
-        seconds ago.
-
-        That is all that `stale_while_revalidate` excuses: what was evicted is not served for its sake, nor what cannot be
-        proven to be fresh.
-        """
-        epochs = self._epochs
-        if entry.epoch != epochs.epoch or now >= entry.expires_at + overtime:
-            return False
-        if self._trust.too_old(entry.load_started, now):
-            return False
-        if self._registers and not self.registration.covers(entry.load_started, now):
-            return False
-        if entry.generation == epochs.generation or not entry.tags:
-            return True
-        if not epochs.tags_stand(entry.tags, entry.generation):
-            return False
-        entry.generation = epochs.generation  # looked at once for each tag eviction, not at each hit
-        return True
-
-    def may_serve_instead(self, entry: Entry, now: float, seconds: float) -> bool:
-        """Whether a read whose load has failed may be answered with `entry` at `now` (`stale_if_error`).
-
-        Where nothing but its ttl has ended it, for `seconds` from then. What was evicted, or cannot be proven to be fresh, may
-        have been replaced as soon as it was loaded, so it is given until it is `seconds` old.
-        """
-        if self.may_serve(entry, now, seconds):
-            return True
-        return abs(entry.epoch) >= self._ages_since and now - entry.load_started <= seconds
-
-    def good_until(self, entry: Entry) -> float:
-        """Until when `entry`, which may be served now, may be as long as nothing shakes `standing`; never too long."""
-        return min(entry.expires_at, self._trust.good_until(entry.load_started))
-
-    def bypassing(self, entry: Entry | None, now: float) -> "Matter | Literal['age'] | None":
-        """What keeps freshness from being proven, where a load is made for that; None: because nothing is cached."""
-        if self._trust.doubts:
-            return next(iter(self._trust.doubts))
-        if now >= self.registration.until:
-            return "registration"
-        if entry is None or entry.epoch != self.epoch:
-            return None
-        if self._trust.too_old(entry.load_started, now):
-            return "age"
-        return None if self.registration.covers(entry.load_started, now) else "registration"
-
-    def expire(self, entry: Entry) -> bool:
-        """`entry` is evicted, and no more to be had but by `may_serve_instead`; whether it was not before."""
-        before, entry.epoch = entry.epoch, -abs(entry.epoch)
-        entry.standing = -1
-        return before == self.epoch
-
-    # Evicting
 
     def evict(self, eviction: Eviction, now: float) -> None:
         """Voids the loads that `eviction` concerns, and forgets what it may not serve; the cache then drops entries."""
@@ -402,7 +322,7 @@ class Coherence:
         """The clock by which everything here was judged was set to `now`: nothing that was judged by it counts any more."""
         self._note_gap("clock stepped", now)
         self._last_gap = self._heard_at = -math.inf
-        self._ages_since = self.epoch + 1
+        self.serving.forget_ages()
         self._tick_passed = None
         self.proof.start_over()
         self.loads.floors.forget(now)

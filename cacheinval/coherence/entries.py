@@ -31,7 +31,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):
 
 
 class Moment(NamedTuple):
-    """What is looked up elsewhere is judged as of before the look; see `Coherence.moment`."""
+    """What is looked up elsewhere is judged as of before the look; see `Serving.moment`."""
 
     epoch: int
     generation: int

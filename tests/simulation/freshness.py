@@ -711,7 +711,7 @@ class Timed:
             self.floor = dict(self.version)
         for key in eviction.keys:
             if self.span.if_error and key in self.entries:
-                self.coherence.expire(self.entries[key])
+                self.coherence.serving.expire(self.entries[key])
             else:
                 self.entries.pop(key, None)
         if eviction.tags and self.span.durable:
@@ -725,12 +725,12 @@ class Timed:
     def read(self, number: int, key: str, fails: bool = False) -> None:
         least, tags = self.floor[key], frozenset({TAG} if self.span.tagged else ())
         entry = self._found(key)
-        if entry is not None and self.coherence.may_serve(entry, self.now):
+        if entry is not None and self.coherence.serving.may_serve(entry, self.now):
             if self.span.staleness is None and self.coherence.suspect and self.now - entry.load_started > 1:
                 raise BrokenError(f"a suspect instance serves what was loaded at {entry.load_started}")
             self._returned(key, entry.value, self.real, least, "hit")
             return
-        if entry is not None and self.coherence.may_serve(entry, self.now, self.span.overtime):
+        if entry is not None and self.coherence.serving.may_serve(entry, self.now, self.span.overtime):
             self._returned(key, entry.value, self.real, least, "hit past its ttl")
             if self.coherence.loads.joinable(key, self.now, tags) is not None:
                 return
@@ -752,7 +752,11 @@ class Timed:
             return entry
         # As `SharedCache` finds it: with the epoch of this moment, and a load that began in no future.
         return self._rules().Entry(
-            entry.value, min(entry.load_started, self.now), *self.coherence.moment[:2], FOREVER, entry.tags
+            entry.value,
+            min(entry.load_started, self.now),
+            *self.coherence.serving.moment[:2],
+            FOREVER,
+            entry.tags,
         )
 
     def load_reads(self, number: int) -> None:
@@ -782,7 +786,7 @@ class Timed:
             if reader is not None and reader.load is leader.load:
                 self.readers[at] = None
         entry = self.entries.get(leader.key)
-        if entry is None or not self.coherence.may_serve_instead(entry, self.now, self.span.if_error):
+        if entry is None or not self.coherence.serving.may_serve_instead(entry, self.now, self.span.if_error):
             return
         self._given_instead(leader.key, entry.value, leader.least)
         if self.relaying.stores_what_is_given_instead:
@@ -840,7 +844,7 @@ class Timed:
         if self._settled():
             for key in self.entries:
                 entry = self._found(key)
-                if c.may_serve(entry, now) and entry.value != self.version[key]:
+                if c.serving.may_serve(entry, now) and entry.value != self.version[key]:
                     raise BrokenError(
                         f"all is settled, and {key} is served as {entry.value}, not {self.version[key]}"
                     )
@@ -876,7 +880,7 @@ class Timed:
                    None if r.ticks._look is None else (r.ticks._look.as_of, tuple(sorted(r.ticks.waiting)), tuple(r.seen.items())))
                   for r in self.relays),
             tuple(sorted((tag, c._epochs.generation - at) for tag, at in c._epochs._tag_evicted.items())),
-            c.epoch - c._ages_since if span.if_error and span.clocks else None,
+            c.epoch - c.serving._ages_since if span.if_error and span.clocks else None,
             tuple(c._trust.doubts), tuple(c._numbers.seqs.items()), tuple(sorted(c._echoes)), c._gap_due is None,
             c._last_gap if span.clocks or self.now - c._last_gap < 1 else None,
             c._marker, c._marker_passed, _message_key(c._tick_passed) if c._tick_passed else None, c._subscribed, c._heard_at if span.silence else 0,

@@ -201,7 +201,7 @@ class Registering:
             return None
         value, load_started, expires_at = self.entry
         entry = rules_entry(self.coherence, value, load_started, expires_at)
-        return value if self.coherence.may_serve(entry, self.now) else None
+        return value if self.coherence.serving.may_serve(entry, self.now) else None
 
     def read(self) -> None:
         self._settle()

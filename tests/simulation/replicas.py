@@ -228,7 +228,7 @@ class Replicated:
 
     def read(self) -> None:
         entry = self._found()
-        if entry is not None and self.coherence.may_serve(entry, self.now):
+        if entry is not None and self.coherence.serving.may_serve(entry, self.now):
             self._returned(entry.value, self.evicted, "hit")
             return
         load = self.coherence.loads.begin(KEY, self.now, self._tags)
@@ -243,7 +243,7 @@ class Replicated:
             return entry
         # As a cache outside the process has it: with the epoch of this moment.
         return sys.modules[self.rules].Entry(
-            entry.value, entry.load_started, *self.coherence.moment[:2], entry.expires_at, entry.tags
+            entry.value, entry.load_started, *self.coherence.serving.moment[:2], entry.expires_at, entry.tags
         )
 
     def _turns_to_replica(self, load: Any) -> bool:
@@ -301,7 +301,7 @@ class Replicated:
         entry = self._found()
         if waits or self.coherence.suspect is not None or entry is None:
             return
-        if self.coherence.may_serve(entry, self.now) and entry.value != len(self.committed_at):
+        if self.coherence.serving.may_serve(entry, self.now) and entry.value != len(self.committed_at):
             raise BrokenError(f"all is settled, and state {entry.value} is served")
 
     def key(self) -> Hashable:

@@ -316,9 +316,9 @@ def _shown(proof: Any) -> str:
 
 def _is_served(world: Restarting) -> bool:
     value, load_started = world.entry
-    moment = world.coherence.moment
-    found = world.coherence.found(value, load_started, 1e9, frozenset(), moment)
-    return bool(world.coherence.may_serve_found(found, world.now, moment))
+    moment = world.coherence.serving.moment
+    found = world.coherence.serving.found(value, load_started, 1e9, frozenset(), moment)
+    return bool(world.coherence.serving.may_serve_found(found, world.now, moment))
 
 
 def _mark(kept: Any) -> int | None:

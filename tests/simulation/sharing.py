@@ -298,16 +298,16 @@ class Sharing:
         now = self._now(sharer)
         if self.extent.in_front:
             held = sharer.held
-            if held is not None and sharer.coherence.may_serve(held, now):
+            if held is not None and sharer.coherence.serving.may_serve(held, now):
                 self._returned(NAMES[number], held.value, now, self._floor_of(sharer), sharer)
                 return
-            if held is not None and sharer.coherence.may_serve(held, now, self.extent.overtime):
+            if held is not None and sharer.coherence.serving.may_serve(held, now, self.extent.overtime):
                 # Given, and what follows goes on in the background.
                 self._returned(NAMES[number], held.value, now, self._floor_of(sharer), sharer)
             load = sharer.coherence.loads.begin(KEY, now, frozenset([TAG]))
             if sharer.evicting is not None and not self.handling.looks_at_what_is_being_evicted:
                 self._evict_outside(sharer.evicting)
-        moment, seen = sharer.coherence.moment, self._present()
+        moment, seen = sharer.coherence.serving.moment, self._present()
         stamps = {name: self._stamp(name) for name in ("epoch", "key", "tag")}
         sharer.reading = Reading(now, self._floor_of(sharer), moment, seen, stamps, load=load)
         if not self.extent.slow_looks or number:
@@ -346,7 +346,10 @@ class Sharing:
         c, how = sharer.coherence, self.handling
         if not how.dates_what_it_finds_from_the_look:
             c.loads.inherit(
-                load, c.found(seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), c.moment)
+                load,
+                c.serving.found(
+                    seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), c.serving.moment
+                ),
             )
         if c.loads.may_store(load) or how.keeps_what_was_evicted_during_the_look:
             sharer.held = load.entry(seen.value, seen.expires_at)
@@ -390,7 +393,7 @@ class Sharing:
         assert reading is not None
         sharer.coherence.loads.end(reading.load)
         held, now = sharer.held, self._now(sharer)
-        if held is None or not sharer.coherence.may_serve_instead(held, now, self.extent.if_error):
+        if held is None or not sharer.coherence.serving.may_serve_instead(held, now, self.extent.if_error):
             return
         since = self.replaced_at.get(held.value)
         known = held.value < reading.least  # of what is not known to be evicted nothing is promised
@@ -423,7 +426,7 @@ class Sharing:
         sharer.floor = self.version
         if not self.handling.keeps_its_own_entry and not eviction.tags:  # of tags the rules keep a note
             if sharer.held is not None and self.extent.if_error:
-                sharer.coherence.expire(sharer.held)
+                sharer.coherence.serving.expire(sharer.held)
             else:
                 sharer.held = None
         sharer.evicting = eviction
@@ -526,12 +529,12 @@ class Sharing:
             now = self._now(sharer)
             held, seen = sharer.held, self._present()
             promised = self.extent.staleness is not None or sharer.bound
-            is_held = held is not None and sharer.coherence.may_serve(held, now, self.extent.overtime)
+            is_held = held is not None and sharer.coherence.serving.may_serve(held, now, self.extent.overtime)
             if is_held and held.value != self.version and promised:
                 raise BrokenError(f"{when}, and {name} would serve its own {held.value}, not {self.version}")
             if seen is None or seen.value == self.version:
                 continue
-            is_served = _serves(sharer, seen, now, sharer.coherence.moment)
+            is_served = _serves(sharer, seen, now, sharer.coherence.serving.moment)
             if is_served and promised:
                 raise BrokenError(f"{when}, and {name} would serve {seen.value}, not {self.version}")
 
@@ -559,8 +562,8 @@ class Sharing:
 def _serves(sharer: Sharer, seen: Stored, now: float, moment: Any) -> bool:
     """As `SharedCache` asks the rules about what it has seen."""
     c = sharer.coherence
-    entry = c.found(seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), moment)
-    return bool(c.may_serve_found(entry, now, moment))
+    entry = c.serving.found(seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), moment)
+    return bool(c.serving.may_serve_found(entry, now, moment))
 
 
 def _label(message: Any) -> str:

@@ -11,8 +11,8 @@ def rely_on(coherence: Any, entry: Any, now: float) -> None:
     Raises:
         BrokenError: an earlier judgement still stands, and is wrong by now.
     """
-    may_serve = coherence.may_serve(entry, now)
+    may_serve = coherence.serving.may_serve(entry, now)
     if entry.standing == coherence.standing.number and now < entry.serve_until and not may_serve:
         raise BrokenError(f"at {now} a judgement stands, until {entry.serve_until}, that is wrong by now")
     if may_serve:
-        entry.standing, entry.serve_until = coherence.standing.number, coherence.good_until(entry)
+        entry.standing, entry.serve_until = coherence.standing.number, coherence.serving.good_until(entry)

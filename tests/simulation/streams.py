@@ -260,7 +260,7 @@ class Reading:
         self.coherence.evicted(self.now)
 
     def read(self) -> None:
-        if self.entry is not None and self.coherence.may_serve(self.entry, self.now):
+        if self.entry is not None and self.coherence.serving.may_serve(self.entry, self.now):
             return
         load = self.coherence.loads.begin(KEY, self.now)
         self._store(load, self.version)
@@ -304,7 +304,7 @@ class Reading:
         return (
             self.entry is not None
             and self.entry.value < version
-            and self.coherence.may_serve(self.entry, self.now + later)
+            and self.coherence.serving.may_serve(self.entry, self.now + later)
         )
 
     def _come_to_rest(self) -> None:

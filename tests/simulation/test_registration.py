@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant(
         "an entry served without asking for the registration",
         LATE,
-        "if self._registers and not self.registration.covers(entry.load_started, now):",
+        "if self._registers and not self._trust.registration.covers(entry.load_started, now):",
         "if False:",
     ),
     Mutant(

@@ -360,7 +360,7 @@ class World:
     def read(self, number: int, key: str) -> None:
         entry = self.entries.get(key)
         least = self.evicted[key]
-        if entry is not None and self.coherence.may_serve(entry, self.now):
+        if entry is not None and self.coherence.serving.may_serve(entry, self.now):
             self._returned(key, least, entry.value, "hit")
             return
         tags = frozenset({self._tag(key)}) if self.shape.tagged else frozenset()
@@ -419,7 +419,10 @@ class World:
         )
         if settled:
             for key, entry in self.entries.items():
-                if self.coherence.may_serve(entry, self.now + 0.5) and entry.value != self.database[key]:
+                if (
+                    self.coherence.serving.may_serve(entry, self.now + 0.5)
+                    and entry.value != self.database[key]
+                ):
                     raise BrokenError(
                         f"all is settled, and {key} is served as {entry.value}, not {self.database[key]}"
                     )

@@ -87,7 +87,7 @@ Evict = Callable[[Eviction], None]
 
 
 def in_flight(cache: InProcessCache) -> int:
-    return len(cache._coherence.loads._loads) + len(cache._flights)
+    return len(cache._loads._loads) + len(cache._flights)
 
 
 # Hits and misses

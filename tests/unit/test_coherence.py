@@ -153,7 +153,7 @@ class World(RuleBasedStateMachine):
     def read(self, key: str, tags: bool) -> None:
         if key in self.cache:
             entry, began = self.cache[key]
-            if self.coherence.may_serve(entry, self.now):
+            if self.coherence.serving.may_serve(entry, self.now):
                 self.check_served(key, entry, began)
                 return
         tag = TAGS[key]
@@ -180,7 +180,7 @@ class World(RuleBasedStateMachine):
     def fill(self) -> None:
         """Every key is read, and loaded at once where that is needed."""
         for key in BASE:
-            cached = key in self.cache and self.coherence.may_serve(self.cache[key][0], self.now)
+            cached = key in self.cache and self.coherence.serving.may_serve(self.cache[key][0], self.now)
             if not cached and self.coherence.loads.joinable(key, self.now) is None:
                 tag = TAGS[key]
                 self.finish(self.start(key, frozenset([tag]) if tag else NO_TAGS), False, 1000.0)
@@ -204,7 +204,7 @@ class World(RuleBasedStateMachine):
         )
 
     def take_part(self, whole: Loading, part: str) -> None:
-        if part in self.cache and self.coherence.may_serve(self.cache[part][0], self.now):
+        if part in self.cache and self.coherence.serving.may_serve(self.cache[part][0], self.now):
             entry = self.cache[part][0]
             self.coherence.loads.inherit(whole.token, entry)
             whole.parts[part] = entry.value
@@ -397,7 +397,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def nothing_too_old_is_servable(self) -> None:
         for key, (entry, began) in self.cache.items():
-            if self.coherence.may_serve(entry, self.now):
+            if self.coherence.serving.may_serve(entry, self.now):
                 self.check_served(key, entry, began)
 
     def everything_comes_to_rest(self) -> None:
@@ -417,7 +417,7 @@ class World(RuleBasedStateMachine):
         assert self.coherence.suspect is None
         assert not self.coherence.loads._loads
         for key, (entry, _) in self.cache.items():
-            if self.coherence.may_serve(entry, self.now):
+            if self.coherence.serving.may_serve(entry, self.now):
                 truth = (self.database["p"], self.database["q"]) if key == "sum" else self.database[key]
                 assert entry.value == truth, f"{key} is stale for ever"
 
@@ -467,7 +467,7 @@ def test_an_eviction_of_something_else_voids_nothing(eviction: Eviction) -> None
     entry = stored(coherence, "l", tags=frozenset(["t"]))
     coherence.evict(eviction, 100.0)
     assert coherence.loads.may_store(load)
-    assert coherence.may_serve(entry, 100.0)
+    assert coherence.serving.may_serve(entry, 100.0)
 
 
 @pytest.mark.parametrize("what", EVICTIONS)
@@ -527,7 +527,7 @@ def test_a_value_is_as_old_as_its_oldest_part_and_goes_with_its_tags() -> None:
     entry = whole.entry("value", math.inf)
     assert entry.load_started == 90.0
     coherence.evict(Eviction(tags=["t"]), 100.0)
-    assert not coherence.may_serve(entry, 101.0)
+    assert not coherence.serving.may_serve(entry, 101.0)
 
 
 def test_a_voided_part_voids_the_whole() -> None:
@@ -547,18 +547,18 @@ def test_a_flood_of_tags_is_bounded_and_evicts_rather_too_much(monkeypatch: pyte
     for n in range(1000):
         coherence.evict(Eviction(tags=[f"flood {n}"]), 100.0)
     assert len(coherence._epochs._tag_evicted) <= 10
-    assert not coherence.may_serve(tagged, 100.0)
+    assert not coherence.serving.may_serve(tagged, 100.0)
     assert not coherence.loads.may_store(load)
-    assert coherence.may_serve(plain, 100.0)
-    assert coherence.may_serve(stored(coherence, tags=frozenset(["t"])), 100.0)
+    assert coherence.serving.may_serve(plain, 100.0)
+    assert coherence.serving.may_serve(stored(coherence, tags=frozenset(["t"])), 100.0)
 
 
 def test_an_entry_ends_with_its_ttl() -> None:
     coherence = ready()
     load = coherence.loads.begin("k", 100.0)
     entry = load.entry("value", 160.0)
-    assert coherence.may_serve(entry, 159.9)
-    assert not coherence.may_serve(entry, 160.0)
+    assert coherence.serving.may_serve(entry, 159.9)
+    assert not coherence.serving.may_serve(entry, 160.0)
 
 
 @pytest.mark.parametrize(("max_staleness", "limit"), [(None, 1.0), (3.0, 3.0)])
@@ -566,29 +566,29 @@ def test_a_suspect_instance_serves_by_age_alone(max_staleness: float | None, lim
     coherence = ready(max_staleness)
     entry, load = stored(coherence), coherence.loads.begin("l", 100.0)
     coherence.lost("cut")
-    assert coherence.may_serve(entry, 100.0 + limit)
-    assert not coherence.may_serve(entry, 100.001 + limit)
+    assert coherence.serving.may_serve(entry, 100.0 + limit)
+    assert not coherence.serving.may_serve(entry, 100.001 + limit)
     assert coherence.loads.joinable("l", 100.0 + limit) is load
     assert coherence.loads.joinable("l", 100.001 + limit) is None
-    assert coherence.bypassing(entry, 100.0)
+    assert coherence.serving.bypassing(entry, 100.0)
 
 
 def test_a_healthy_instance_serves_for_the_whole_ttl_unless_a_limit_is_set() -> None:
     coherence = ready()
-    assert coherence.may_serve(stored(coherence), 1e9)
+    assert coherence.serving.may_serve(stored(coherence), 1e9)
     coherence = ready(max_staleness=3)
     entry = stored(coherence)
-    assert coherence.may_serve(entry, 103.0)
-    assert not coherence.may_serve(entry, 103.1)
-    assert coherence.bypassing(entry, 103.1)
-    assert not coherence.bypassing(entry, 103.0)
-    assert not coherence.bypassing(None, 103.0)
+    assert coherence.serving.may_serve(entry, 103.0)
+    assert not coherence.serving.may_serve(entry, 103.1)
+    assert coherence.serving.bypassing(entry, 103.1)
+    assert not coherence.serving.bypassing(entry, 103.0)
+    assert not coherence.serving.bypassing(None, 103.0)
 
 
 def test_before_it_has_ever_joined_it_is_suspect() -> None:
     coherence = Coherence()
     assert coherence.suspect == "not subscribed yet"
-    assert not coherence.may_serve(stored(coherence), 101.1)
+    assert not coherence.serving.may_serve(stored(coherence), 101.1)
 
 
 def test_joining_evicts_everything_before_it_is_trusted() -> None:
@@ -601,7 +601,7 @@ def test_joining_evicts_everything_before_it_is_trusted() -> None:
     coherence.evict(eviction, 100.0)
     coherence.trust()
     assert coherence.suspect is None
-    assert not coherence.may_serve(entry, 100.0)
+    assert not coherence.serving.may_serve(entry, 100.0)
     assert not coherence.loads.may_store(load)
 
 
@@ -640,7 +640,7 @@ def test_resumed_it_is_suspect_until_its_own_marker_is_evicted() -> None:
     coherence.evicted(0.0)
     assert coherence.suspect is None
     assert coherence.epoch == epoch
-    assert coherence.may_serve(entry, 1e6)
+    assert coherence.serving.may_serve(entry, 1e6)
 
 
 def test_resumed_it_refuses_what_stood_in_front_of_the_cache_outside() -> None:
@@ -650,12 +650,16 @@ def test_resumed_it_refuses_what_stood_in_front_of_the_cache_outside() -> None:
     coherence.trust()
     entry, load = stored(coherence), coherence.loads.begin("k", 100.0)
     coherence.lost("cut")
-    assert coherence.may_serve(entry, 100.5), "what is a second old at most may be served while it is suspect"
+    assert coherence.serving.may_serve(entry, 100.5), (
+        "what is a second old at most may be served while it is suspect"
+    )
     assert coherence.resumed("mine", 100.5, coherence.proof_state()) is None
-    assert not coherence.may_serve(entry, 100.5)
+    assert not coherence.serving.may_serve(entry, 100.5)
     assert not coherence.loads.may_store(load)
-    found = coherence.found("value", 100.0, math.inf, frozenset(), coherence.moment)
-    assert coherence.may_serve_found(found, 100.5, coherence.moment), "outside everything stays"
+    found = coherence.serving.found("value", 100.0, math.inf, frozenset(), coherence.serving.moment)
+    assert coherence.serving.may_serve_found(found, 100.5, coherence.serving.moment), (
+        "outside everything stays"
+    )
 
 
 def test_a_marker_of_a_lost_subscription_does_not_count() -> None:
@@ -956,11 +960,11 @@ def proving() -> Coherence:
 def test_a_tick_keeps_what_was_loaded_after_the_first_one() -> None:
     coherence = proving()
     entry = coherence.loads.begin("k", 2.0).entry("value", 1e9)
-    assert coherence.may_serve(entry, 7.0)
-    assert not coherence.may_serve(entry, 7.1)
+    assert coherence.serving.may_serve(entry, 7.0)
+    assert not coherence.serving.may_serve(entry, 7.1)
     told(coherence, tick(9.0), 9.1)
-    assert coherence.may_serve(entry, 13.8)
-    assert not coherence.may_serve(entry, 14.0)  # 9.0 - 0.1 + 5
+    assert coherence.serving.may_serve(entry, 13.8)
+    assert not coherence.serving.may_serve(entry, 14.0)  # 9.0 - 0.1 + 5
 
 
 def test_the_first_tick_extends_nothing_that_was_loaded_before() -> None:
@@ -970,7 +974,7 @@ def test_the_first_tick_extends_nothing_that_was_loaded_before() -> None:
     entry = coherence.loads.begin("k", 0.5).entry("value", 1e9)
     told(coherence, tick(0.9), 1.0)
     told(coherence, tick(9.0), 9.1)
-    assert not coherence.may_serve(entry, 9.2)
+    assert not coherence.serving.may_serve(entry, 9.2)
 
 
 def test_a_number_that_is_missing_is_a_gap_before_the_watermark_moves() -> None:
@@ -1089,9 +1093,9 @@ def test_the_proof_goes_on_in_the_next_process_with_its_first_tick() -> None:
     told(before, tick(9.0), 9.1)
     after = resumed(before, 9.2)
     entry.epoch = after.epoch
-    assert not after.may_serve(entry, 9.2), "the watermark of another process"
+    assert not after.serving.may_serve(entry, 9.2), "the watermark of another process"
     told(after, tick(10.0), 10.1)
-    assert after.may_serve(entry, 10.2)
+    assert after.serving.may_serve(entry, 10.2)
     assert resumed(before, 9.2).counters.gaps == 0
     assert told(resumed(before, 9.2), tick(10.0, writer=1), 10.1) is not None
 
@@ -1151,9 +1155,9 @@ def test_what_is_missing_of_a_channel_that_was_heard_is_a_gap_at_a_first_tick_to
 
 def found(coherence: Coherence, load_started: float, now: float) -> bool:
     """Whether a read that begins at `now` and looks at once is answered by what another host says to have loaded then."""
-    moment = coherence.moment
-    entry = coherence.found("value", load_started, 1e9, NO_TAGS, moment)
-    return coherence.may_serve_found(entry, now, moment)
+    moment = coherence.serving.moment
+    entry = coherence.serving.found("value", load_started, 1e9, NO_TAGS, moment)
+    return coherence.serving.may_serve_found(entry, now, moment)
 
 
 def test_what_another_host_has_loaded_counts_as_older_by_the_skew() -> None:
@@ -1168,10 +1172,10 @@ def test_what_another_host_has_loaded_counts_as_older_by_the_skew() -> None:
 def test_what_is_proven_during_a_look_does_not_concern_what_it_saw() -> None:
     """The proof rests on an eviction that came after the look."""
     coherence = proving()
-    moment = coherence.moment
-    entry = coherence.found("value", 2.0, 1e9, NO_TAGS, moment)
+    moment = coherence.serving.moment
+    entry = coherence.serving.found("value", 2.0, 1e9, NO_TAGS, moment)
     told(coherence, Invalidate(v=1, keys=["k"]), 20.0)
     told(coherence, tick(19.9), 20.0)
     assert coherence.proof.covers(entry.load_started, 20.0)
-    assert not coherence.may_serve_found(entry, 20.0, moment)
+    assert not coherence.serving.may_serve_found(entry, 20.0, moment)
     assert found(coherence, 2.0, 20.0)

@@ -166,7 +166,7 @@ async def test_a_cancelled_load_keeps_no_place(
     first.release.set()
     await leader
     assert free(cache) == 1
-    assert len(cache._coherence.loads._loads) == len(cache._flights) == 0
+    assert len(cache._loads._loads) == len(cache._flights) == 0
 
 
 async def test_who_joined_a_load_that_was_cancelled_while_it_waited_loads(

@@ -179,9 +179,9 @@ class TestCoherence:
         coherence = self.coherence()
         load = coherence.loads.begin("k", 100)
         entry = load.entry(1, 1e9)
-        assert not coherence.may_serve(entry, 101)
-        assert coherence.bypassing(entry, 101)
-        assert coherence.bypassing(None, 101)
+        assert not coherence.serving.may_serve(entry, 101)
+        assert coherence.serving.bypassing(entry, 101)
+        assert coherence.serving.bypassing(None, 101)
         assert coherence.loads.may_store(load)
 
     def test_it_serves_what_it_loaded_since(self) -> None:
@@ -190,10 +190,10 @@ class TestCoherence:
         register(coherence.registration, 101)
         coherence.settle("registration")
         after = coherence.loads.begin("k", 102).entry(1, 1e9)
-        assert not coherence.may_serve(before, 103)
-        assert coherence.bypassing(before, 103)
-        assert coherence.may_serve(after, 103)
-        assert not coherence.bypassing(after, 103)
+        assert not coherence.serving.may_serve(before, 103)
+        assert coherence.serving.bypassing(before, 103)
+        assert coherence.serving.may_serve(after, 103)
+        assert not coherence.serving.bypassing(after, 103)
 
     def test_a_load_is_given_only_to_readers_that_came_before_it(self) -> None:
         coherence = self.coherence()

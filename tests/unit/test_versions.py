@@ -139,7 +139,7 @@ async def test_what_lags_behind_is_read_from_the_primary_and_that_is_stored(
     assert await read() == Read({"version": 8, "price": 109}, "miss", True)
     assert db.take_asked() == ["replica", "primary"]
     assert (await read()).outcome == "hit"
-    assert (cache.counters.primary_loads, cache._coherence.counters.below_floor) == (1, 1)
+    assert (cache.counters.primary_loads, cache._loads._counters.below_floor) == (1, 1)
 
 
 @pytest.mark.parametrize("version", [8, 9])

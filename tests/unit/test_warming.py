@@ -17,6 +17,7 @@ from cacheinval.cache.levels import TwoLevels
 from cacheinval.cache.reloading import MOST_WARMING, Warmer
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence.serving import Serving
 from cacheinval.coherence.warming import Hot, Warming
 
 NONE: frozenset[str] = frozenset()
@@ -370,9 +371,9 @@ async def test_nothing_is_warmed_that_would_not_be_served(
     def bypassing(*asking: Any) -> bool:
         nonlocal asked
         asked += 1
-        return type(coherence).bypassing(coherence, *asking)
+        return Serving.bypassing(coherence.serving, *asking)
 
-    monkeypatch.setattr(coherence, "bypassing", bypassing)
+    monkeypatch.setattr(coherence.serving, "bypassing", bypassing)
     await eventually(lambda: asked >= 3)
     assert (source.loads, warmer.plan.waiting) == (1, 1)
     evict(coherence.joined_anew(cache._now()))
