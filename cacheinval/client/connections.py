@@ -37,6 +37,7 @@ class Connections:
 
     def __init__(self, url: str, pool: "Pool | None") -> None:
         self.exist = pool is not None or bool(url)
+        """Whether there is a database."""
         self._url, self._pool, self._own_pool = url, pool, pool is None
         self._own_connection = OwnConnection(url)
 
