@@ -9,6 +9,7 @@ from typing import Any
 
 from cacheinval.backends.proof import KeptProof
 from cacheinval.backends.shared import OPERATION_TIMEOUT, SharedEntries, connect
+from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.cache_findings import (
     of_commands,
     of_hello,
@@ -22,7 +23,6 @@ from cacheinval.doctor.cache_findings import (
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import Finding, failed, ok, warning
 from cacheinval.errors import CacheError, ConfigurationError
-from cacheinval.registration import Registered
 from cacheinval.settings import Settings, mask_url
 
 __all__ = ["CacheSeen"]

@@ -16,8 +16,8 @@ from cacheinval import Settings
 from cacheinval.backends import shared
 from cacheinval.backends.shared import SharedEntries, connect
 from cacheinval.doctor import Finding, cache, examine
-from cacheinval.processes import Guard
 from cacheinval.sandbox import Memcached, Redis, Server
+from cacheinval.sandbox.processes import Guard
 
 _S = TypeVar("_S", bound=Server)
 
