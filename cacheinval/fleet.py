@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from cacheinval.bus import Bus, Channel
 from cacheinval.coherence.registration import Registered
 from cacheinval.errors import PublishError
 from cacheinval.messages import Ask, Audit, encode
+from cacheinval.overview import Overview
 from cacheinval.recent import Recent
 
 __all__ = [
@@ -114,7 +115,7 @@ class Outlook:
         bus: carries questions and answers.
         status: what `status` shows.
         recent: what has been evicted here within so many seconds.
-        registered: who is registered; raises DatabaseError. None without a database.
+        overview: what the database knows of the namespace; raises DatabaseError. None without a database.
         instance: whether this process is an instance itself.
     """
 
@@ -123,11 +124,11 @@ class Outlook:
         bus: Callable[[], Bus],
         status: Callable[[], dict[str, Any]],
         recent: Callable[[float], Recent],
-        registered: Callable[[], Awaitable[Sequence[Registered]]] | None,
+        overview: Callable[[], Awaitable[Overview]] | None,
         *,
         instance: bool,
     ) -> None:
-        self.status, self.recent, self.registered, self.instance = status, recent, registered, instance
+        self.status, self.recent, self.overview, self.instance = status, recent, overview, instance
         self._bus = bus
 
     def inquire(self, answered: Callable[[dict[str, Any]], None]) -> Inquiry:
@@ -160,6 +161,8 @@ class Respondent:
         self._aside = aside
         self._audit: asyncio.Task[None] | None = None
         self._answering: set[asyncio.Task[None]] = set()
+        self.problem: str | None = None
+        """Why the last answer could not be sent, if it could not."""
 
     def answer(self, delivery: Any, message: Ask | Audit) -> None:
         """Answers beside whatever else goes on; returns at once."""
@@ -194,4 +197,7 @@ class Respondent:
         try:
             await self._bus().answer(delivery, msgspec.json.encode(answer))
         except PublishError as error:
+            self.problem = str(error)
             logs.event(log, logging.DEBUG, "answer not sent", reason=error)
+        else:
+            self.problem = None

@@ -152,6 +152,8 @@ class Publisher:
         self._listening: Channel | None = None
         self._seq = 0
         self._failing_since: float | None = None
+        self.problem: str | None = None
+        """Why the last publish failed, if it did."""
         self._retry_at = 0.0
         self._pause = BACKOFF_FIRST
         self._waiting: list[Unpublished] = []
@@ -201,9 +203,7 @@ class Publisher:
                 if now() > ended + NEAR or self._hurry:
                     gather = 0.0
                 else:
-                    gather = (
-                        min(2 * gather, GATHER_MOST if len(batch) >= MANY else GATHER_MORE) or GATHER_FIRST
-                    )
+                    gather = next_gathering(gather, len(batch))
                     await asyncio.sleep(gather)
                 self._work.clear()
                 batch, self._waiting, self._waiting_size, self._hurry = self._waiting, [], 0, False
@@ -359,7 +359,7 @@ class Publisher:
 
     def _succeeded(self, batch: list[Unpublished]) -> None:
         if self._failing_since is not None:
-            self._failing_since = None
+            self._failing_since = self.problem = None
             logs.event(log, logging.INFO, "publishing again")
         self._pause = BACKOFF_FIRST
         self.counters.confirmed_writes += len(batch)
@@ -376,6 +376,7 @@ class Publisher:
 
     async def _failed(self, batch: list[Unpublished], reason: str) -> None:
         self.counters.failures += 1
+        self.problem = reason
         loop = asyncio.get_running_loop()
         if self._failing_since is None:
             self._failing_since = loop.time()

@@ -1,4 +1,4 @@
-"""What `cacheinval status` does: asks every live instance how it is, once or again and again, and prints a table."""
+"""What `cacheinval status` does: asks every live instance how it is, once or again and again, and says what follows."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,7 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheinval.client import Client
-from cacheinval.errors import CacheinvalError, DatabaseError, PublishError, SchemaMissingError
+from cacheinval.errors import CacheinvalError, DatabaseError, PublishError
+from cacheinval.fleet import silent_among
+from cacheinval.overview import Overview
+from cacheinval.verdict import Fleet, Level, Verdict, judge
+from cacheinval.verdict.fleet import SILENT_AFTER
+from cacheinval.verdict.reports import understand
 
 __all__ = ["status", "watch"]
 
@@ -22,24 +28,25 @@ ANSWER_WITHIN = 1.0  # seconds
 WIDEST = 10_000  # columns of a table that is not for a terminal
 
 STYLES = {"ready": "green", "silent": "red"}
+LEVELS = {Level.WARNING: "bold yellow", Level.BAD: "bold red"}
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 Instances = Sequence[Mapping[str, Any]]
 
 
 async def status(client: Client, *, as_json: bool) -> None:
-    """Asks once, and prints what is answered; what could not be found out is said on stderr.
+    """Asks once, and prints the verdict and what is answered.
 
     Raises:
         CacheinvalError: nobody can be asked.
     """
-    instances, problem = await _look(client)
-    if problem is not None:
-        print(f"cacheinval: {problem}", file=sys.stderr)
+    look = await _look(client, Fleet(None, patience=0.0), ANSWER_WITHIN)
     if as_json:
-        print(json.dumps({"instances": instances}, ensure_ascii=False, indent=2))
+        print(json.dumps(look.as_json(), ensure_ascii=False, indent=2))
     else:
-        _console().print(_shown(client.settings.namespace, instances))
+        _console().print(look.shown())
+    if look.problem is not None:
+        raise look.problem
 
 
 async def watch(client: Client, interval: float, *, as_json: bool) -> None:
@@ -50,10 +57,11 @@ async def watch(client: Client, interval: float, *, as_json: bool) -> None:
     console = _console()
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
     loop = asyncio.get_running_loop()
+    fleet = Fleet(None, patience=max(SILENT_AFTER, 1.5 * interval))
     with live or nullcontext():
         while True:
             began = loop.time()
-            shown = await _block(client, min(interval, ANSWER_WITHIN), as_json)
+            shown = await _block(client, fleet, min(interval, ANSWER_WITHIN), as_json)
             if live is not None:
                 live.update(shown, refresh=True)
             else:
@@ -62,40 +70,72 @@ async def watch(client: Client, interval: float, *, as_json: bool) -> None:
             await asyncio.sleep(max(0.0, began + interval - loop.time()))
 
 
-async def _block(client: Client, wait: float, as_json: bool) -> RenderableType:
-    """One look, with the time and with what could not be found out."""
+async def _block(client: Client, fleet: Fleet, wait: float, as_json: bool) -> RenderableType:
+    """One look, with the time."""
     at = time.time()
-    try:
-        instances, problem = await _look(client, wait)
-    except CacheinvalError as error:
-        instances, problem = None, str(error)
+    look = await _look(client, fleet, wait)
+    fleet.forget(at)
     if as_json:
-        said = {"at": at, "instances": instances, "problem": problem}
-        return Text(json.dumps(said, ensure_ascii=False))
-    parts: list[RenderableType] = [Text(time.strftime("%H:%M:%S", time.localtime(at)), style="dim")]
-    if problem is not None:
-        parts.append(Text(problem, style="red"))
-    if instances is not None:
-        parts.append(_shown(client.settings.namespace, instances))
-    return Group(*parts, Text(""))
+        return Text(json.dumps({"at": at, **look.as_json()}, ensure_ascii=False))
+    return Group(Text(time.strftime("%H:%M:%S", time.localtime(at)), style="dim"), look.shown(), Text(""))
 
 
-async def _look(client: Client, wait: float = ANSWER_WITHIN) -> tuple[Instances, str | None]:
-    """Who answers and who should, by id; and why it is not known who should, where that is so."""
-    try:
-        instances = await client.ask_instances(wait)
-    except PublishError as error:
-        if "no exchange" not in str(error):
-            raise
-        instances = []  # nobody has ever subscribed
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Who answers and who should, by id, and what follows from it."""
+
+    instances: Instances
+    verdict: Verdict
+    problem: CacheinvalError | None
+    """Why nobody can be asked."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verdict": asdict(self.verdict),
+            "instances": None if self.problem is not None else self.instances,
+            "problem": None if self.problem is None else str(self.problem),
+        }
+
+    def shown(self) -> RenderableType:
+        parts = [_said(self.verdict)]
+        if self.instances:
+            parts.append(_table(self.instances))
+        return Group(*parts)
+
+
+async def _look(client: Client, fleet: Fleet, wait: float) -> _Look:
+    began = time.time()
     problem = None
     try:
-        instances += await client.silent_instances(instances)
-    except SchemaMissingError:
-        pass  # so nobody is registered
+        answered = await client.ask_instances(wait)
+    except PublishError as error:
+        answered = []
+        if "no exchange" not in str(error):  # else nobody has ever subscribed
+            problem = error
+    overview = await _overview(client)
+    now = time.time()
+    here = understand(client.status())
+    assert here is not None, "a process understands itself"
+    fleet.asked(None if problem is None else str(problem), began)
+    if overview is not None:
+        fleet.looked(overview, began)
+    for one in answered:
+        fleet.heard(one, now)
+    fleet.asked(fleet.problem, now)
+    if isinstance(overview, Overview):
+        answered += silent_among(overview.settled, answered)
+    instances = sorted(answered, key=lambda instance: str(instance["id"]))
+    return _Look(instances, judge(fleet, here, now), problem)
+
+
+async def _overview(client: Client) -> Overview | str | None:
+    """What the database says; or why it cannot be used. None where there is none."""
+    if client.outlook.overview is None:
+        return None
+    try:
+        return await client.outlook.overview()
     except DatabaseError as error:
-        problem = f"which instances are registered is unknown: {error}"
-    return sorted(instances, key=lambda instance: str(instance["id"])), problem
+        return str(error)
 
 
 def _console() -> Console:
@@ -103,9 +143,16 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else WIDEST)
 
 
-def _shown(namespace: str, instances: Instances) -> RenderableType:
-    if not instances:
-        return Text(f"no instance of namespace {namespace} answers")
+def _said(verdict: Verdict) -> RenderableType:
+    if verdict.level is Level.GOOD:
+        return Text(f"{verdict.sentence.rstrip('.')}: {verdict.detail}", style="green")
+    lines = [Text(verdict.sentence, style=LEVELS[verdict.level])]
+    lines += [Text(verdict.detail)] if verdict.detail else []
+    lines += [Text(f"→ {step}") for step in verdict.todo]
+    return Group(*lines)
+
+
+def _table(instances: Instances) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("INSTANCE", "HOST", "VERSION", "STATE"):
         table.add_column(column, no_wrap=True)

@@ -6,9 +6,9 @@ import random
 import re
 import ssl
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from aio_pika.connection import make_url
 from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity
@@ -23,7 +23,17 @@ from cacheinval.settings import Settings, addresses, mask_url
 for _library in ("aiormq", "aio_pika"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
-__all__ = ["ANSWER_WITHIN", "LEAVE_WITHIN", "Broker", "Counts", "explain", "is_away", "place", "within"]
+__all__ = [
+    "ANSWER_WITHIN",
+    "LEAVE_WITHIN",
+    "Broker",
+    "Counts",
+    "explain",
+    "is_away",
+    "is_blocked",
+    "place",
+    "within",
+]
 
 HEARTBEAT = 5  # seconds; aiormq gives a silent connection up after 3 x (heartbeat + 1)
 CONNECT_WITHIN = 10.0  # seconds for TCP, TLS and the AMQP handshake together
@@ -210,6 +220,21 @@ class Broker:
 def is_away(error: ChannelNotFoundEntity) -> bool:
     """Whether what is not found is there, but on a node of the cluster that is down."""
     return "home node" in str(error)
+
+
+def is_blocked(connection: Connection) -> bool:
+    """Whether the broker blocks what is published on this connection, as it has said."""
+    if connection.transport is None:
+        return False
+    # There is no other question than whether this would wait.
+    waiting = cast("Coroutine[Any, Any, None]", connection.transport.ready())
+    try:
+        waiting.send(None)
+    except StopIteration:
+        return False
+    finally:
+        waiting.close()
+    return True
 
 
 def place(node: URL) -> str:

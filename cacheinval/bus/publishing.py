@@ -15,8 +15,8 @@ from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
-from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, Counts, explain, within
-from cacheinval.bus.wire import Connection, Frame, Wire
+from cacheinval.bus.connecting import LEAVE_WITHIN, Broker, Counts, explain, is_blocked, within
+from cacheinval.bus.wire import Connection, Frame
 from cacheinval.errors import BlockedError, PublishError
 from cacheinval.messages import CONTENT_TYPE, MESSAGE_TYPE
 from cacheinval.tracing import headers_of
@@ -34,7 +34,7 @@ class RabbitChannel:
         self,
         channel: AbstractChannel,
         underlay: Channel,
-        wire: Wire,
+        connection: Connection,
         exchange: str,
         timeout: float,
         counts: Counts,
@@ -44,7 +44,7 @@ class RabbitChannel:
         self._channel = channel
         self._underlay = underlay
         self._part = underlay.max_content_size
-        self._wire = wire
+        self._connection = connection
         self._exchange = exchange
         self._timeout = timeout
         self._counts = counts
@@ -116,6 +116,10 @@ class RabbitChannel:
         except AMQPChannelError as error:
             self.failure = self._describe(error)
             raise _refusal(self.failure) from error
+        except TimeoutError as error:
+            blocked = is_blocked(self._connection)
+            self.failure = str(BlockedError()) if blocked else self._describe(error)
+            raise (BlockedError() if blocked else PublishError(self.failure)) from error
         except Exception as error:  # down to a bare Exception, when a channel is closed
             self.failure = self._describe(error)
             raise PublishError(self.failure) from error
@@ -136,7 +140,7 @@ class RabbitChannel:
             ContentHeader(properties=properties, body_size=len(body)),
             *(ContentBody(body[at : at + self._part]) for at in range(0, len(body), self._part)),
         ]
-        self._wire.write(channel.number, *frames)
+        self._connection.wire.write(channel.number, *frames)
         confirmed = channel.confirmations[tag] = channel.create_future()
         channel.message_id_delivery_tag[properties.message_id] = tag
         confirmed.add_done_callback(lambda _: channel.message_id_delivery_tag.pop(str(tag), None))
@@ -171,8 +175,11 @@ class Publishing:
         self._closed = False
 
     @property
-    def connected(self) -> bool:
-        return self._connection is not None
+    def state(self) -> str:
+        """`idle`, `connected` or `blocked` (by an alarm of the broker)."""
+        if self._connection is None:
+            return "idle"
+        return "blocked" if is_blocked(self._connection) else "connected"
 
     async def open(self, exchange: str) -> RabbitChannel:
         """A channel that publishes to `exchange`, or, where that is empty, to queues by name.
@@ -282,4 +289,4 @@ async def open_exchange(connection: Connection, name: str, timeout: float, count
         raise _refusal(f"the exchange {name} is not a durable fanout: {explain(error)}") from error
     except AMQPChannelError as error:
         raise _refusal(f"the broker refuses the exchange {name}: {explain(error)}") from error
-    return RabbitChannel(channel, underlay, connection.wire, name, timeout, counts)
+    return RabbitChannel(channel, underlay, connection, name, timeout, counts)

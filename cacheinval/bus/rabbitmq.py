@@ -64,7 +64,7 @@ class RabbitBus:
         return {
             "url": self._broker.url,
             "consumer": self._consumer,
-            "publisher": "connected" if self._publishing.connected else "idle",
+            "publisher": self._publishing.state,
             "queue": self._queue,
             "node": None if self._subscription is None else self._subscription.node,
             "since": self._since,

@@ -34,11 +34,13 @@ from cacheinval.errors import (
 from cacheinval.fleet import Outlook, Respondent, ask_instances, silent_among
 from cacheinval.outbox import Outbox, apply_schema
 from cacheinval.outbox.instances import Database, Instances, Registrar
+from cacheinval.outbox.looking import look
 from cacheinval.outbox.pool import (
     CONNECT_TIMEOUT,
 )
 from cacheinval.outbox.relay import Relay
 from cacheinval.outbox.session import LOST
+from cacheinval.overview import Overview
 from cacheinval.publisher import Publisher
 from cacheinval.receiver import Instance
 from cacheinval.recent import Recent, RecentEvictions
@@ -143,13 +145,15 @@ class Client:
         self.relay = self._make_relay()
 
         self._recent = RecentEvictions()
-        respondent = Respondent(me.id, lambda: self.bus, self._answer_status, self.auditor, self._tasks.aside)
+        self._respondent = Respondent(
+            me.id, lambda: self.bus, self._answer_status, self.auditor, self._tasks.aside
+        )
         self.instance = Instance(
             self._coherence,
             self._clock,
             self._caches.all,
             self._subscriber.publish_probe,
-            respondent.answer,
+            self._respondent.answer,
             self._subscriber.resubscribe,
             keeper=keeper,
             tick_interval=settings.tick_interval,
@@ -174,12 +178,17 @@ class Client:
             auditor=self.auditor,
             publisher=self.publisher,
             instance=self.instance,
+            respondent=self._respondent,
             registrar=self._registrar if subscribe and has_database else None,
             relay=self.relay,
             bus=lambda: self.bus,
         )
         self.outlook = Outlook(
-            lambda: self.bus, self.status, self._recently_evicted, count, instance=subscribe
+            lambda: self.bus,
+            self.status,
+            self._recently_evicted,
+            self._overview if has_database else None,
+            instance=subscribe,
         )
         self._stack = AsyncExitStack()
         self._tracing: Tracing | None = None
@@ -586,6 +595,9 @@ class Client:
 
     def _instances(self, database: Callable[[], Database]) -> Instances:
         return Instances(database, self.settings.namespace, self.settings.max_clock_skew)
+
+    async def _overview(self) -> Overview:
+        return await look(lambda: self.pool, self.settings.namespace)
 
     def _make_relay(self) -> Relay | None:
         if not self._has_database or self.settings.relay == "off":

@@ -15,6 +15,7 @@ from cacheinval.cache.reloading import Warmer
 from cacheinval.client.caches import Caches
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence
+from cacheinval.fleet import Respondent
 from cacheinval.outbox.instances import Registrar
 from cacheinval.outbox.relay import Relay
 from cacheinval.publisher import Publisher
@@ -41,6 +42,7 @@ class Status:
     auditor: Auditor
     publisher: Publisher
     instance: Instance
+    respondent: Respondent
     registrar: Registrar | None
     relay: Relay | None
     bus: Callable[[], Bus]
@@ -93,7 +95,15 @@ class Status:
             "registration": None if self.registrar is None else self.registrar.state,
             "broker": broker,
             "relay": None if self.relay is None else self.relay.state,
-            "publisher": {"failing": self.publisher.failing, "waiting": self.publisher.waiting},
+            "publisher": {
+                "failing": self.publisher.failing,
+                "waiting": self.publisher.waiting,
+                "reason": self.publisher.problem,
+            },
+            "answering": {
+                "failing": self.respondent.problem is not None,
+                "reason": self.respondent.problem,
+            },
             "cache": {
                 "url": mask_url(self.settings.cache_url),
                 "entries": len(self.cache) if isinstance(self.cache, InProcessCache) else None,

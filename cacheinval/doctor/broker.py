@@ -14,7 +14,7 @@ from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 from pamqp.commands import Basic
 
-from cacheinval.bus.connecting import Broker, explain, is_away, place, within
+from cacheinval.bus.connecting import Broker, explain, is_away, is_blocked, place, within
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE
 from cacheinval.bus.rabbitmq import RabbitBus
 from cacheinval.bus.wire import Connection
@@ -28,8 +28,6 @@ from cacheinval.doctor.findings import (
     of_refusal,
     of_unreachable_broker,
     ok,
-    set_permissions,
-    vhost_of,
     warning,
 )
 from cacheinval.doctor.stream import READ_WITHIN, of_stream
@@ -37,6 +35,7 @@ from cacheinval.errors import MalformedMessageError
 from cacheinval.fleet import status_in
 from cacheinval.messages import MESSAGE_TYPE, Ask, Probe, Tick, decode, encode
 from cacheinval.settings import Settings, addresses
+from cacheinval.verdict import remedies
 
 __all__ = ["BrokerSeen", "HeardTick"]
 
@@ -171,7 +170,7 @@ class BrokerSeen:
             remedy += "; until then what is malformed is dropped"
             return [warning("dead letters", explain(error), remedy)]
         except ChannelPreconditionFailed as error:
-            remedy = f"`rabbitmqctl delete_queue -p {vhost_of(self._url)} {name}` once it is empty: instances make it as it has to be"
+            remedy = f"`rabbitmqctl delete_queue -p {remedies.vhost_of(self._url)} {name}` once it is empty: instances make it as it has to be"
             return [*found, warning("dead letters", f"set up differently: {explain(error)}", remedy)]
         except ChannelAccessRefused as error:
             return [of_refusal(self._url, f"configure on {name}", explain(error))]
@@ -255,16 +254,17 @@ class BrokerSeen:
 
     async def _published(self, sending: Coroutine[Any, Any, object], permission: str) -> Finding | None:
         """Why it was not confirmed; None if it was."""
+        assert self._connection is not None
         publishing = asyncio.ensure_future(sending)
         end = time.monotonic() + CONFIRM_WITHIN
         try:
             while not (await asyncio.wait({publishing}, timeout=LOOK_EVERY))[0]:
-                if await self._is_blocked():
+                if is_blocked(self._connection):
                     self._blocked = True
                     return failed(
                         "alarms",
                         "the broker blocks publishers: an alarm, of memory or disk",
-                        "`rabbitmq-diagnostics alarms` says which: free some. Writes go on meanwhile, their rows wait",
+                        remedies.broker("the broker blocks publishers", self._url),
                     )
                 if time.monotonic() > end:
                     remedy = "see whether the broker is overloaded (`rabbitmq-diagnostics status`)"
@@ -276,15 +276,6 @@ class BrokerSeen:
             publishing.cancel()
             publishing.add_done_callback(lambda task: task.cancelled() or task.exception())
         return None
-
-    async def _is_blocked(self) -> bool:
-        assert self._connection is not None
-        assert self._connection.transport is not None
-        try:
-            await within(0.01, self._connection.transport.ready())
-        except TimeoutError:
-            return True
-        return False
 
     async def _tick(self) -> HeardTick | None:
         """The first tick that is heard within three intervals."""
@@ -308,7 +299,7 @@ class BrokerSeen:
         try:
             bodies = await bus.ask(encode(Ask(v=1)), ANSWERS_WITHIN, note)
         except Exception as error:
-            remedy = f"see what failed above; {set_permissions(self._url)}"
+            remedy = f"see what failed above; {remedies.set_permissions(self._url)}"
             return [failed("instances", f"they cannot be asked: {explain(error)}", remedy)]
         finally:
             await bus.close()

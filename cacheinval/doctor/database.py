@@ -27,8 +27,10 @@ from cacheinval.errors import DatabaseError
 from cacheinval.outbox import SCHEMA_VERSION
 from cacheinval.outbox.grants import lacking
 from cacheinval.outbox.instances import Instances
+from cacheinval.outbox.looking import LEADER, OLDEST
 from cacheinval.outbox.schema import OLDEST_SERVER
 from cacheinval.settings import Settings, mask_url
+from cacheinval.verdict import remedies
 
 __all__ = ["DatabaseSeen"]
 
@@ -38,11 +40,6 @@ CLOCK_ROUNDS = 5
 ROWS_COUNTED = 10_000
 DEPENDENT = ("clock", "schema", "grants", "outbox", "leader", "tracked tables")
 
-_OUTBOX = """
-    SELECT count(*) AS count, extract(epoch FROM clock_timestamp() - min(recorded_at))::float8 AS oldest
-    FROM (SELECT recorded_at FROM cacheinval.outbox WHERE namespace = $1 AND publish_at <= clock_timestamp() LIMIT $2) AS rows
-"""
-
 _STRAYS = """
     SELECT DISTINCT namespace FROM (
         SELECT namespace FROM cacheinval.outbox
@@ -50,16 +47,11 @@ _STRAYS = """
     ) AS rows ORDER BY namespace LIMIT 10
 """
 
-# An advisory lock of one bigint is listed as its two halves.
-_LEADER = """
+_LEADER = f"""
     SELECT pid, application_name, host(client_addr) AS host,
         extract(epoch FROM clock_timestamp() - backend_start)::float8 AS age
-    FROM (SELECT hashtextextended('cacheinval.relay.' || $1, 0) AS key) AS lock
-    JOIN pg_locks ON locktype = 'advisory' AND granted AND objsubid = 1
-        AND classid = ((key >> 32) & 4294967295)::oid AND objid = (key & 4294967295)::oid
-        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    JOIN pg_stat_activity USING (pid)
-"""
+    FROM ({LEADER}) AS leader JOIN pg_stat_activity USING (pid)
+"""  # noqa: S608 (constants)
 
 _TRACKED = """
     SELECT array_agg(DISTINCT relation::text) FILTER (WHERE triggers < 4 AND NOT attached_later) AS incomplete,
@@ -112,7 +104,7 @@ class DatabaseSeen:
                 )
         except Exception as error:
             reason = " ".join(str(error).split()) or f"no answer within {CONNECT_WITHIN:g} s"
-            return failed("database", f"{url}: {reason}", _way(error))
+            return failed("database", f"{url}: {reason}", remedies.database(reason))
         major = self._connection.get_server_version().major
         if major < OLDEST_SERVER:
             text = f"{url} is PostgreSQL {major}; accepted: {OLDEST_SERVER} or newer"
@@ -159,7 +151,7 @@ class DatabaseSeen:
 
     async def _outbox(self) -> Sequence[Finding]:
         own = self._settings.namespace
-        row = await self._connection.fetchrow(_OUTBOX, own, ROWS_COUNTED)
+        row = await self._connection.fetchrow(OLDEST, own, ROWS_COUNTED)
         strays = await self._connection.fetch(_STRAYS, own, VERY_OLD_ROW, ROWS_COUNTED)
         return [of_outbox(row["count"], row["oldest"]), *of_strays([row["namespace"] for row in strays], own)]
 
@@ -187,15 +179,3 @@ class DatabaseSeen:
         except DatabaseError as error:
             return [warning("registered instances", str(error), "see schema and grants")]
         return []
-
-
-def _way(error: Exception) -> str:
-    if isinstance(error, asyncpg.InvalidPasswordError | asyncpg.InvalidAuthorizationSpecificationError):
-        return "correct user and password in CACHEINVAL_DATABASE_URL, or let pg_hba.conf on the server admit them"
-    if isinstance(error, asyncpg.InvalidCatalogNameError):
-        return "make the database (createdb), or correct the path of CACHEINVAL_DATABASE_URL"
-    if isinstance(error, asyncpg.TooManyConnectionsError):
-        return "raise max_connections, or have fewer and smaller pools"
-    if "ertificate" in str(error) or "SSL" in str(error):
-        return "see sslmode, sslrootcert, sslcert and sslkey in CACHEINVAL_DATABASE_URL"
-    return "see that the server runs (pg_isready), and that CACHEINVAL_DATABASE_URL leads to it from here"

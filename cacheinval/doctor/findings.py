@@ -1,24 +1,18 @@
 """What the checks find, and how it is judged: decisions only, no I/O."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import unquote, urlsplit
 
 from cacheinval.outbox.grants import Right, quoted
 from cacheinval.settings import Settings
+from cacheinval.verdict import remedies
 
 __all__ = ["Finding", "failed", "ok", "warning"]
 
 Level = Literal["ok", "warning", "failed"]
 
 OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
-
-CONFIGURE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
-WRITE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*|amq\.default)$"
-READ = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
-"""As `config/definitions.json` has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +85,7 @@ def _contradictions(settings: Settings) -> Iterable[tuple[str, str]]:
 
 def of_unreachable_broker(url: str, reason: str) -> Finding:
     """Why there is no connection, and what to do about each of the usual reasons."""
-    return failed("broker", f"{url}: {reason}", _way_to_broker(url, reason))
-
-
-def _way_to_broker(url: str, reason: str) -> str:
-    parts = urlsplit(url)
-    user, vhost = parts.username or "guest", unquote(parts.path[1:]) or "/"
-    if "vhost" in reason:
-        make = f"`rabbitmqctl add_vhost {vhost}`"
-        return f"correct the path of CACHEINVAL_BROKER_URL, or {make} and {set_permissions(url)}"
-    if re.search(r"(?i)login|access_refused|authentication|credentials", reason):
-        return (
-            f"correct user and password in CACHEINVAL_BROKER_URL (guest logs in from the broker's own host only); "
-            f"`rabbitmqctl authenticate_user {user}` tries them, `rabbitmqctl change_password {user}` sets a new one"
-        )
-    if re.search(r"(?i)certificate|ssl|tls", reason):
-        return (
-            "name the authority that signed the broker's certificate in CACHEINVAL_BROKER_CA_FILE, and, where the broker "
-            "asks for one, a certificate and its key in CACHEINVAL_BROKER_CERT_FILE and CACHEINVAL_BROKER_KEY_FILE"
-        )
-    return "see that the broker runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL leads to it from here"
+    return failed("broker", f"{url}: {reason}", remedies.broker(reason, url))
 
 
 def of_lost_nodes(reasons: Mapping[str, str]) -> list[Finding]:
@@ -123,20 +98,9 @@ def of_lost_nodes(reasons: Mapping[str, str]) -> list[Finding]:
     ]
 
 
-def vhost_of(url: str) -> str:
-    """The virtual host that this address leads to."""
-    return unquote(urlsplit(url).path[1:]) or "/"
-
-
-def set_permissions(url: str) -> str:
-    """The command that grants what a user of cacheinval needs."""
-    user = urlsplit(url).username or "guest"
-    return f"`rabbitmqctl set_permissions -p {vhost_of(url)} {user} '{CONFIGURE}' '{WRITE}' '{READ}'`"
-
-
 def of_refusal(url: str, permission: str, reason: str) -> Finding:
     """A permission that the broker's user lacks."""
-    return failed("permissions", f"{permission} is not permitted: {reason}", set_permissions(url))
+    return failed("permissions", f"{permission} is not permitted: {reason}", remedies.set_permissions(url))
 
 
 def of_dead_letters(url: str, name: str, count: int) -> Finding:
@@ -145,8 +109,8 @@ def of_dead_letters(url: str, name: str, count: int) -> Finding:
     return warning(
         "dead letters",
         f"{count} messages in {name}: nobody could understand them, and each cost every instance its cache",
-        f"look at one (`rabbitmqadmin --vhost={vhost_of(url)} get queue={name}`) for who publishes it, "
-        f"then `rabbitmqctl purge_queue -p {vhost_of(url)} {name}`",
+        f"look at one (`rabbitmqadmin --vhost={remedies.vhost_of(url)} get queue={name}`) for who publishes it, "
+        f"then `rabbitmqctl purge_queue -p {remedies.vhost_of(url)} {name}`",
     )
 
 
@@ -156,7 +120,7 @@ def of_dead_letters(url: str, name: str, count: int) -> Finding:
 def of_clock(offset: float, max_skew: float) -> Finding:
     """`offset`: seconds by which the database's clock is ahead of this host's, as far as a round trip tells."""
     text = f"the database's is {abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} this host's"
-    remedy = "run a time service (chrony) on both; CACHEINVAL_MAX_CLOCK_SKEW says what is accepted"
+    remedy = remedies.TIME_SERVICE
     if abs(offset) > max_skew:
         return failed("clock", f"{text}, accepted: {max_skew:g}: no ticks from here, and no receipts", remedy)
     if abs(offset) > max_skew / 2:

@@ -5,6 +5,7 @@ from typing import Any
 
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.findings import Finding, failed, ok, warning
+from cacheinval.verdict import remedies
 
 __all__ = ["of_instances", "of_tick"]
 
@@ -111,7 +112,7 @@ def _of_silent(silent: Sequence[Registered]) -> Iterable[Finding]:
         yield failed(
             "instances",
             f"{one.id} is registered and silent: it died within its lease, or its queue or binding is gone",
-            "look at its process and log; where it lives, it subscribes anew within 3 ticks, else restart it",
+            f"{remedies.SILENT}. Where it lives, it subscribes anew within 3 ticks, else restart it",
         )
 
 

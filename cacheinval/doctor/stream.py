@@ -7,7 +7,8 @@ from aiormq.exceptions import ChannelAccessRefused
 
 from cacheinval.bus.connecting import explain, is_away, within
 from cacheinval.bus.streaming import STREAM
-from cacheinval.doctor.findings import Finding, failed, of_refusal, ok, vhost_of, warning
+from cacheinval.doctor.findings import Finding, failed, of_refusal, ok, warning
+from cacheinval.verdict import remedies
 
 __all__ = ["READ_WITHIN", "of_stream"]
 
@@ -31,7 +32,7 @@ async def of_stream(channel: AbstractChannel, name: str, url: str, node: str) ->
             return failed("stream", explain(error), remedy)
         return warning("stream", f"{name} is missing", "the next instance that subscribes makes it")
     except ChannelPreconditionFailed as error:
-        remedy = f"`rabbitmqctl delete_queue -p {vhost_of(url)} {name}`: instances make it as it has to be"
+        remedy = f"`rabbitmqctl delete_queue -p {remedies.vhost_of(url)} {name}`: instances make it as it has to be"
         return failed("stream", f"set up differently: {explain(error)}", remedy)
     except ChannelAccessRefused as error:
         return of_refusal(url, f"configure on {name}", explain(error))
@@ -47,7 +48,7 @@ async def _of_reading(channel: AbstractChannel, name: str, url: str, node: str) 
         await within(READ_WITHIN, reading)
         await channel.close()
     except ChannelPreconditionFailed as error:
-        add = f"`rabbitmq-streams add_replica --vhost {vhost_of(url)} {name} NODE`"
+        add = f"`rabbitmq-streams add_replica --vhost {remedies.vhost_of(url)} {name} NODE`"
         return failed(
             "stream",
             f"at {node}: {explain(error)}",

@@ -14,7 +14,7 @@ from cacheinval.errors import DatabaseError
 from cacheinval.outbox.session import LOST
 from cacheinval.outbox.writing import explain
 
-__all__ = ["Database", "Instances", "Registrar"]
+__all__ = ["SETTLED_AFTER", "Database", "Instances", "Registrar", "answer"]
 
 log = logging.getLogger("cacheinval.registration")
 
@@ -94,7 +94,7 @@ class Instances:
 
     async def register(self, me: Registered, lease: float, timeout: float) -> tuple[float, float]:
         """Makes or renews the row; returns the time by the database's clock, and since when the row stands by it."""
-        row = await _answer(
+        row = await answer(
             timeout,
             lambda: self._database().fetchrow(
                 _REGISTER, self._namespace, me.id, me.session, me.max_staleness, lease
@@ -104,18 +104,18 @@ class Instances:
 
     async def leave(self, me: Registered) -> None:
         """Takes the row away."""
-        await _answer(
+        await answer(
             LEAVE_WITHIN, lambda: self._database().execute(_LEAVE, self._namespace, me.id, me.session)
         )
 
     async def forget_old(self) -> None:
         """Takes away the rows of those that ended long ago without a word."""
-        await _answer(COUNT_WITHIN, lambda: self._database().execute(_FORGET, self._namespace))
+        await answer(COUNT_WITHIN, lambda: self._database().execute(_FORGET, self._namespace))
 
     async def count(self) -> list[Registered]:
         """Who is registered, in a snapshot taken after this is called."""
         before = time.time()
-        row = await _answer(COUNT_WITHIN, lambda: self._database().fetchrow(_COUNT, self._namespace))
+        row = await answer(COUNT_WITHIN, lambda: self._database().fetchrow(_COUNT, self._namespace))
         apart = max(before - row["told"], row["told"] - time.time())
         if apart > self._max_clock_skew:
             # Whose lease has ended by a clock that is wrong may serve on.
@@ -129,7 +129,7 @@ class Instances:
         """Who is registered, and has been for so long that an answer of it can be expected."""
         query = self._database().fetchrow
         return _registered(
-            await _answer(COUNT_WITHIN, lambda: query(_SETTLED, self._namespace, SETTLED_AFTER))
+            await answer(COUNT_WITHIN, lambda: query(_SETTLED, self._namespace, SETTLED_AFTER))
         )
 
 
@@ -137,12 +137,17 @@ def _registered(row: Mapping[str, Any]) -> list[Registered]:
     return [Registered(*one) for one in zip(row["ids"], row["sessions"], row["stalenesses"], strict=True)]
 
 
-async def _answer(timeout: float, query: Callable[[], Awaitable[Any]]) -> Any:
+async def answer(timeout: float, query: Callable[[], Awaitable[Any]]) -> Any:
+    """What `query` gives within so many seconds.
+
+    Raises:
+        DatabaseError: the database cannot be used, and why.
+    """
     try:
         async with asyncio.timeout(timeout):
             return await query()
     except asyncpg.PostgresError as error:
-        raise (explain(error) or DatabaseError(f"the database cannot be used: {error}")) from error
+        raise (explain(error, ours=True) or DatabaseError(f"the database cannot be used: {error}")) from error
     except LOST as error:
         raise DatabaseError(f"the database cannot be used: {str(error) or 'no answer in time'}") from error
 

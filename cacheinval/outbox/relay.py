@@ -38,6 +38,7 @@ FORGET_EVERY = 60  # ticks
 COUNT_EVERY = 5.0  # seconds; for whoever looks at the metrics, and nothing else
 MOST_ORIGINS = 20_000  # that are told in a tick, which would be too large a message with many more
 REASONS_SAID = 5
+TOO_MANY_CHANNELS = "too many channels were opened within an hour to tell of each"
 
 State = Literal["starting", "disconnected", "unready", "standby", "leader", "blocked", "stopped"]
 _TEXTS: dict[State, tuple[int, str]] = {
@@ -78,7 +79,8 @@ class Relay:
         self._max_clock_skew = max_clock_skew
         self._sender = Sender(open_channel, publish_timeout)
         self._ticks = Ticks(tick_interval)
-        self._clocks_differ = self._too_many_origins = False
+        self._clocks_differ: str | None = None
+        self._no_ticks: str | None = None
         self._pauses = _Pauses()
         self._patience = PATIENCE[0]
         self._state: State = "starting"
@@ -105,6 +107,7 @@ class Relay:
 
         `oldest_row_age`, in seconds, is that of the oldest row that is due and not published yet; `rows` is how many the
         outbox holds, counted every five seconds and no further than 100,000. Both are None where this does not lead.
+        `no_ticks`: why it sends no ticks although it leads.
         """
         age = None if self._oldest is None else max(0.0, time.time() - self._oldest)
         return {
@@ -113,6 +116,7 @@ class Relay:
             "reason": self._reason,
             "oldest_row_age": age,
             "rows": self._rows,
+            "no_ticks": self._clocks_differ or self._no_ticks,
         }
 
     @property
@@ -212,14 +216,15 @@ class Relay:
         look = await session.look()
         apart = max(look.took[0] - look.as_of, look.as_of - look.took[1])
         if apart > self._max_clock_skew:
-            if not self._clocks_differ:
+            if self._clocks_differ is None:
                 logs.event(
                     log, logging.ERROR, "no ticks: this clock and the database's differ", seconds=apart
                 )
-            self._clocks_differ = True
+                # By how much at first: words that change with each look would be said again with each.
+                self._clocks_differ = f"this clock and the database's differ by {apart:.1f} s"
             self._ticks.put_off(time.monotonic())
             return
-        self._clocks_differ = False
+        self._clocks_differ = None
         self._ticks.begin(look, time.monotonic())
 
     async def _tick(self, session: Session) -> None:
@@ -233,19 +238,19 @@ class Relay:
             return
         look, seqs = told
         if len(seqs) > MOST_ORIGINS:
-            if not self._too_many_origins:
+            if self._no_ticks != TOO_MANY_CHANNELS:
                 text = "no ticks: too many channels were opened within an hour to tell of each"
                 logs.event(log, logging.ERROR, text, channels=len(seqs), accepted=MOST_ORIGINS)
-            self._too_many_origins = True
+            self._no_ticks = TOO_MANY_CHANNELS
             await session.forget_old_origins()
             return
-        self._too_many_origins = False
         failure = await self._meanwhile(session, self._sender.tick(look.as_of, look.source, seqs))
         if failure is not None:
             # Nothing waits for the broker: nobody may ever have subscribed, or the next row says what is wrong. The age of
             # their watermarks tells those who rely on it.
             self._errors += 1
-        elif self._sender.ticks % FORGET_EVERY == 0:
+        self._no_ticks = None if failure is None else str(failure)
+        if failure is None and self._sender.ticks % FORGET_EVERY == 0:
             await session.forget_old_origins()
 
     async def _meanwhile(self, session: Session, work: Coroutine[Any, Any, _T]) -> _T:
@@ -270,7 +275,7 @@ class Relay:
             self._state, self._since = state, time.time()
             self._said.clear()
             if not self.leads:
-                self._oldest = self._rows = None
+                self._oldest = self._rows = self._clocks_differ = self._no_ticks = None
                 self._count_at = 0.0
         self._reason = reason
         most = REASONS_SAID if state in ("unready", "blocked") else 1

@@ -209,4 +209,4 @@ async def _answer(query: Awaitable[_T]) -> _T:
     except asyncpg.PostgresError as error:
         if (error.sqlstate or "")[:2] in _LOST_STATES:
             raise
-        raise (explain(error) or DatabaseError(str(error))) from error
+        raise (explain(error, ours=True) or DatabaseError(str(error))) from error

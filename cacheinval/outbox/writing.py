@@ -188,10 +188,13 @@ class Outbox:
         return deleted
 
 
-def explain(error: asyncpg.PostgresError) -> DatabaseError | None:
-    """What to do about `error`, where it is about the outbox and not about the caller's own statement."""
+def explain(error: asyncpg.PostgresError, *, ours: bool = False) -> DatabaseError | None:
+    """What to do about `error`, where it is about the outbox and not about the caller's own statement.
+
+    `ours`: the statement names nothing but what is in the schema. (Of a column the server does not say whose it was to be.)
+    """
     text = str(error.args[0]) if error.args else ""
-    if error.sqlstate in _UNDEFINED and ("cacheinval" in text or re.search(r"\boutbox\b", text)):
+    if error.sqlstate in _UNDEFINED and (ours or "cacheinval" in text or re.search(r"\boutbox\b", text)):
         return SchemaMissingError()
     if error.sqlstate == "42501" and _names_ours(text):
         return DatabaseError(

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from cacheinval.latencies import BUCKETS
-from cacheinval.page.fleet import Condition, Fate, Fleet, Lag, Member
 from cacheinval.page.markup import NOTHING, Html, html, joined, milliseconds, seconds
-from cacheinval.page.reports import Report
-from cacheinval.page.verdict import Level, Verdict, clock_time, judge, plural
-from cacheinval.page.writes import Line
+from cacheinval.verdict.fleet import Condition, Fate, Fleet, Lag, Member
+from cacheinval.verdict.judging import Level, Verdict, judge
+from cacheinval.verdict.reports import Report
+from cacheinval.verdict.words import clock_time, plural
+from cacheinval.verdict.writes import Line
 
 __all__ = ["View", "draw", "whole"]
 
@@ -51,17 +52,17 @@ class View:
     parts: dict[str, Html]
 
 
-def draw(fleet: Fleet, namespace: str, here: Report, now: float) -> View:
+def draw(fleet: Fleet, here: Report, now: float) -> View:
     """What is to be seen at `now` by the process that reports `here`."""
-    verdict = judge(fleet, namespace, [] if fleet.own else [here], now)
+    verdict = judge(fleet, here, now)
     parts = {
-        "about": _about(namespace, here, now),
+        "about": _about(here, now),
         "verdict": _verdict(verdict),
         "fleet": _fleet(fleet, here, now),
         "lag": _lag(fleet),
         "writes": _writes(fleet, now),
     }
-    return View(f"{TITLES[verdict.level]} · {namespace} · cacheinval", verdict.level, parts)
+    return View(f"{TITLES[verdict.level]} · {here.namespace} · cacheinval", verdict.level, parts)
 
 
 def whole(view: View) -> bytes:
@@ -69,11 +70,11 @@ def whole(view: View) -> bytes:
     return html(_PAGE, title=view.title, level=view.level, **view.parts).encode()
 
 
-def _about(namespace: str, here: Report, now: float) -> Html:
+def _about(here: Report, now: float) -> Html:
     return html(
         "<span>namespace <b>{namespace}</b></span> <span>seen by <b>{id}</b></span>"
         ' <span class="clock"><time>{time}</time> UTC</span>',
-        namespace=namespace,
+        namespace=here.namespace,
         id=here.id,
         time=clock_time(now),
     )
@@ -257,7 +258,7 @@ def _why(member: Member, condition: Condition) -> Html:
     elif report is not None and condition is Condition.UNPROVEN:
         reason = report.tick_refused or "no tick of the relay has come since"
     elif report is not None and condition is not Condition.FRESH:
-        reason = report.reason
+        reason = report.why
     return html('<span class="reason"><bdi>{reason}</bdi></span>', reason=reason) if reason else Html()
 
 

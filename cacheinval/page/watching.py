@@ -3,16 +3,16 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from cacheinval.coherence.registration import Registered
-from cacheinval.errors import DatabaseError, PublishError
-from cacheinval.page.fleet import Fleet
+from cacheinval.errors import BlockedError, DatabaseError, PublishError
+from cacheinval.overview import Overview
 from cacheinval.page.rendering import View, draw
-from cacheinval.page.reports import Report, understand
 from cacheinval.recent import Recent
+from cacheinval.verdict.fleet import Fleet
+from cacheinval.verdict.reports import Report, understand
 
 __all__ = ["Watch", "Watched"]
 
@@ -48,7 +48,7 @@ class Watched(Protocol):
     @property
     def recent(self) -> Callable[[float], Recent]: ...
     @property
-    def registered(self) -> Callable[[], Awaitable[Sequence[Registered]]] | None: ...
+    def overview(self) -> Callable[[], Awaitable[Overview]] | None: ...
     def inquire(self, answered: Callable[[dict[str, Any]], None]) -> Inquiry: ...
 
 
@@ -134,7 +134,6 @@ class _Round:
         self._watched = watched
         self._here = _here(watched.status())
         self._fleet = Fleet(self._here.id if watched.instance else None)
-        self._namespace = str(watched.status().get("namespace", ""))
         self._depth: Any = None  # of the queue of this process, which the broker knows
         self._inquiry = watched.inquire(self._answered)
         self._asking: asyncio.Task[None] | None = None
@@ -151,9 +150,9 @@ class _Round:
         """Asks everybody, unless an earlier question has not gone out yet."""
         if _idle(self._asking):
             self._asking = asyncio.create_task(self._ask())
-        registered = self._watched.registered
-        if registered is not None and time.monotonic() >= self._count_at and _idle(self._counting):
-            self._counting = asyncio.create_task(self._count(registered))
+        overview = self._watched.overview
+        if overview is not None and time.monotonic() >= self._count_at and _idle(self._counting):
+            self._counting = asyncio.create_task(self._count(overview))
 
     async def _ask(self) -> None:
         problem: str | None = None
@@ -161,7 +160,11 @@ class _Round:
             async with asyncio.timeout(ASK_WITHIN):
                 await self._inquiry.ask(self._wanted())
         except TimeoutError:
-            problem = f"the broker does not answer within {ASK_WITHIN:g} s"
+            broker = _here(self._watched.status()).broker
+            blocked = broker is not None and broker.publisher == "blocked"
+            problem = (
+                str(BlockedError()) if blocked else f"the broker does not answer within {ASK_WITHIN:g} s"
+            )
         except PublishError as error:
             # No exchange: nobody has ever subscribed, so nobody is there to be asked.
             problem = None if "no exchange" in str(error) else str(error)
@@ -173,14 +176,14 @@ class _Round:
     def _wanted(self) -> float:
         return min(LEAST_EVICTIONS + self._fleet.unheard(time.time()), MOST_EVICTIONS)
 
-    async def _count(self, registered: Callable[[], Awaitable[Sequence[Registered]]]) -> None:
+    async def _count(self, overview: Callable[[], Awaitable[Overview]]) -> None:
         try:
-            self._fleet.registry(await registered(), time.time())
-        except DatabaseError:
-            self._fleet.registry(None, time.time())
-        except Exception:
+            self._fleet.looked(await overview(), time.time())
+        except DatabaseError as error:
+            self._fleet.looked(str(error), time.time())
+        except Exception as error:
             log.exception("who is registered cannot be told")
-            self._fleet.registry(None, time.time())
+            self._fleet.looked(repr(error), time.time())
         self._count_at = time.monotonic() + COUNT_EVERY
 
     def seen(self) -> View:
@@ -193,7 +196,7 @@ class _Round:
                 status["queue_depth"] = self._depth
             self._fleet.heard(status, now)
         self._fleet.forget(now)
-        return draw(self._fleet, self._namespace, self._here, now)
+        return draw(self._fleet, self._here, now)
 
     async def end(self) -> None:
         """Asks no more."""

@@ -3,18 +3,17 @@
 import json
 import time
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
 import pytest
 from actors import DELTA, Observed, make_stock
 from aio_pika import Message
+from clocks import WrongClock, shifted
 from history import now
 from scene import EVENTUAL, Eventually, operating
 from workload import Work, Working
 
-from cacheinval.clock import Clock
 from cacheinval.outbox import session
 from cacheinval.sandbox import Postgres, RabbitMQ
 
@@ -28,29 +27,6 @@ SELDOM = 0.5  # seconds between writes: entries are to grow old
 @pytest.fixture
 def work(working: Working, stock: DB, rabbitmq: RabbitMQ, database_url: str) -> Work:
     return working(stock, broker_url=rabbitmq.url, database_url=database_url)
-
-
-def shifted(seconds: float) -> Any:
-    """The module `time` as one sees it whose wall clock is wrong by so much."""
-    return SimpleNamespace(
-        time=lambda: time.time() + seconds,
-        clock_gettime=time.clock_gettime,
-        CLOCK_MONOTONIC=time.CLOCK_MONOTONIC,
-        CLOCK_BOOTTIME=time.CLOCK_BOOTTIME,
-        monotonic=time.monotonic,
-    )
-
-
-class WrongClock(Clock):
-    """That of a host whose wall clock has always been wrong by so many seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds = seconds
-        self.start += seconds
-
-    def drift(self) -> float:
-        return super().drift() + self._seconds
 
 
 async def distrusts(work: Work, name: str, eventually: Eventually) -> None:

@@ -1,4 +1,4 @@
-"""What an operator meets: each fault is found by `cacheinval doctor`, with what to do, and visible in `cacheinval status`."""
+"""What `cacheinval doctor` finds; faults that `status` and the page show, too, are in test_seen_by_operators.py."""
 
 import asyncio
 import json
@@ -17,8 +17,7 @@ from scene import EVENTUAL, Clients, Eventually, SharedCacheView, looking_into, 
 from cacheinval import Client, Settings
 from cacheinval.backends import shared
 from cacheinval.bus.rabbitmq import RabbitBus
-from cacheinval.clock import Clock
-from cacheinval.doctor import Finding, broker, database, examine
+from cacheinval.doctor import Finding, broker, examine
 from cacheinval.outbox import apply_schema
 from cacheinval.outbox.grants import grants
 from cacheinval.sandbox import RabbitMQ, Redis
@@ -171,40 +170,6 @@ async def keeps_a_tick(view: SharedCacheView, instance_id: str) -> bool:
     return any(json.loads(proof)["checked_until"] is not None for proof in kept)
 
 
-async def test_the_broker_is_killed(
-    settings: dict[str, Any], own_rabbitmq: RabbitMQ, healthy: Healthy, eventually: Eventually
-) -> None:
-    settings |= {"broker_url": own_rabbitmq.url}
-    client = await healthy()
-    await own_rabbitmq.kill()
-    code, out = await command("doctor", **settings)
-    assert code == 1
-    assert re.search(r"^failed +broker .*(refused|reset|Connect call failed)", out, re.MULTILINE)
-    assert "rabbitmq-diagnostics status" in out
-    assert re.search(r"^ok +database ", out, re.MULTILINE), "and the rest is looked at nevertheless"
-    assert (await command("status", **settings))[0] == 1
-    await own_rabbitmq.start()
-    await eventually(lambda: client.ready, EVENTUAL)
-    code, out = await command("status", **settings)
-    assert (code, "new subscription: " in out) == (0, True), "and what it has missed is told afterwards"
-
-
-async def test_the_broker_raises_an_alarm(
-    settings: dict[str, Any], own_rabbitmq: RabbitMQ, healthy: Healthy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings |= {"broker_url": own_rabbitmq.url}
-    monkeypatch.setattr(broker, "ANSWER_WITHIN", EVENTUAL)  # it answers, but in its own time
-    await healthy()
-    await own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.0000001")
-    try:
-        checks = await found(settings)
-        finding = only(checks, "alarms")
-        assert finding.level == "failed"
-        assert "rabbitmq-diagnostics alarms" in str(finding.remedy)
-    finally:
-        await own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.4")
-
-
 async def test_the_exchange_is_deleted_and_then_of_another_type(settings: dict[str, Any]) -> None:
     name = f"cacheinval.{settings['namespace']}"
     async with operating(settings["broker_url"]) as operator:
@@ -273,53 +238,6 @@ async def test_the_relay_is_stopped(
     assert told["watermark_age"] is None, "and status shows that nothing is proven"
 
 
-async def test_clocks_are_wrong(
-    settings: dict[str, Any], healthy: Healthy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await healthy(instance_id="fast")
-    real = Clock.now
-    with monkeypatch.context() as wrong:
-        # The host of the instance is ahead, and the one where the doctor runs is behind its database.
-        wrong.setattr(Clock, "now", lambda self: real(self) + 60)
-        wrong.setattr(database.time, "time", _behind(database.time.time, 30))
-        checks = await found(settings)
-    assert (only(checks, "clock").level, "ahead of this host's" in only(checks, "clock").text) == (
-        "failed",
-        True,
-    )
-    assert "chrony" in str(only(checks, "clock").remedy)
-    assert any("fast: its clock is at least" in one.text for one in checks["instances"])
-
-
-def _behind(now: Any, seconds: float) -> Any:
-    return lambda: now() - seconds
-
-
-LACKING = {
-    "write on cacheinval.": (".*", "^(amq.gen-.*|.*dead|amq.default)$", ".*"),
-    "read on cacheinval.": (".*", ".*", "^amq.gen-.*$"),
-    "configure on cacheinval.": ("^$", ".*", ".*"),
-    "write on amq.default": (".*", "^cacheinval.*|amq.gen-.*$", ".*"),
-}
-
-
-async def test_a_permission_is_missing(
-    settings: dict[str, Any], rabbitmq: RabbitMQ, clients: Clients
-) -> None:
-    await (await clients(**settings)).wait_ready(EVENTUAL)
-    url = rabbitmq.url.replace("guest:guest", "limited:limited")
-    await rabbitmq.ctl("add_user", "limited", "limited")
-    try:
-        for named, rights in LACKING.items():
-            await rabbitmq.ctl("set_permissions", "limited", *rights)
-            checks = await found(settings | {"broker_url": url})
-            refused = [one for one in checks["permissions"] if one.level == "failed"]
-            assert any(named in one.text for one in refused), (named, checks)
-            assert all("`rabbitmqctl set_permissions -p / limited '" in str(one.remedy) for one in refused)
-    finally:
-        await rabbitmq.ctl("delete_user", "limited")
-
-
 async def test_whoever_may_not_log_in_or_names_no_vhost_is_told_so(
     settings: dict[str, Any], rabbitmq: RabbitMQ
 ) -> None:
@@ -329,22 +247,6 @@ async def test_whoever_may_not_log_in_or_names_no_vhost_is_told_so(
     assert "wrong" not in finding.text, "a password"
     finding = only(await found(settings | {"broker_url": f"{rabbitmq.url}nowhere"}), "broker")
     assert "rabbitmqctl add_vhost nowhere" in str(finding.remedy)
-
-
-async def test_grants_are_missing(settings: dict[str, Any], db: DB) -> None:
-    role = f"limited_{settings['namespace']}"
-    await db.execute(f"CREATE ROLE {role} LOGIN")
-    try:
-        url = settings["database_url"].replace("postgres@", f"{role}@")
-        for statement in grants(role):
-            if "outbox" not in statement:
-                await db.execute(statement)
-        checks = await found(settings | {"database_url": url})
-        finding = only(checks, "grants")
-        assert finding.text == f"role {role} lacks SELECT, INSERT, DELETE on cacheinval.outbox"
-        assert f'GRANT SELECT, INSERT, DELETE ON TABLE cacheinval.outbox TO "{role}";' in str(finding.remedy)
-    finally:
-        await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 async def test_the_schema_is_missing_or_newer(settings: dict[str, Any], db: DB) -> None:

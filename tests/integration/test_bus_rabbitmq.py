@@ -699,8 +699,9 @@ async def test_an_alarm_blocks_publishing_but_not_the_subscription(
     channel = await bus.open_channel()
     await own_rabbitmq.ctl("set_disk_free_limit", "1000000GB")
     try:
-        with pytest.raises(PublishError, match="did not confirm"):
+        with pytest.raises(PublishError, match="blocks publishers"):
             await channel.send(b"late")
+        assert bus.state["publisher"] == "blocked"
         await channel.close()
         for _ in range(3):
             with pytest.raises(PublishError, match="blocks publishers"):

@@ -225,6 +225,18 @@ def test_what_to_do_is_written_down_for_each_check_of_the_doctor() -> None:
     assert told == checks
 
 
+def test_what_status_and_the_page_say_is_written_down_in_their_words() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "cacheinval").glob("**/*.py"))
+    table = section(OPERATING, "May any cache be stale?").partition("| it says |")[2].partition("\n\n")[0]
+    rows = [row.split(" | ") for row in table.splitlines()[2:]]
+    judgements = re.findall(
+        r"^    _\w+,$", sources.partition("_WORST_FIRST: ")[2].partition(")")[0], re.MULTILINE
+    )
+    assert len(rows) == len(judgements) - 1  # nothing is to be done where all are fresh
+    said = [words for row in rows for words in re.findall(r"`([^`]+)`", row[0])]
+    assert [words for words in said if words not in sources] == []
+
+
 def test_every_line_of_the_log_that_is_a_warning_or_more_is_explained() -> None:
     lines = logged(ROOT / "cacheinval")
     assert len(lines) > 30

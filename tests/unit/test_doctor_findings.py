@@ -15,6 +15,7 @@ from cacheinval.doctor import checking, findings, instances
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import Finding, ok
 from cacheinval.outbox.grants import NEEDED, grants
+from cacheinval.verdict import remedies
 
 URL = "amqp://shop:secret@broker/prod"
 ROOT = Path(__file__).parents[2]
@@ -85,10 +86,10 @@ def test_each_reason_why_the_broker_cannot_be_reached_has_its_way(reason: str, r
 
 def test_the_permissions_that_are_recommended_are_those_of_the_definitions() -> None:
     (rights,) = json.loads((ROOT / "config/definitions.json").read_text())["permissions"]
-    said = findings.set_permissions(URL)
+    said = remedies.set_permissions(URL)
     assert said.startswith("`rabbitmqctl set_permissions -p prod shop '")
     assert re.findall(r"'([^']*)'", said) == [rights["configure"], rights["write"], rights["read"]]
-    assert "-p / guest " in findings.set_permissions("amqp://broker")
+    assert "-p / guest " in remedies.set_permissions("amqp://broker")
 
 
 def test_dead_letters() -> None:

@@ -4,16 +4,19 @@ from typing import Any
 
 import pytest
 
-from cacheinval.coherence.registration import Registered
+from cacheinval.coherence.registration import NOT_YET, Registered
+from cacheinval.errors import BlockedError, SchemaMissingError
 from cacheinval.latencies import BUCKETS
-from cacheinval.page import fleet as rules
-from cacheinval.page.fleet import Condition, Fate, Fleet, Lag
+from cacheinval.overview import Overview
 from cacheinval.page.markup import Html, html, milliseconds, printable, seconds
 from cacheinval.page.rendering import draw, whole
-from cacheinval.page.reports import understand
-from cacheinval.page.verdict import Level, Verdict, clock_time, judge
-from cacheinval.page.writes import MOST_LINES, Writes
 from cacheinval.recent import Evicted, Recent
+from cacheinval.verdict import fleet as rules
+from cacheinval.verdict.fleet import Condition, Fate, Fleet, Lag
+from cacheinval.verdict.judging import Level, Verdict, judge
+from cacheinval.verdict.reports import understand
+from cacheinval.verdict.words import clock_time
+from cacheinval.verdict.writes import MOST_LINES, Writes
 
 NOW = 1_795_391_943.5  # 23:59:03 UTC
 LEADS = {"state": "leader", "since": 0.0, "reason": None, "oldest_row_age": None}
@@ -46,9 +49,14 @@ def fleet(*statuses: dict[str, Any], own: str | None = "one") -> Fleet:
 
 
 def verdict(seen: Fleet, now: float = NOW) -> Verdict:
-    return judge(seen, "shop", [], now)
+    return judge(seen, here(), now)
 
 
+URL = "amqp://shop:***@broker/prod"
+REFUSED = "ACCESS_REFUSED - access to exchange 'cacheinval.shop' in vhost 'prod' refused for user 'shop'"
+NOT_GRANTED = (
+    "permission denied for table outbox; a role that writes or publishes the outbox needs: GRANT SELECT"
+)
 SUSPECT = {"state": "suspect", "reason": "Connection reset", "since": NOW - 20}
 
 
@@ -95,8 +103,11 @@ class TestVerdict:
         ("change", "step"),
         [
             ({"reason": "eviction failed: down"}, "cache server"),
-            ({"reason": "no lease", "registration": {"reason": "no lease"}}, "Postgres"),
-            ({"reason": "silence: blocked"}, "alarms"),
+            (
+                {"reason": "away", "registration": {"state": "unregistered", "reason": "away"}},
+                "Postgres runs",
+            ),
+            ({"reason": f"silence: {BlockedError()}"}, "rabbitmq-diagnostics alarms"),
             ({"reason": "catching up with the queue"}, "unless it takes long"),
             ({"broker": {"consumer": "standby"}}, "CACHEINVAL_INSTANCE_ID"),
             ({"broker": {"consumer": "connecting", "reason": "refused"}}, "RabbitMQ runs"),
@@ -173,7 +184,48 @@ class TestVerdict:
         assert said.sentence == "two is not proven to be fresh, since 23:58:03: ticks do not reach it."
         said = verdict(fleet(status("one"), status("two", tick_refused="from the future", **late)))
         assert "from the future" in said.sentence
-        assert any("clocks" in step for step in said.todo)
+        assert any("time service" in step for step in said.todo)
+
+    @pytest.mark.parametrize(
+        ("fields", "seen", "cause", "step"),
+        [
+            ({}, Overview(led=False), "no relay leads", "`cacheinval relay`"),
+            ({}, "refused", "no relay sends ticks, and refused", "Postgres runs"),
+            ({"relay": LEADS | {"state": "unready", "reason": str(SchemaMissingError())}}, None,
+             "one is unready: The schema", "`cacheinval schema apply`"),
+            ({"relay": LEADS | {"state": "unready", "reason": NOT_GRANTED}}, None,
+             "one is unready: permission denied for table outbox.", "`cacheinval schema grant ROLE`"),
+            ({"relay": LEADS | {"state": "blocked", "reason": str(BlockedError())}}, None,
+             "one is blocked: The broker blocks publishers", "`rabbitmq-diagnostics alarms`"),
+            ({"relay": LEADS | {"no_ticks": "this clock and the database's differ by 60.0 s"}}, None,
+             "the relay sends no ticks: this clock", "time service"),
+            ({"relay": LEADS | {"no_ticks": f"the broker did not confirm: {REFUSED}"}}, None,
+             "the relay sends no ticks: the broker did not confirm: ACCESS_REFUSED", "-p prod shop '"),
+            ({"now": NOW + 60}, None, "the clock of one is at least 60 s ahead", "time service"),
+            ({"tick_refused": "a tick of another database: a, not b"}, None, "of another database", "namespace of its own"),
+        ],
+    )  # fmt: skip
+    def test_why_nothing_proves_is_said_with_what_to_do(
+        self, fields: dict[str, Any], seen: Overview | str | None, cause: str, step: str
+    ) -> None:
+        late = fleet(status("one", **{"watermark_age": 60.0, "broker": {"url": URL}} | fields))
+        if seen is not None:
+            late.looked(seen, NOW)
+        said = verdict(late)
+        assert said.sentence.startswith("Nothing proves that any cache is fresh, since 23:58:03: ")
+        assert cause in said.sentence
+        assert step in said.todo[0]
+        assert "GRANT" not in said.sentence
+
+    def test_what_waits_is_said_beside(self) -> None:
+        late = fleet(status("one", watermark_age=60.0))
+        late.looked(Overview(led=False, oldest_row_age=75.2), NOW)
+        assert "the oldest for 75 s" in verdict(late).detail
+        late = fleet(status("one"))
+        late.looked(Overview(led=False, oldest_row_age=75.2), NOW)
+        assert verdict(late).sentence == "Committed changes wait to be published: no relay leads."
+        late.looked(Overview(oldest_row_age=4.0), NOW)
+        assert verdict(late).level is Level.GOOD
 
     def test_slow_ticks_are_not_late(self) -> None:
         slow = {"watermark_age": 25.0, "settings": {"tick_interval": 10.0}}
@@ -186,9 +238,68 @@ class TestVerdict:
             Level.BAD,
             "Committed changes wait to be published: an alarm.",
         )
-        here = understand(status("relay", relay=relay))
-        assert here is not None
-        assert judge(fleet(status("one"), own=None), "shop", [here], NOW).sentence == said.sentence
+        looking = here(id="relay", relay=relay)
+        assert judge(fleet(status("one"), own=None), looking, NOW).sentence == said.sentence
+
+    @pytest.mark.parametrize(
+        ("fields", "sentence", "step"),
+        [
+            ({"publisher": {"failing": True, "reason": REFUSED}}, "two cannot publish: ACCESS_REFUSED", "-p prod shop '"),
+            ({"registration": {"state": "unregistered", "reason": NOT_GRANTED}}, "two cannot register: permission denied for table outbox.",
+             "`cacheinval schema grant ROLE`"),
+            ({"answering": {"failing": True, "reason": REFUSED}}, "two cannot answer who asks how it is: ACCESS_REFUSED", "-p prod shop '"),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong_although_all_are_fresh(
+        self, fields: dict[str, Any], sentence: str, step: str
+    ) -> None:
+        said = verdict(fleet(status("one"), status("two", broker={"url": URL}, **fields)))
+        assert said.level is Level.WARNING
+        assert said.sentence.startswith(sentence)
+        assert step in said.todo[0]
+
+    def test_who_is_only_about_to_register_is_not_blamed(self) -> None:
+        starting = {"registration": {"state": "unregistered", "reason": NOT_YET}}
+        assert verdict(fleet(status("one", **starting))).level is Level.GOOD
+
+    def test_who_was_never_subscribed_says_why(self) -> None:
+        refused = {"url": URL, "consumer": "connecting", "reason": REFUSED}
+        said = verdict(fleet(status("one"), status("two", state="starting", since=NOW - 20, broker=refused)))
+        assert (said.level, said.sentence) == (
+            Level.BAD,
+            f"two has not subscribed since 23:58:43: the broker refuses it ({REFUSED}).",
+        )
+        assert "-p prod shop '" in said.todo[0]
+
+    @pytest.mark.parametrize(
+        ("offset", "said"), [(0.05, "fresh"), (-0.2, "behind the one here"), (9, "ahead of")]
+    )
+    def test_the_clock_here_and_that_of_the_database(self, offset: float, said: str) -> None:
+        seen = fleet(status("one"))
+        seen.looked(Overview(offset=offset), NOW)
+        assert said in verdict(seen).sentence
+
+    def test_a_single_look_waits_for_nobody(self) -> None:
+        once = Fleet(None, patience=0.0)
+        expected, starting = Registered("two", "", None), Registered("three", "", None)
+        once.asked(None, NOW - 1)
+        once.looked(Overview([expected, starting], [expected]), NOW - 1)
+        once.heard(status("one"), NOW)
+        once.asked(None, NOW)
+        assert verdict(once).sentence.startswith("two has not answered since 23:59:02")
+        assert [member.id for member in once] == ["two", "one"]
+        nobody = Fleet(None, patience=0.0)
+        nobody.asked(None, NOW - 1)
+        nobody.asked(None, NOW)
+        assert verdict(nobody).sentence == "No instance of namespace shop answers."
+
+    def test_one_that_was_never_heard_and_has_left_is_no_matter(self) -> None:
+        seen = fleet(status("one"))
+        seen.registry([Registered("two", "", None)], NOW)
+        seen.registry([], NOW + 4)
+        seen.heard(status("one"), NOW + 8)
+        seen.asked(None, NOW + 8)
+        assert verdict(seen, NOW + 8).sentence == "The one instance is fresh"
 
     def test_without_a_database_nothing_more_is_claimed(self) -> None:
         bare = {"relay": None, "watermark_age": None}
@@ -317,7 +428,7 @@ class TestWrites:
         (line,) = seen.writes.newest(9)
         assert (line.keys, line.after("one"), line.after("three")) == (["k"], 0.0, None)
         assert line.after("two") == pytest.approx(0.0031, abs=1e-6)
-        markup = str(draw(seen, "shop", here(), NOW + 1).parts["writes"])
+        markup = str(draw(seen, here(), NOW + 1).parts["writes"])
         assert "<b>2 of 2</b> in 3.1 ms" in markup
         assert "<bdi>one</bdi> <span>wrote it</span>" in markup
         assert "<bdi>two</bdi> <span>3.1 ms</span>" in markup
@@ -334,9 +445,7 @@ class TestWrites:
         (line,), two = seen.writes.newest(9), list(seen)[1]
         assert seen.fate(line, two, NOW + 1) is Fate.PENDING
         assert seen.fate(line, two, NOW + 9) is Fate.LATE
-        assert "<bdi>two</bdi> <span>not yet</span>" in str(
-            draw(seen, "shop", here(), NOW + 9).parts["writes"]
-        )
+        assert "<bdi>two</bdi> <span>not yet</span>" in str(draw(seen, here(), NOW + 9).parts["writes"])
         seen.heard(tells("two", NOW + 10, evicted(NOW + 9.5)), NOW + 10)
         assert seen.fate(line, two, NOW + 10) is Fate.EVICTED
 
@@ -406,23 +515,24 @@ class TestWrites:
         seen = fleet(
             *(tells(f"i{number:03}", NOW + 1, evicted(NOW + number / 1000)) for number in range(100))
         )
-        markup = str(draw(seen, "shop", here(), NOW + 1).parts["writes"])
+        markup = str(draw(seen, here(), NOW + 1).parts["writes"])
         assert markup.count("<bdi>i") == 3
         assert "i099" in markup
         assert "97 more" in markup
 
     def test_an_epoch_of_an_instance_is_a_line_of_its_own(self) -> None:
         seen = fleet(tells("one", NOW + 1, Evicted(at=NOW, all=True, reason="missing messages")))
-        markup = str(draw(seen, "shop", here(), NOW + 1).parts["writes"])
+        markup = str(draw(seen, here(), NOW + 1).parts["writes"])
         assert "<bdi>one</bdi> dropped everything: <bdi>missing messages</bdi>" in markup
 
 
-def here() -> Any:
-    return understand(status("one"))
+def here(**fields: Any) -> Any:
+    """How the process is that looks."""
+    return understand(status("one", namespace="shop", broker={"url": URL}) | fields)
 
 
 def shown(seen: Fleet, now: float = NOW) -> bytes:
-    return whole(draw(seen, "shop", here(), now))
+    return whole(draw(seen, here(), now))
 
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{id}\u202egpj.\x00\n"
@@ -440,7 +550,7 @@ class TestMarkup:
         seen.asked(HOSTILE, NOW)
         for own in ("one", None):
             seen.own = own
-            page = whole(draw(seen, HOSTILE, here(), NOW)).decode()
+            page = whole(draw(seen, here(namespace=HOSTILE), NOW)).decode()
             assert page.count("<script") == 1
             assert "<img" not in page
             assert "\u202e" not in page
@@ -454,7 +564,7 @@ class TestMarkup:
 
     def test_a_large_fleet_is_shown_in_part_the_worst_first(self) -> None:
         seen = fleet(*(status(f"i{number:04}") for number in range(500)), status("zz", **SUSPECT))
-        markup = str(draw(seen, "shop", here(), NOW).parts["fleet"])
+        markup = str(draw(seen, here(), NOW).parts["fleet"])
         assert markup.count("<tr ") == 201
         assert "and 301 more" in markup
         assert markup.index("zz") < markup.index("i0000")
@@ -462,7 +572,7 @@ class TestMarkup:
     def test_long_names_are_told_apart_by_their_ends(self) -> None:
         ids = [f"host-of-a-long-name-{number}-0a1b2c{number}" for number in range(2)]
         seen = fleet(*(tells(id_, NOW + 1, evicted(NOW)) for id_ in ids))
-        markup = str(draw(seen, "shop", here(), NOW).parts["writes"])
+        markup = str(draw(seen, here(), NOW).parts["writes"])
         assert "<bdi>…-0a1b2c1</bdi>" in markup
 
     @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from waiting import Eventually
 from cacheinval.client import Client
 from cacheinval.errors import DatabaseError, PublishError
 from cacheinval.monitoring import Monitoring, Readiness
+from cacheinval.overview import Overview
 from cacheinval.page import EVENTS, PATHS, Page, serving, watching
 from cacheinval.recent import Recent
 from cacheinval.settings import Settings
@@ -25,6 +26,7 @@ class Watched:
     def __init__(self) -> None:
         self.asked = self.counted = self.closed = 0
         self.fails: Exception | None = None
+        self.database: Exception | None = None
         self.open = asyncio.Event()
         self.open.set()
         self.answer: dict[str, Any] = {}
@@ -51,9 +53,11 @@ class Watched:
         await self.may_close.wait()
         self.closed += 1
 
-    async def registered(self) -> list[Any]:
+    async def overview(self) -> Any:
         self.counted += 1
-        raise DatabaseError
+        if self.database is not None:
+            raise self.database
+        return Overview()
 
 
 class Viewer:
@@ -353,6 +357,20 @@ class TestTrouble:
         await eventually(lambda: viewer.seen)
         await eventually(lambda: "&lt;refused&gt;" in viewer.verdicts)
 
+    async def test_an_alarm_of_the_broker_is_named(
+        self, watched: Watched, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+    ) -> None:
+        """What a blocked connection does not take is only late; why, the connection knows."""
+        monkeypatch.setattr(watching, "ASK_WITHIN", 0.01)
+        watched.open.clear()
+        watched.answer = {"broker": {"url": "amqp://b", "consumer": "connected", "publisher": "blocked"}}
+        page = Page(watched)
+        viewer = Viewer(page)
+        await eventually(lambda: "Nobody can be asked from here" in viewer.verdicts)
+        assert "The broker blocks publishers" in viewer.verdicts
+        assert "<code>rabbitmq-diagnostics alarms</code>" in viewer.verdicts
+        await page.close()
+
     async def test_that_nobody_has_subscribed_yet_is_no_trouble(
         self, watched: Watched, eventually: Eventually
     ) -> None:
@@ -368,10 +386,12 @@ class TestTrouble:
         self, watched: Watched, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
     ) -> None:
         monkeypatch.setattr(watching, "COUNT_EVERY", 0.0)
+        watched.database = DatabaseError("<away>")
         page = Page(watched)
         viewer = Viewer(page)
-        await eventually(lambda: watched.counted >= 3)  # though the database fails
-        monkeypatch.setattr(watched, "registered", None)
+        await eventually(lambda: watched.counted >= 3)
+        await eventually(lambda: "whether there are more is unknown: &lt;away&gt;" in viewer.verdicts)
+        monkeypatch.setattr(watched, "overview", None)
         counted, seen = watched.counted, len(viewer.seen)
         await eventually(lambda: len(viewer.seen) > seen + 3)
         assert watched.counted <= counted + 1

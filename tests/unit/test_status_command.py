@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from cacheinval import Client, Settings, status_command
 from cacheinval.coherence.registration import Registered
 from cacheinval.errors import DatabaseError, PublishError, SchemaMissingError
 from cacheinval.fleet import silent_among
+from cacheinval.overview import Overview
 from cacheinval.status_command import ago, status, watch
 
 Answer = dict[str, Any]
@@ -45,10 +47,10 @@ class Asked:
 
     def __init__(self, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: list[Answer] | Exception = []
-        self.silent: list[Answer] | Exception = []
+        self.overview: Overview | Exception = Overview()
         self.times = 0
         monkeypatch.setattr(client, "ask_instances", self._ask)
-        monkeypatch.setattr(client, "silent_instances", self._find_silent)
+        monkeypatch.setattr(client.outlook, "overview", self._look)
 
     async def _ask(self, wait: float = 1.0) -> list[Answer]:
         self.times += 1
@@ -56,10 +58,10 @@ class Asked:
             raise self.answers
         return list(self.answers)
 
-    async def _find_silent(self, answered: Any) -> list[Answer]:
-        if isinstance(self.silent, Exception):
-            raise self.silent
-        return self.silent
+    async def _look(self) -> Overview:
+        if isinstance(self.overview, Exception):
+            raise self.overview
+        return self.overview
 
 
 @pytest.fixture
@@ -74,6 +76,12 @@ def asked(client: Client, monkeypatch: pytest.MonkeyPatch) -> Asked:
     return Asked(client, monkeypatch)
 
 
+def table(out: str) -> list[str]:
+    """The lines of the table, below the verdict."""
+    lines = out.splitlines()
+    return lines[next(at for at, line in enumerate(lines) if line.startswith("INSTANCE ")) :]
+
+
 Said = Callable[[], tuple[str, str]]
 
 
@@ -86,7 +94,7 @@ async def test_the_table_says_how_each_one_is(client: Client, asked: Asked, said
     asked.answers = [READY, OF_AN_OLDER_VERSION]
     await status(client, as_json=False)
     out, err = said()
-    header, older, ready = out.splitlines()
+    header, older, ready = table(out)
     assert err == ""
     for title, value in {
         "INSTANCE": "shop-1",
@@ -106,21 +114,29 @@ async def test_a_tick_that_is_not_believed_is_a_reason_also_while_it_is_ready(
 ) -> None:
     asked.answers = [READY | {"tick_refused": "a tick from the future"}]
     await status(client, as_json=False)
-    assert said()[0].splitlines()[1].endswith("  a tick from the future")
+    assert table(said()[0])[1].endswith("  a tick from the future")
 
 
 async def test_who_is_registered_and_does_not_answer_is_silent(
     client: Client, asked: Asked, said: Said
 ) -> None:
     asked.answers = [READY]
-    asked.silent = silent_among([Registered("shop-0", "s", None)], asked.answers)
+    starting = Registered("shop-9", "s", None)  # of which no answer can be expected yet
+    registered = Registered("shop-0", "s", None)
+    asked.overview = Overview([registered, starting], [registered])
     await status(client, as_json=False)
-    _, silent, ready = said()[0].splitlines()
+    out = said()[0]
+    assert re.match(
+        r"shop-0 has not answered since \d\d:\d\d:\d\d: it may be stale, cut off, or gone\.\n", out
+    )
+    _, silent, ready = table(out)
     assert silent.split()[:4] == ["shop-0", "-", "-", "silent"]
     assert silent.endswith("registered in the database, and does not answer")
     assert ready.startswith("shop-1")
     await status(client, as_json=True)
-    instances = json.loads(said()[0])["instances"]
+    told = json.loads(said()[0])
+    assert told["verdict"]["level"] == "bad"
+    instances = told["instances"]
     assert [one["state"] for one in instances] == ["silent", "ready"]
     assert {"id", "host", "version", "state", "watermark_age"} <= set(instances[0])
 
@@ -135,25 +151,82 @@ def test_who_answers_is_told_from_who_is_silent_by_its_session() -> None:
     assert silent_among([Registered("without a database", "x", None)], answered) == []
 
 
-async def test_a_database_that_is_away_costs_a_line_and_no_more(
+async def test_a_database_that_is_away_is_told_beside_what_is_known(
     client: Client, asked: Asked, said: Said
 ) -> None:
-    asked.answers, asked.silent = [READY], DatabaseError("refused")
+    asked.answers, asked.overview = [READY], DatabaseError("refused")
     await status(client, as_json=True)
     out, err = said()
-    assert [one["id"] for one in json.loads(out)["instances"]] == ["shop-1"]
-    assert err == "cacheinval: which instances are registered is unknown: refused\n"
-    asked.silent = SchemaMissingError()  # nobody can be registered
-    await status(client, as_json=True)
-    assert said()[1] == ""
+    told = json.loads(out)
+    assert [one["id"] for one in told["instances"]] == ["shop-1"]
+    assert told["verdict"]["level"] == "warning"
+    assert told["verdict"]["sentence"].endswith("whether there are more is unknown: refused.")
+    assert "Postgres runs" in told["verdict"]["todo"][0]
+    asked.overview = SchemaMissingError()
+    await status(client, as_json=False)
+    assert "→ Run `cacheinval schema apply`" in said()[0]
+    assert err == ""
+
+
+async def test_where_nothing_is_wrong_one_line_says_so(client: Client, asked: Asked, said: Said) -> None:
+    asked.answers = [READY | {"relay": {"state": "leader"}}]
+    await status(client, as_json=False)
+    out = said()[0]
+    assert out.startswith("The one instance is fresh: proven up to 0.7 s ago.\nINSTANCE ")
+    assert len(out.splitlines()) == 3
+
+
+async def test_what_is_wrong_comes_with_what_to_do(client: Client, asked: Asked, said: Said) -> None:
+    broker = {"url": "amqp://shop:***@broker/prod", "consumer": "connecting", "reason": "Connection refused"}
+    asked.answers = [READY, OF_AN_OLDER_VERSION | {"since": 1_795_391_943.5, "broker": broker}]
+    await status(client, as_json=False)
+    first, second, *steps = said()[0].split("INSTANCE")[0].splitlines()
+    assert first == "shop-0 may be stale since 23:59:03: the broker cannot be reached (Connection refused)."
+    assert second.startswith("Meanwhile it reads the database")
+    assert steps[0].startswith(
+        "→ See that RabbitMQ runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL"
+    )
 
 
 async def test_nobody_and_a_broker_that_is_away(client: Client, asked: Asked, said: Said) -> None:
     await status(client, as_json=False)
-    assert said()[0] == f"no instance of namespace {client.settings.namespace} answers\n"
-    asked.answers = PublishError("the broker cannot be reached")
-    with pytest.raises(PublishError):
-        await status(client, as_json=False)
+    assert said()[0].startswith(f"No instance of namespace {client.settings.namespace} answers.\n")
+    asked.answers = PublishError("the broker cannot be reached: Connection refused")
+    asked.overview = Overview([one := Registered("shop-0", "s", None)], [one])
+    for as_json in (False, True):
+        with pytest.raises(PublishError):
+            await status(client, as_json=as_json)
+    told, _, rest = said()[0].partition("{")
+    assert re.match(
+        r"Nobody can be asked from here since [\d:]+: the broker cannot be reached: Connection refused\.\n",
+        told,
+    )
+    assert "How it is with 1 instance is unknown." in told
+    assert "→ See that RabbitMQ runs" in told
+    told_as_json = json.loads("{" + rest)
+    assert (told_as_json["instances"], told_as_json["verdict"]["level"]) == (None, "bad")
+
+
+async def test_watching_knows_of_those_that_answer_no_more(
+    client: Client, asked: Asked, said: Said, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a database nobody else knows that there should be one."""
+    monkeypatch.setattr(status_command, "SILENT_AFTER", 0.2)
+    monkeypatch.setattr(client.outlook, "overview", None)
+    asked.answers = [READY, READY | {"id": "shop-2"}]
+    watching = asyncio.create_task(watch(client, 0.01, as_json=True))
+    await eventually(lambda: asked.times > 1)
+    asked.answers = [READY]
+    seen: list[str] = []
+
+    def is_named() -> bool:
+        seen.extend(json.loads(line)["verdict"]["sentence"] for line in said()[0].splitlines())
+        return seen[-1].startswith("shop-2 has not answered since")
+
+    await eventually(is_named)
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
 
 
 async def test_watching_goes_on_without_the_broker(

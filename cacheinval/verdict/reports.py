@@ -1,18 +1,22 @@
-"""What instances answer about themselves, as far as the page shows it: of any version, and believed in nothing."""
+"""What instances answer about themselves, as far as it is judged and shown: of any version, and believed in nothing."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from cacheinval.coherence.registration import NOT_YET
 from cacheinval.recent import Recent
 
 __all__ = ["Report", "understand"]
 
 
 class Broker(msgspec.Struct):
+    url: str = ""
     consumer: str | None = None
+    publisher: str | None = None
     reason: str | None = None
 
 
@@ -20,6 +24,14 @@ class Relay(msgspec.Struct):
     state: str
     reason: str | None = None
     oldest_row_age: float | None = None
+    no_ticks: str | None = None
+
+
+class Sending(msgspec.Struct):
+    """Of what an instance publishes, or answers."""
+
+    failing: bool = False
+    reason: str | None = None
 
 
 class Gap(msgspec.Struct):
@@ -29,6 +41,7 @@ class Gap(msgspec.Struct):
 
 class Shared(msgspec.Struct):
     max_staleness: float | None = None
+    max_clock_skew: float = 0.1
     tick_interval: float = 1.0
 
 
@@ -52,23 +65,56 @@ class Report(msgspec.Struct):
 
     id: str
     state: str
+    namespace: str = ""
     host: str = ""
     pid: int | None = None
     version: str = ""
     reason: str | None = None
     since: float | None = None
     started_at: float | None = None
+    now: float | None = None
     watermark_age: float | None = None
     tick_refused: str | None = None
     registration: Any = None
     broker: Broker | None = None
     relay: Relay | None = None
+    publisher: Sending = msgspec.field(default_factory=Sending)
+    answering: Sending = msgspec.field(default_factory=Sending)
     queue_depth: int | None = None
     hit_ratio: float | None = None
     last_gap: Gap | None = None
     settings: Shared = msgspec.field(default_factory=Shared)
     counters: Counts = msgspec.field(default_factory=Counts)
     evictions: Recent | None = None
+
+    @property
+    def url(self) -> str:
+        """How it reaches the broker; without the password, and empty if that is not known."""
+        return "" if self.broker is None else self.broker.url
+
+    @property
+    def unsubscribed(self) -> str | None:
+        """Why it has no subscription, in the words of the broker or the system; None if it has one, or nobody knows."""
+        broker = self.broker
+        return broker.reason if broker is not None and broker.consumer == "connecting" else None
+
+    @property
+    def unregistered(self) -> str | None:
+        """Why it is not registered, where it wants to be and cannot."""
+        registration = self.registration
+        if not isinstance(registration, Mapping) or registration.get("state") != "unregistered":
+            return None
+        reason = registration.get("reason")
+        return reason if isinstance(reason, str) and reason != NOT_YET else None
+
+    @property
+    def why(self) -> str | None:
+        """Why it is not ready."""
+        reason = self.unsubscribed
+        if reason is None:
+            return self.reason
+        refused = re.match(r"[A-Z]+_[A-Z]+ - |the broker refuses", reason) is not None
+        return f"the broker {'refuses it' if refused else 'cannot be reached'} ({reason.rstrip('.')})"
 
     @property
     def session(self) -> str | None:
@@ -90,5 +136,5 @@ def understand(status: Mapping[str, Any]) -> Report | None:
         report = msgspec.convert(status, Report, from_attributes=True)
     except (msgspec.ValidationError, OverflowError):
         return None
-    ages = (report.since, report.started_at, report.watermark_age, report.hit_ratio)
+    ages = (report.since, report.started_at, report.now, report.watermark_age, report.hit_ratio)
     return report if all(age is None or math.isfinite(age) for age in ages) else None

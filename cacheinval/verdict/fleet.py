@@ -9,14 +9,17 @@ from typing import Any
 
 from cacheinval.coherence.registration import Registered
 from cacheinval.latencies import BUCKETS
-from cacheinval.page.reports import Report, understand
-from cacheinval.page.writes import Line, Writes
+from cacheinval.overview import Overview
 from cacheinval.recent import Recent
+from cacheinval.verdict.reports import Report, understand
+from cacheinval.verdict.writes import Line, Writes
 
 __all__ = ["Condition", "Fate", "Fleet", "Lag", "Member"]
 
 SILENT_AFTER = 3.5
 """Seconds without an answer, at about one question a second."""
+
+ANSWERED_AFTER = 2.0
 
 FORGOTTEN_AFTER = 60.0
 FORGOTTEN_UNKNOWN_AFTER = 3600.0  # where no registry tells who has left from who hangs
@@ -124,6 +127,12 @@ class Member:
         (began, before), (ended, after) = self._samples[0], self._samples[-1]
         return Lag([new - old for new, old in zip(after, before, strict=True)], ended - began)
 
+    @property
+    def ahead(self) -> float:
+        """Seconds by which its clock is at least ahead of the one here."""
+        now = None if self.report is None else self.report.now
+        return max(0.0, now - self.heard_at) if now is not None and self.heard_at is not None else 0.0
+
     def proven_age(self, now: float) -> float | None:
         """Seconds since the moment up to which it is proven to have evicted everything."""
         if self.report is None or self.heard_at is None or self.report.watermark_age is None:
@@ -146,10 +155,16 @@ class Fleet:
 
     Args:
         own: the id of the instance that looks; None if it is none.
+        patience: seconds for which somebody may not answer; 0 for a single look, after which all who were to answer have.
     """
 
-    def __init__(self, own: str | None) -> None:
+    def __init__(self, own: str | None, patience: float = SILENT_AFTER) -> None:
         self.own = own
+        self.overview: Overview | None = None
+        """What the database said last; None while it cannot be used, or nobody has looked."""
+        self.database_problem: str | None = None
+        """Why the database cannot be used."""
+        self._patience = patience
         self.writes = Writes()
         self.problem: str | None = None
         """Why nobody can be asked."""
@@ -209,6 +224,23 @@ class Fleet:
         if problem is None:
             self.asked_at = now
 
+    @property
+    def asking_once(self) -> bool:
+        """Whether this is a single look."""
+        return self._patience == 0.0
+
+    def asking(self, now: float) -> bool:
+        """Whether nobody can have answered yet."""
+        return self.asked_since is None or now - self.asked_since < min(self._patience, ANSWERED_AFTER)
+
+    def looked(self, seen: Overview | str, now: float) -> None:
+        """What the database said; or why it cannot be used."""
+        self.overview, self.database_problem = (None, seen) if isinstance(seen, str) else (seen, None)
+        if isinstance(seen, str):
+            self.registry(None, now)
+        else:
+            self.registry(seen.settled if self.asking_once else seen.registered, now)
+
     def registry(self, registered: Iterable[Registered] | None, now: float) -> None:
         """Who is registered in the database; None where that is not known."""
         self.registry_known = registered is not None
@@ -230,7 +262,7 @@ class Fleet:
     def condition(self, member: Member, now: float) -> Condition:
         """How that instance is."""
         report, heard_at = member.report, member.heard_at
-        if member.id != self.own and self._unanswered(member) > SILENT_AFTER:
+        if member.id != self.own and self._unanswered(member) > self._patience:
             return Condition.GONE if self._left(member) else Condition.SILENT
         if report is None or heard_at is None or (self.problem is not None and now - heard_at > SILENT_AFTER):
             return Condition.UNKNOWN
@@ -251,7 +283,7 @@ class Fleet:
         return max((now - (member.heard_at or 0.0) for member in self if not self._left(member)), default=now)
 
     def _left(self, member: Member) -> bool:
-        return self.registry_known and not member.registered and member.heard_at is not None
+        return self.registry_known and not member.registered
 
     def forget(self, now: float) -> None:
         """Those of whom nothing has been heard for long, and of whom nobody knows."""

@@ -1,0 +1,104 @@
+"""Why something is not as it should be, and what to do about that."""
+
+from collections.abc import Sequence
+
+from cacheinval.verdict import remedies
+from cacheinval.verdict.fleet import Member
+from cacheinval.verdict.reports import Relay, Report
+from cacheinval.verdict.seen import Seen
+from cacheinval.verdict.words import short
+
+__all__ = ["DOCTOR_THERE", "of_suspect", "of_unproven", "of_waiting"]
+
+DOCTOR_THERE = "`cacheinval doctor`, run where it runs, names the cause"
+
+
+def of_suspect(report: Report) -> list[str]:
+    """What to do where this instance may have missed something."""
+    reason, host = report.reason or "", report.host or "its host"
+    broker = report.broker
+    if broker is not None and broker.consumer == "standby":
+        return ["Another process uses this CACHEINVAL_INSTANCE_ID: stop one of them, or name it otherwise."]
+    if report.unsubscribed is not None:
+        return [
+            remedies.broker(report.unsubscribed, report.url, host),
+            "It joins again by itself, and starts empty.",
+            DOCTOR_THERE,
+        ]
+    if reason.startswith("eviction failed"):
+        return [f"See that the cache server of {report.id} runs and can be reached from {report.host}."]
+    if reason == report.unregistered:
+        return [
+            remedies.database(reason, host),
+            f"{report.id} serves from its cache again as soon as it can register.",
+        ]
+    if reason.startswith("silence: a probe"):
+        return [
+            "It subscribes anew by itself within seconds, and starts empty. If it does so again and again: see that nobody "
+            "deletes the exchange, and that the network drops nothing silently.",
+            DOCTOR_THERE,
+        ]
+    if reason.startswith(("catching up", "new subscription")):
+        return [f"Nothing, unless it takes long: {report.id} is working through its queue."]
+    return [remedies.broker(reason, report.url, host), DOCTOR_THERE]
+
+
+def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
+    """Why no tick proves anything to those, and what to do about it."""
+    refusing = next((m.report for m in late if m.report and m.report.tick_refused), None)
+    if refusing is not None:
+        return _refused(refusing)
+    wrong = next((member for member in late if member.report and _clock_is_ahead(member)), None)
+    if wrong is not None and wrong.report is not None:
+        step = f"run a time service (chrony) on {wrong.report.host or 'its host'} and here"
+        return f"the clock of {wrong.id} is at least {wrong.ahead:.0f} s ahead of this one", step
+    if len(late) < len(seen.present):
+        who = "it" if len(late) == 1 else "them"
+        step = "see its log, and its connection in RabbitMQ's management; restarting it is always safe: it starts empty"
+        return f"ticks do not reach {who}", step
+    troubled = next((relay for relay in seen.relays if relay.no_ticks), None)
+    if troubled is not None and troubled.no_ticks is not None:
+        return f"the relay sends no ticks: {troubled.no_ticks}", _way_of_ticks(seen, troubled.no_ticks)
+    stuck = next((relay for relay in seen.relays if relay.reason), None)
+    if stuck is not None:
+        return f"no relay sends ticks, one is {stuck.state}: {short(stuck.reason or '')}", _way(seen, stuck)
+    if seen.fleet.database_problem is not None:
+        problem = seen.fleet.database_problem
+        return f"no relay sends ticks, and {short(problem)}", remedies.database(problem)
+    if not seen.led:
+        return "no relay leads", remedies.RELAY
+    return "no relay sends ticks", remedies.RELAY
+
+
+def _refused(report: Report) -> tuple[str, str]:
+    reason, host = report.tick_refused or "", report.host or "its host"
+    if "database" in reason:
+        step = "give each database a namespace of its own (CACHEINVAL_NAMESPACE), and all instances of one the same database"
+        return f"ticks are refused: {reason}", step
+    step = f"run a time service (chrony) on {host} and on the host of the database"
+    return f"ticks are refused: {reason.partition(', by ')[0]}", step
+
+
+def _clock_is_ahead(member: Member) -> bool:
+    report = member.report
+    return report is not None and member.ahead > report.settings.max_clock_skew + 1
+
+
+def _way_of_ticks(seen: Seen, reason: str) -> str:
+    return remedies.TIME_SERVICE if "clock" in reason else remedies.broker(reason, seen.here.url)
+
+
+def of_waiting(seen: Seen) -> tuple[str, str]:
+    """Why what was committed is not published, and what to do about it."""
+    stuck = next((relay for relay in seen.relays if relay.reason), None)
+    if stuck is not None:
+        return f": {short(stuck.reason or '')}", _way(seen, stuck)
+    if not seen.led:
+        return ": no relay leads", remedies.RELAY
+    step = "see that RabbitMQ takes messages (`rabbitmq-diagnostics alarms`), and what the relay's log says"
+    return "", step
+
+
+def _way(seen: Seen, relay: Relay) -> str:
+    reason = relay.reason or ""
+    return remedies.broker(reason, seen.here.url) if relay.state == "blocked" else remedies.database(reason)

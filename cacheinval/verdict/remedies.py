@@ -1,0 +1,110 @@
+"""What to do, by what broker and database say: the same words for the doctor, `status` and the page. Pure."""
+
+import re
+from urllib.parse import unquote, urlsplit
+
+__all__ = [
+    "CONFIGURE",
+    "READ",
+    "RELAY",
+    "TIME_SERVICE",
+    "WRITE",
+    "broker",
+    "database",
+    "set_permissions",
+    "vhost_of",
+]
+
+CONFIGURE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
+WRITE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*|amq\.default)$"
+READ = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
+"""As `config/definitions.json` has them."""
+
+RELAY = "see that a relay runs (`cacheinval relay`, or CACHEINVAL_RELAY=auto) and reaches database and broker"
+
+SILENT = (
+    "see whether its process runs, and what its log says last; its own page and /status answer without the broker, and say "
+    "so where it may not subscribe or answer"
+)
+
+TIME_SERVICE = "run a time service (chrony) on both; CACHEINVAL_MAX_CLOCK_SKEW says what is accepted"
+
+
+def broker(reason: str, url: str, host: str = "here") -> str:
+    """What to do where the broker cannot be used.
+
+    Args:
+        reason: why, in the words of broker or system.
+        url: how it is reached; its password may be masked.
+        host: from where.
+    """
+    user = urlsplit(url).username or "guest"
+    if re.search(r"access to (?!vhost)\w+ .*refused for user", reason):
+        return f"grant what is needed: {set_permissions(url)}"
+    if "vhost" in reason and "inequivalent" not in reason:
+        make = f"`rabbitmqctl add_vhost {vhost_of(url)}`"
+        return f"correct the path of CACHEINVAL_BROKER_URL, or {make} and {set_permissions(url)}"
+    if re.search(r"(?i)login|access_refused|authentication|credentials", reason):
+        return (
+            f"correct user and password in CACHEINVAL_BROKER_URL (guest logs in from the broker's own host only); "
+            f"`rabbitmqctl authenticate_user {user}` tries them, `rabbitmqctl change_password {user}` sets a new one"
+        )
+    if re.search(r"(?i)certificate|ssl|tls", reason):
+        return (
+            "name the authority that signed the broker's certificate in CACHEINVAL_BROKER_CA_FILE, and, where the broker "
+            "asks for one, a certificate and its key in CACHEINVAL_BROKER_CERT_FILE and CACHEINVAL_BROKER_KEY_FILE"
+        )
+    if "blocks publishers" in reason:
+        return (
+            "`rabbitmq-diagnostics alarms` says which (memory or disk): free some. Writes go on meanwhile, their rows "
+            "wait"
+        )
+    if "inequivalent" in reason or "not a durable fanout" in reason:
+        return (
+            "delete what it names, at best while nothing else uses it: instances declare it as it has to be"
+        )
+    if "home node" in reason:
+        return "start that node; `rabbitmqctl cluster_status` at another one says how they see it"
+    if "is missing" in reason:
+        return "start an instance, which declares it; one that runs does so within 3 ticks. Is CACHEINVAL_NAMESPACE right?"
+    if re.search(r"within [\d.]+ s|no sign of life", reason):
+        return (
+            "see whether the broker is overloaded, frozen or blocked by an alarm (`rabbitmq-diagnostics status`, "
+            "`rabbitmq-diagnostics alarms`)"
+        )
+    return f"see that RabbitMQ runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL leads to it from {host}"
+
+
+def vhost_of(url: str) -> str:
+    """The virtual host that this address leads to."""
+    return unquote(urlsplit(url).path[1:]) or "/"
+
+
+def set_permissions(url: str) -> str:
+    """The command that grants what a user of cacheinval needs."""
+    user = urlsplit(url).username or "guest"
+    return f"`rabbitmqctl set_permissions -p {vhost_of(url)} {user} '{CONFIGURE}' '{WRITE}' '{READ}'`"
+
+
+def database(reason: str, host: str = "here") -> str:
+    """What to do where the database cannot be used; `reason` is what it says, or the system."""
+    if "schema apply" in reason:
+        return "run `cacheinval schema apply` as the role that owns the schema, or is to"
+    if "permission denied" in reason or "GRANT " in reason:
+        return (
+            "run `cacheinval schema grant ROLE` as the schema's owner, for the role of CACHEINVAL_DATABASE_URL; "
+            "`cacheinval doctor` says what it lacks"
+        )
+    if "clock" in reason:
+        return TIME_SERVICE
+    if re.search(r"standby|recovery|read-only", reason):
+        return "CACHEINVAL_DATABASE_URL has to lead to the primary: name its host, or a name that follows it"
+    if re.search(r"authentication|pg_hba|role .* does not exist", reason):
+        return "correct user and password in CACHEINVAL_DATABASE_URL, or let pg_hba.conf on the server admit them"
+    if re.search(r"database .* does not exist", reason):
+        return "make the database (createdb), or correct the path of CACHEINVAL_DATABASE_URL"
+    if re.search(r"too many|connection slots", reason):
+        return "raise max_connections, or have fewer and smaller pools"
+    if re.search(r"ertificate|SSL", reason):
+        return "see sslmode, sslrootcert, sslcert and sslkey in CACHEINVAL_DATABASE_URL"
+    return f"see that Postgres runs (`pg_isready`), and that CACHEINVAL_DATABASE_URL leads to it from {host}"
