@@ -502,6 +502,9 @@ class Client:
 
         >>> await client.invalidate("rate:EUR", tags=["reports"])  # the rate was changed in somebody else's service
 
+        Called within `client.transaction()` it does so at once, and they are evicted once more when that commits: what is
+        loaded in between is what was there before. For the transaction's own changes `tx.invalidate` is enough.
+
         Args:
             wait: seconds; it then returns when every instance has evicted, or after that long, with a receipt that says
                 who has. Without a database nobody knows how many there are: it waits all that time, and says who answered.
@@ -517,6 +520,9 @@ class Client:
             raise InvalidKeyError(
                 "nothing to invalidate; accepted: at least one key or tag, or everything=True"
             )
+        tx = self._writes.running
+        if tx is not None:
+            tx.invalidations.merge(invalidations)
         with self._asking.about(wait) as question:
             await self._invalidate(invalidations, question)
             return None if question is None else await self._asking.receipt(question)

@@ -1,6 +1,7 @@
 """Changing a real Postgres: what is committed is published and its rows deleted, what is not is never heard of."""
 
 import asyncio
+import contextvars
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable
@@ -149,6 +150,23 @@ async def test_within_a_transaction_what_a_function_invalidates_is_recorded_in_i
     assert await read() == 1
     await eventually(lambda: len(heard.messages) == 1)
     assert heard.messages[0].tags == ["t"]
+
+
+async def test_within_a_transaction_invalidate_evicts_at_once_and_when_that_commits(
+    client: Client, settings: Settings, db: asyncpg.Connection, heard: Listener, eventually: Eventually
+) -> None:
+    async def read() -> int:
+        return await client.cache.get_or_set("a", lambda: number(db))
+
+    assert await read() == 0
+    async with client.transaction() as tx:
+        await tx.execute(UPDATE, "a")
+        await client.invalidate("a")
+        assert await client.cache.would_serve("a") is None
+        assert await asyncio.create_task(read(), context=contextvars.Context()) == 0, "not committed yet"
+        assert await client.cache.would_serve("a")
+    assert await read() == 1
+    await eventually(lambda: heard.keys == ["a", "a"])
 
 
 async def test_outside_of_its_own_clients_transaction_a_function_invalidates_at_once(
