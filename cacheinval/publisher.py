@@ -158,7 +158,7 @@ class Publisher:
         self._pause = BACKOFF_FIRST
         self._waiting: list[Unpublished] = []
         self._waiting_size = 0
-        self._hurry = False
+        self._hurry = asyncio.Event()
         self._confirmed_rows: list[UUID] = []
         self._work = asyncio.Event()
         self._rows_to_delete = asyncio.Event()
@@ -188,7 +188,8 @@ class Publisher:
             return
         self._waiting.append(unpublished)
         self._waiting_size += unpublished.size
-        self._hurry |= unpublished.confirmed is not None or unpublished.question is not None
+        if unpublished.confirmed is not None or unpublished.question is not None:
+            self._hurry.set()
         self._idle.clear()
         self._work.set()
 
@@ -200,13 +201,16 @@ class Publisher:
         try:
             while True:
                 await self._work.wait()
-                if now() > ended + NEAR or self._hurry:
+                if now() > ended + NEAR:
                     gather = 0.0
                 else:
                     gather = next_gathering(gather, len(batch))
-                    await asyncio.sleep(gather)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(gather):
+                            await self._hurry.wait()  # until somebody waits for it
                 self._work.clear()
-                batch, self._waiting, self._waiting_size, self._hurry = self._waiting, [], 0, False
+                self._hurry.clear()
+                batch, self._waiting, self._waiting_size = self._waiting, [], 0
                 if batch:
                     await self._publish(batch)
                     ended = now()

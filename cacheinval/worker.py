@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
-import asyncpg
-
 from cacheinval import logs, outbox
 from cacheinval.client import Client
 from cacheinval.errors import CacheinvalError, ConfigurationError, DatabaseError
 from cacheinval.monitoring import Monitoring, Readiness
+from cacheinval.outbox.pool import connect
+from cacheinval.outbox.session import LOST
 from cacheinval.page import Page
 from cacheinval.products import (
     MemoryProductRepository,
@@ -205,7 +205,7 @@ class _Preparation:
         while self.pending is not None:
             try:
                 await self._apply()
-            except (DatabaseError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except (DatabaseError, *LOST) as error:
                 self.pending = str(error) or "no answer in time"
                 if self.pending != told:
                     told = self.pending
@@ -218,7 +218,7 @@ class _Preparation:
 
     async def _apply(self) -> None:
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            connection = await asyncpg.connect(self._database_url)
+            connection = await connect(self._database_url, timeout=CONNECT_TIMEOUT)
         # Ended from outside, since a rollback, too, would wait for a server that has stopped answering.
         deadline = asyncio.get_running_loop().call_later(SCHEMA_TIMEOUT, connection.terminate)
         try:

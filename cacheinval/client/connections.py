@@ -5,8 +5,6 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
-
 from cacheinval.errors import DatabaseError, NoDatabaseError
 from cacheinval.outbox.instances import Database
 from cacheinval.outbox.pool import (
@@ -15,6 +13,7 @@ from cacheinval.outbox.pool import (
     Borrowed,
     OwnConnection,
     close_pool,
+    connect,
     make_pool,
 )
 from cacheinval.outbox.session import LOST
@@ -65,9 +64,7 @@ class Connections:
     async def connect_relay(self) -> Any:
         """A connection that the relay keeps."""
         if self._own_pool:
-            return await asyncpg.connect(
-                self._url, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
-            )
+            return await connect(self._url, command_timeout=STATEMENT_TIMEOUT)
         return Borrowed(self.pool, await self.pool.acquire(timeout=CONNECT_TIMEOUT))
 
     async def learn_source(self, trust_only: Callable[[str], None]) -> None:

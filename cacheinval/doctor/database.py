@@ -28,6 +28,7 @@ from cacheinval.outbox import SCHEMA_VERSION
 from cacheinval.outbox.grants import lacking
 from cacheinval.outbox.instances import Instances
 from cacheinval.outbox.looking import LEADER, OLDEST
+from cacheinval.outbox.pool import connect
 from cacheinval.outbox.schema import OLDEST_SERVER
 from cacheinval.settings import Settings, mask_url
 from cacheinval.verdict import remedies
@@ -99,8 +100,8 @@ class DatabaseSeen:
         url = mask_url(self._settings.database_url)
         try:
             async with asyncio.timeout(CONNECT_WITHIN):
-                self._connection = await asyncpg.connect(
-                    self._settings.database_url, command_timeout=ANSWER_WITHIN - 1
+                self._connection = await connect(
+                    self._settings.database_url, timeout=CONNECT_WITHIN, command_timeout=ANSWER_WITHIN - 1
                 )
         except Exception as error:
             reason = " ".join(str(error).split()) or f"no answer within {CONNECT_WITHIN:g} s"

@@ -22,6 +22,7 @@ LOOK_EVERY = 0.25  # seconds, for what is due, also when the clock was set or th
 RETRY = 1.0
 LEAVE_WITHIN = 1.0
 COUNT_WITHIN = 5.0
+CANCEL_WITHIN = 0.1
 FORGET_EVERY = 100  # renewals
 SETTLED_AFTER = 3.0  # seconds
 
@@ -143,13 +144,26 @@ async def answer(timeout: float, query: Callable[[], Awaitable[Any]]) -> Any:
     Raises:
         DatabaseError: the database cannot be used, and why.
     """
+    asking: asyncio.Future[Any] | None = None
     try:
-        async with asyncio.timeout(timeout):
-            return await query()
+        asking = asyncio.ensure_future(query())
+        # Not by `asyncio.timeout`: a connection of a pool whose statement was cancelled is given back only when the server
+        # has answered that.
+        await asyncio.wait({asking}, timeout=timeout)
+        if not asking.done():
+            raise TimeoutError
+        return asking.result()
     except asyncpg.PostgresError as error:
         raise (explain(error, ours=True) or DatabaseError(f"the database cannot be used: {error}")) from error
     except LOST as error:
         raise DatabaseError(f"the database cannot be used: {str(error) or 'no answer in time'}") from error
+    finally:
+        if asking is not None and not asking.done():
+            asking.cancel()
+            await asyncio.wait({asking}, timeout=CANCEL_WITHIN)
+            asking.add_done_callback(
+                lambda one: one.cancelled() or one.exception()
+            )  # nobody looks at it any more
 
 
 class Registrar:

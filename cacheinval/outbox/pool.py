@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 
 from cacheinval.outbox.session import LOST
+from cacheinval.settings import addresses
 
 if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
@@ -18,6 +19,7 @@ __all__ = [
     "Borrowed",
     "OwnConnection",
     "close_pool",
+    "connect",
     "make_pool",
 ]
 
@@ -42,11 +44,30 @@ class PooledConnection(asyncpg.Connection):
         return "" if is_as_it_was else super().get_reset_query()
 
 
+async def connect(url: str, *, timeout: float = CONNECT_TIMEOUT, **options: Any) -> Any:
+    """A connection to the first host of `url` that answers, and is what its `target_session_attrs` asks for.
+
+    asyncpg has one deadline for all hosts, of which one that swallows everything would leave nothing to the others.
+
+    Args:
+        timeout: seconds for all of them.
+        options: as for `asyncpg.connect`, which raises what this raises.
+    """
+    first, *others = addresses(url)
+    each = timeout / (1 + len(others))
+    for following in others:
+        with suppress(*LOST):
+            return await asyncpg.connect(first, timeout=each, **options)
+        first = following
+    return await asyncpg.connect(first, timeout=each, **options)
+
+
 async def make_pool(url: str) -> "Pool":
     """A pool of at most ten connections to the database at `url`."""
     # No connection is made before it is needed: a client can start, and wait, while the database is away.
     return await asyncpg.create_pool(
         url,
+        connect=cast(Any, connect),  # it takes whatever asyncpg's own takes
         min_size=0,
         max_size=10,
         timeout=CONNECT_TIMEOUT,
@@ -85,9 +106,7 @@ class OwnConnection:
     async def _connected(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
         connection = self._connection
         if connection is None or connection.is_closed():
-            connection = self._connection = await asyncpg.connect(
-                self._url, timeout=CONNECT_TIMEOUT, command_timeout=STATEMENT_TIMEOUT
-            )
+            connection = self._connection = await connect(self._url, command_timeout=STATEMENT_TIMEOUT)
         try:
             yield connection
         except asyncpg.PostgresError:

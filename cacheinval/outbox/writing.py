@@ -120,7 +120,7 @@ class Outbox:
         context = self.tracing.current() if self.tracing is not None else None
         if everything:
             return [self._row([], grace, everything=True, context=context)]
-        if len(keys) + len(tags) <= MAX_NAMES:
+        if 0 < len(keys) + len(tags) <= MAX_NAMES:
             known = _known(versions)
             return [self._row(list(keys), grace, versions=known, tags=list(tags), context=context)]
         return [

@@ -17,8 +17,9 @@ from cacheinval.clock import Clock
 from cacheinval.coherence import registration
 from cacheinval.coherence.registration import Registered, Registration
 from cacheinval.outbox import apply_schema
+from cacheinval.outbox import instances as registering
 from cacheinval.outbox.instances import Instances, Registrar
-from cacheinval.outbox.pool import OwnConnection
+from cacheinval.outbox.pool import OwnConnection, connect
 from cacheinval.sandbox import Postgres
 
 NAMESPACE = "shop"
@@ -48,6 +49,22 @@ async def is_left(db: asyncpg.Connection, seconds: float) -> None:
     await db.execute(
         "UPDATE cacheinval.instances SET expires_at = clock_timestamp() + make_interval(secs => $1)", seconds
     )
+
+
+async def test_a_database_that_answers_nothing_any_more_keeps_nobody_waiting(
+    postgres: Postgres, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registering, "COUNT_WITHIN", 0.2)
+    port = int(postgres.url.partition("127.0.0.1:")[2].partition("/")[0])
+    async with Proxy("127.0.0.1", port) as proxy:
+        pool = await asyncpg.create_pool(database_url.replace(f":{port}/", f":{proxy.port}/"), min_size=1)
+        try:
+            proxy.swallow()
+            async with asyncio.timeout(15):
+                with pytest.raises(DatabaseError, match="no answer in time"):
+                    await Instances(lambda: pool, NAMESPACE, 0.5).registered()
+        finally:
+            pool.terminate()
 
 
 class TestSince:
@@ -303,6 +320,19 @@ class TestOwnConnection:
             proxy.swallow()
             async with asyncio.timeout(30):
                 await own.close()
+
+    async def test_a_host_that_swallows_everything_leaves_time_to_the_next(
+        self, postgres: Postgres, database_url: str
+    ) -> None:
+        port = int(postgres.url.partition("127.0.0.1:")[2].partition("/")[0])
+        async with Proxy("127.0.0.1", port) as proxy:
+            proxy.swallow()
+            url = database_url.replace(f":{port}/", f":{proxy.port},127.0.0.1:{port}/")
+            connection = await connect(url, timeout=10.0)
+            assert await connection.fetchval("SELECT inet_server_port()") == port
+            await connection.close()
+            with pytest.raises((TimeoutError, OSError)):
+                await connect(database_url.replace(f":{port}/", f":{proxy.port}/"), timeout=0.2)
 
     async def test_it_is_not_made_before_it_is_needed(self) -> None:
         await OwnConnection("postgresql://nowhere.invalid/").close()

@@ -250,6 +250,7 @@ async def test_everything_needs_no_names(db: asyncpg.Connection) -> None:
         (1000, 1, [(1000, 0), (0, 1)]),
         (1001, 1500, [(1000, 0), (1, 0), (0, 1000), (0, 500)]),
         (2001, 5, [(1000, 0), (1000, 0), (1, 5)]),
+        (0, 0, []),
     ],
 )
 def test_a_row_has_at_most_1000_names(keys: int, tags: int, sizes: list[tuple[int, int]]) -> None:

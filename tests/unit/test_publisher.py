@@ -215,6 +215,21 @@ async def test_nothing_gathers_while_a_writer_waits_for_it(
     assert len(broker.sent) == 3
 
 
+async def test_whoever_waits_ends_a_gathering_that_has_begun(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NEAR", "GATHER_FIRST"):
+        monkeypatch.setattr(publishing, name, 60.0)
+    publisher = await make()
+    publisher.submit(write("a"))
+    assert await publisher.flush(5)
+    publisher.submit(write("b"))
+    assert not await publisher.flush(0.05)
+    publisher.submit(write("c", question=object()))
+    assert await publisher.flush(5)
+    assert [message.keys for message in broker.sent] == [["a"], ["b", "c"]]
+
+
 async def test_everything_makes_the_names_needless(make: Make, broker: Broker) -> None:
     publisher = await make()
     for one in (write("a", rows=1), write(everything=True, rows=1), write("b", tags=["t"], rows=1)):
