@@ -64,7 +64,7 @@ T = TypeVar("T")
 # What leaving takes at most, in seconds: with the tasks' time to stop within the 10 s that a supervisor grants.
 FLUSH_TIMEOUT = 1.0
 
-FIRST_JOIN_TIMEOUT = 1.0
+FIRST_JOIN_TIMEOUT = 3.0
 
 
 class Client:
