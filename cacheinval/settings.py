@@ -82,7 +82,9 @@ def _url(*schemes: str, empty: bool = False) -> Callable[[str], str]:
         except ValueError:
             usable = False
         if not usable:
-            raise ValueError(f"accepted: {accepted}")
+            cut = "@" in url and "@" not in url.partition("://")[2].partition("#")[0].partition("?")[0]
+            encode = "; in a user or password # and ? are written as %23 and %3F" if cut else ""
+            raise ValueError(f"accepted: {accepted}{encode}")
         return url
 
     return check

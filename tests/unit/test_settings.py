@@ -208,6 +208,13 @@ def test_a_host_of_a_cluster_that_cannot_be_used_is_told_by_its_number(hosts: st
     )
 
 
+def test_a_password_that_ends_the_host_is_said_to_want_encoding() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"=\*\*\*: accepted: .* # and \? are written as %23 and %3F$"
+    ):
+        Settings(broker_url="amqp://shop:s3c#r3t@host/")
+
+
 def test_a_database_may_have_several_hosts() -> None:
     url = "postgresql://u:s3cr3t@one:5432,two:5433/db?target_session_attrs=read-write"
     assert Settings(database_url=url).database_url == url
