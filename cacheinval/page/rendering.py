@@ -126,7 +126,7 @@ NUMBERS = {"Proven", "Queue", "Hits", "Evicted / min", "99 % within"}
 
 
 def _fleet(fleet: Fleet, here: Report, now: float) -> Html:
-    members = sorted(fleet, key=lambda member: (ORDER[fleet.condition(member, now)], member.id))
+    members = sorted(fleet, key=lambda member: (ORDER[fleet.condition(member, now)], member.identity))
     if not members:
         return html('<p class="empty">No instance has answered.</p>{relay}', relay=_relay_here(fleet, here))
     head = joined(
@@ -137,7 +137,7 @@ def _fleet(fleet: Fleet, here: Report, now: float) -> Html:
             for name in HEADINGS
         ]
     )
-    rows = joined([_row(fleet, member, now) for member in members[:MOST_ROWS]])
+    rows = joined([_row(fleet, here, member, now) for member in members[:MOST_ROWS]])
     more = len(members) - MOST_ROWS
     return html(
         '<table role="table" class="cards" aria-labelledby="fleet-heading"><thead role="rowgroup"><tr role="row">{head}</tr></thead>'
@@ -172,7 +172,7 @@ def _relay_here(fleet: Fleet, here: Report) -> Html:
     )
 
 
-def _row(fleet: Fleet, member: Member, now: float) -> Html:
+def _row(fleet: Fleet, here: Report, member: Member, now: float) -> Html:
     condition = fleet.condition(member, now)
     report = member.report or Report(id=member.id, state="silent")
     lag = member.lag
@@ -197,14 +197,15 @@ def _row(fleet: Fleet, member: Member, now: float) -> Html:
     ]
     where = f"{report.host}, pid {report.pid}" if report.pid is not None else report.host
     return html(
-        '<tr role="row" class="{tone}" data-key="{id}"><th role="rowheader" scope="row"><bdi>{id}</bdi>{roles}'
+        '<tr role="row" class="{tone}" data-key="{key}"><th role="rowheader" scope="row"><bdi>{id}</bdi>{roles}'
         "<small><bdi>{where}</bdi></small></th>"
         '<td role="cell" class="state" data-name="State"><span class="mark" aria-hidden="true"></span> <b>{word}</b>{since}{reason}</td>'
         "{cells}</tr>",
         tone=TONES.get(condition, "bad"),
+        key=" ".join(member.identity),
         id=member.id,
         where=where,
-        roles=_roles(fleet, member, report),
+        roles=_roles(fleet, here, report),
         word=WORDS[condition],
         since=_since(member, condition, now),
         reason=_why(member, condition),
@@ -212,9 +213,9 @@ def _row(fleet: Fleet, member: Member, now: float) -> Html:
     )
 
 
-def _roles(fleet: Fleet, member: Member, report: Report) -> Html:
+def _roles(fleet: Fleet, here: Report, report: Report) -> Html:
     roles = []
-    if member.id == fleet.own:
+    if fleet.own is not None and report.identity == here.identity:
         roles.append(Html('<span class="role">this one</span>'))
     if report.relay is not None and report.relay.state in ("leader", "blocked"):
         roles.append(Html('<span class="role">relay</span>'))

@@ -141,10 +141,14 @@ class _Round:
         self._count_at = 0.0
 
     def _answered(self, status: dict[str, Any]) -> None:
-        if status.get("id") == self._fleet.own:
+        if status.get("id") == self._fleet.own and self._is_this_one(status):
             self._depth = status.get("queue_depth")
         else:
             self._fleet.heard(status, time.time())
+
+    def _is_this_one(self, status: Mapping[str, Any]) -> bool:
+        report = understand(status)
+        return report is not None and report.identity == self._here.identity
 
     def begin(self) -> None:
         """Asks everybody, unless an earlier question has not gone out yet."""

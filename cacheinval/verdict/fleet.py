@@ -11,7 +11,7 @@ from cacheinval.coherence.registration import Registered
 from cacheinval.latencies import BUCKETS
 from cacheinval.overview import Overview
 from cacheinval.recent import Recent
-from cacheinval.verdict.reports import Report, understand
+from cacheinval.verdict.reports import Identity, Report, understand
 from cacheinval.verdict.writes import Line, Writes
 
 __all__ = ["Condition", "Fate", "Fleet", "Lag", "Member"]
@@ -87,14 +87,22 @@ class Lag:
 
 
 class Member:
-    """One instance."""
+    """One instance.
 
-    def __init__(self, id_: str, now: float) -> None:
-        self.id = id_
+    Args:
+        session: as it is registered; None if it does not tell.
+    """
+
+    def __init__(self, identity: Identity, session: str | None, now: float) -> None:
+        self.identity = identity
+        self.id = identity[0]
+        self.session = session
         self.seen_at = now
         """When it was heard of first."""
         self.heard_at: float | None = None
         self.registered = False
+        self.succeeded = False
+        """Whether another process has begun to answer in its place."""
         self.report: Report | None = None
         self.told_since: float | None = None
         self.told_until = -float("inf")
@@ -175,7 +183,7 @@ class Fleet:
         """When the broker took a question last."""
         self.registry_known = False
         self.not_understood = 0
-        self._members: dict[str, Member] = {}
+        self._members: dict[Identity, Member] = {}
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self._members.values())
@@ -186,7 +194,7 @@ class Fleet:
     def heard(self, status: Mapping[str, Any], now: float) -> None:
         """An answer has arrived."""
         report = understand(status)
-        member = None if report is None else self._member(report.id, now)
+        member = None if report is None else self._answering(report, now)
         if report is None or member is None:
             self.not_understood += 1
             return
@@ -246,23 +254,46 @@ class Fleet:
         self.registry_known = registered is not None
         if registered is None:
             return  # who was in it mostly still is
-        ids = {one.id for one in registered}
+        told = {(one.id, one.session) for one in registered}
+        ids = {id_ for id_, _ in told}
         for member in self:
-            member.registered = member.id in ids
-        for id_ in ids - self._members.keys():
-            if (new := self._member(id_, now)) is not None:
+            member.registered = (member.id, member.session) in told or (
+                member.session is None and member.id in ids
+            )
+        known = {(member.id, member.session) for member in self}
+        for id_, session in told:
+            if (
+                known.isdisjoint({(id_, session), (id_, None)})
+                and (new := self._member((id_, session), session, now)) is not None
+            ):
                 new.registered = True
 
-    def _member(self, id_: str, now: float) -> Member | None:
-        member = self._members.get(id_)
+    def _answering(self, report: Report, now: float) -> Member | None:
+        """The one that has answered."""
+        if report.identity in self._members or report.session:
+            return self._member(report.identity, report.session, now)
+        registered, seen_at = False, now
+        for other in [other for other in self if other.id == report.id and not other.session]:
+            other.succeeded = True
+        for other in [other for other in self if other.id == report.id and other.report is None]:
+            if report.session is None or other.session == report.session:  # it is the one that was expected
+                registered, seen_at = other.registered, min(seen_at, other.seen_at)
+                del self._members[other.identity]
+        member = self._member(report.identity, report.session, seen_at)
+        if member is not None:
+            member.registered = registered
+        return member
+
+    def _member(self, identity: Identity, session: str | None, now: float) -> Member | None:
+        member = self._members.get(identity)
         if member is None and len(self._members) < MOST_MEMBERS:
-            member = self._members[id_] = Member(id_, now)
+            member = self._members[identity] = Member(identity, session, now)
         return member
 
     def condition(self, member: Member, now: float) -> Condition:
         """How that instance is."""
         report, heard_at = member.report, member.heard_at
-        if member.id != self.own and self._unanswered(member) > self._patience:
+        if self._unanswered(member) > self._patience:
             return Condition.GONE if self._left(member) else Condition.SILENT
         if report is None or heard_at is None or (self.problem is not None and now - heard_at > SILENT_AFTER):
             return Condition.UNKNOWN
@@ -283,15 +314,15 @@ class Fleet:
         return max((now - (member.heard_at or 0.0) for member in self if not self._left(member)), default=now)
 
     def _left(self, member: Member) -> bool:
-        return self.registry_known and not member.registered
+        return member.succeeded or (self.registry_known and not member.registered)
 
     def forget(self, now: float) -> None:
         """Those of whom nothing has been heard for long, and of whom nobody knows."""
         for member in list(self):
             silent = now - (member.seen_at if member.heard_at is None else member.heard_at)
             limit = FORGOTTEN_AFTER if self.registry_known else FORGOTTEN_UNKNOWN_AFTER
-            if self.problem is None and not member.registered and silent > limit:
-                del self._members[member.id]
+            if self.problem is None and (member.succeeded or not member.registered) and silent > limit:
+                del self._members[member.identity]
 
     def fate(self, line: Line, member: Member, now: float) -> Fate:
         """What has become of a write there."""

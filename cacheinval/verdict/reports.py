@@ -10,7 +10,10 @@ import msgspec
 from cacheinval.coherence.registration import NOT_YET
 from cacheinval.recent import Recent
 
-__all__ = ["Report", "understand"]
+__all__ = ["Identity", "Report", "understand"]
+
+Identity = tuple[str, str]
+"""An id, and what tells apart those that share it by mistake, or are one after the other."""
 
 
 class Broker(msgspec.Struct):
@@ -121,6 +124,11 @@ class Report(msgspec.Struct):
         """As it is registered."""
         session = self.registration.get("session") if isinstance(self.registration, Mapping) else None
         return session if isinstance(session, str) else None
+
+    @property
+    def identity(self) -> Identity:
+        """Two that share an id are told apart by their sessions, or else as processes."""
+        return self.id, self.session or f"{self.host} {self.pid} {self.started_at}"
 
     @property
     def hits(self) -> float | None:

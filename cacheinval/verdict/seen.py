@@ -20,7 +20,7 @@ class Seen:
     def __init__(self, fleet: Fleet, here: Report, now: float) -> None:
         self.fleet, self.here, self.now = fleet, here, now
         self.by_condition: dict[Condition, list[Member]] = {condition: [] for condition in Condition}
-        for member in sorted(fleet, key=lambda member: member.id):
+        for member in sorted(fleet, key=lambda member: member.identity):
             self.by_condition[fleet.condition(member, now)].append(member)
         self.present = [member for member in fleet if member not in self.by_condition[Condition.GONE]]
         self.reports = [member.report for member in self.present if member.report is not None]

@@ -1,5 +1,6 @@
 """What the page says: the sentence, the table, the writes; pure, with times that are made up."""
 
+import re
 from typing import Any
 
 import pytest
@@ -317,6 +318,57 @@ class TestVerdict:
     def test_nobody_answers(self) -> None:
         assert verdict(fleet()).sentence == "No instance of namespace shop answers."
         assert verdict(Fleet(None)).sentence == "Asking the fleet."
+
+
+def of_session(session: str, **fields: Any) -> dict[str, Any]:
+    return status("two", registration={"state": "registered", "session": session}, **fields)
+
+
+class TestTwins:
+    """Two that share an id: one does not hide how the other is."""
+
+    @pytest.mark.parametrize("worse_first", [True, False])
+    @pytest.mark.parametrize(
+        ("worse", "better"),
+        [
+            (of_session("a", **SUSPECT), of_session("b")),
+            (status("two", pid=7, **SUSPECT), status("two", pid=8)),
+        ],
+    )
+    def test_the_worse_one_is_judged(
+        self, worse: dict[str, Any], better: dict[str, Any], worse_first: bool
+    ) -> None:
+        seen = fleet(*([worse, better] if worse_first else [better, worse]))
+        assert verdict(seen).sentence.startswith("two may be stale")
+        keys = re.findall(r'<tr [^>]*data-key="([^"]*)"', str(draw(seen, here(), NOW).parts["fleet"]))
+        assert len(set(keys)) == 2
+
+    def test_one_that_is_registered_and_silent_is_missed(self) -> None:
+        seen = fleet(of_session("b"), own=None)
+        seen.registry([Registered("two", "a", None), Registered("two", "b", None)], NOW)
+        seen.heard(of_session("b"), NOW + 8)
+        seen.asked(None, NOW + 8)
+        assert verdict(seen, NOW + 8).sentence.startswith("two has not answered")
+        seen.registry([Registered("two", "b", None)], NOW + 8)
+        assert verdict(seen, NOW + 8).sentence == "The one instance is fresh"
+
+    @pytest.mark.parametrize("told", [{}, {"registration": {"state": "registered", "session": ""}}])
+    def test_who_tells_no_session_is_the_one_that_is_registered(self, told: dict[str, Any]) -> None:
+        registered = [Registered("two", "" if told else "a", None)]
+        before, after = Fleet(None), Fleet(None)
+        before.registry(registered, NOW)
+        for seen in (before, after):
+            seen.asked(None, NOW)
+            seen.heard(status("two", **told), NOW)
+        after.registry(registered, NOW)
+        for seen in (before, after):
+            assert [(member.id, member.registered) for member in seen] == [("two", True)]
+
+    def test_who_has_taken_the_place_of_another_does_not_leave_it_silent(self) -> None:
+        seen = fleet(status("two", pid=7), own=None)
+        seen.heard(status("two", pid=8), NOW + 8)
+        seen.asked(None, NOW + 8)
+        assert verdict(seen, NOW + 8).sentence == "The one instance is fresh"
 
 
 class TestConditions:

@@ -31,6 +31,7 @@ class Watched:
         self.open.set()
         self.answer: dict[str, Any] = {}
         self.instance = True
+        self.answered: Callable[[dict[str, Any]], None] | None = None
         self.may_close = asyncio.Event()
         self.may_close.set()
 
@@ -41,6 +42,7 @@ class Watched:
         return Recent(0.0, 1.0)
 
     def inquire(self, answered: Callable[[dict[str, Any]], None]) -> Any:
+        self.answered = answered
         return self
 
     async def ask(self, evictions: float) -> None:
@@ -224,6 +226,20 @@ class TestStream:
         watched.answer = {"state": "suspect", "reason": "<b>gone</b>"}
         await eventually(lambda: viewer.seen[-1]["level"] == "bad")
         assert "&lt;b&gt;gone" in viewer.verdicts
+
+    async def test_a_twin_of_this_process_is_seen_as_another(
+        self, page: Page, watched: Watched, eventually: Eventually
+    ) -> None:
+        viewer = Viewer(page)
+        await eventually(lambda: viewer.seen)
+        assert watched.answered is not None
+        watched.answered(
+            watched.status() | {"queue_depth": 7_007}
+        )  # its own answer: the broker knows the queue
+        watched.answered(watched.status() | {"pid": 7, "state": "suspect", "reason": "gap"})
+        await eventually(lambda: "one may be stale" in viewer.verdicts)
+        assert viewer.seen[-1]["level"] == "bad"
+        assert "7,007" in "".join(seen["parts"].get("fleet", "") for seen in viewer.seen)
 
     async def test_what_is_asked_does_not_grow_with_those_who_look(
         self, page: Page, watched: Watched, eventually: Eventually
