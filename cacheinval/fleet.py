@@ -64,8 +64,14 @@ def silent_registered(
     registered: Iterable[Registered], answered: Collection[Mapping[str, Any]]
 ) -> list[Registered]:
     """Those of `registered` that are not among `answered`."""
-    heard = {(one["id"], (one.get("registration") or {}).get("session")) for one in answered}
+    heard = {(str(one["id"]), _session_of(one)) for one in answered}
     return [one for one in registered if (one.id, one.session) not in heard and (one.id, None) not in heard]
+
+
+def _session_of(status: Mapping[str, Any]) -> str | None:
+    registration = status.get("registration")
+    session = registration.get("session") if isinstance(registration, Mapping) else None
+    return session if isinstance(session, str) else None
 
 
 class Inquiry:

@@ -167,7 +167,7 @@ def _table(instances: Instances) -> RenderableType:
 
 def _row(instance: Mapping[str, Any]) -> list[Text]:
     state = str(instance["state"])
-    counters = instance.get("counters") or {}
+    counters = _within(_within(instance, "counters"), "cache")
     return [
         Text(str(instance["id"])),
         Text(_or_dash(instance.get("host"))),
@@ -176,22 +176,37 @@ def _row(instance: Mapping[str, Any]) -> list[Text]:
         Text(_or_dash(instance.get("watermark_age"), "{:.1f} s")),
         Text(_or_dash(instance.get("queue_depth"))),
         Text(_or_dash(instance.get("hit_ratio"), "{:.1%}")),
-        Text(_or_dash((counters.get("cache") or {}).get("evicted_entries"))),
+        Text(_or_dash(counters.get("evicted_entries"))),
         Text(_last_gap(instance)),
         Text(str(instance.get("reason") or instance.get("tick_refused") or "")),
     ]
 
 
 def _or_dash(value: object, form: str = "{}") -> str:
-    return "-" if value is None else form.format(value)
+    if value is None:
+        return "-"
+    try:
+        return form.format(value)
+    except (TypeError, ValueError, OverflowError):
+        return str(value)
+
+
+def _within(instance: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What is told there; nothing where another version tells something else."""
+    part = instance.get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _last_gap(instance: Mapping[str, Any]) -> str:
-    gap = instance.get("last_gap")
+    gap = _within(instance, "last_gap")
     if not gap:
         return "-"
-    # Both by the clock of that instance, whatever the one here says.
-    return f"{ago(instance['now'] - gap['at'])} ago: {gap['reason']}"
+    try:
+        # Both by the clock of that instance, whatever the one here says.
+        when = f"{ago(instance['now'] - gap['at'])} ago"
+    except (KeyError, TypeError, ValueError, OverflowError):
+        when = "at an unknown time"
+    return f"{when}: {gap.get('reason')}"
 
 
 def ago(seconds: float) -> str:

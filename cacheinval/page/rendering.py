@@ -12,7 +12,7 @@ from cacheinval.verdict.reports import Report
 from cacheinval.verdict.words import clock_time, plural
 from cacheinval.verdict.writes import Line
 
-__all__ = ["View", "draw", "whole"]
+__all__ = ["View", "draw", "unsure", "whole"]
 
 MOST_ROWS = 200
 MOST_LINES = 25
@@ -63,6 +63,18 @@ def draw(fleet: Fleet, here: Report, now: float) -> View:
         "writes": _writes(fleet, now),
     }
     return View(f"{TITLES[verdict.level]} · {here.namespace} · cacheinval", verdict.level, parts)
+
+
+def unsure(view: View) -> View:
+    """What is shown instead of `view` where what is known by now cannot be drawn."""
+    verdict = Verdict(
+        Level.WARNING,
+        "This page cannot show how the fleet is now.",
+        "What stands below is old.",
+        ["See the log of this process, and the page of another one, or `cacheinval status`."],
+    )
+    title = f"{TITLES[verdict.level]} · {view.title.partition(' · ')[2]}"
+    return View(title, verdict.level, view.parts | {"verdict": _verdict(verdict)})
 
 
 def whole(view: View) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cacheinval.errors import BlockedError, DatabaseError, PublishError
 from cacheinval.overview import Overview
-from cacheinval.page.rendering import View, draw
+from cacheinval.page.rendering import View, draw, unsure
 from cacheinval.recent import Recent
 from cacheinval.verdict.fleet import Fleet
 from cacheinval.verdict.reports import Report, understand
@@ -115,6 +115,8 @@ class Watch:
                     self._show(round_.seen())
                 except Exception:
                     log.exception("the page cannot show the fleet")
+                    if self.view is not None:  # which must not go on to say that all are fresh
+                        self._show(unsure(self.view))
                 await asyncio.sleep(INTERVAL - ANSWERS_WITHIN)
         finally:
             # Whoever looks from now on begins anew, and need not wait for this end.

@@ -181,7 +181,7 @@ def _unproven(seen: Seen) -> Verdict | None:
         said = f"{seen.named(late)} {verb} not proven to be fresh, since {since}: {cause}."
     bounds = [member.report.settings.max_staleness for member in late if member.report]
     if bounds and None not in bounds:
-        detail = f"By their own clocks they serve nothing older than {max(b for b in bounds if b):g} s."
+        detail = f"By their own clocks they serve nothing older than {max((b for b in bounds if b), default=0):g} s."
     else:
         detail = "What clients publish still arrives; what a killed one left in the outbox does not."
     waiting = seen.oldest_row

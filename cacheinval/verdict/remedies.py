@@ -1,7 +1,7 @@
 """What to do, by what broker and database say: the same words for the doctor, `status` and the page. Pure."""
 
 import re
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 __all__ = [
     "CONFIGURE",
@@ -38,7 +38,7 @@ def broker(reason: str, url: str, host: str = "here") -> str:
         url: how it is reached; its password may be masked.
         host: from where.
     """
-    user = urlsplit(url).username or "guest"
+    user = _split(url).username or "guest"
     if re.search(r"access to (?!vhost)\w+ .*refused for user", reason):
         return f"grant what is needed: {set_permissions(url)}"
     if "vhost" in reason and "inequivalent" not in reason:
@@ -75,14 +75,21 @@ def broker(reason: str, url: str, host: str = "here") -> str:
     return f"see that RabbitMQ runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL leads to it from {host}"
 
 
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # it is what others tell
+        return urlsplit("")
+
+
 def vhost_of(url: str) -> str:
     """The virtual host that this address leads to."""
-    return unquote(urlsplit(url).path[1:]) or "/"
+    return unquote(_split(url).path[1:]) or "/"
 
 
 def set_permissions(url: str) -> str:
     """The command that grants what a user of cacheinval needs."""
-    user = urlsplit(url).username or "guest"
+    user = _split(url).username or "guest"
     return f"`rabbitmqctl set_permissions -p {vhost_of(url)} {user} '{CONFIGURE}' '{WRITE}' '{READ}'`"
 
 

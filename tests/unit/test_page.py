@@ -417,6 +417,16 @@ class TestConditions:
         assert ([member.id for member in seen], seen.not_understood) == (["one"], 1)
         assert b"1 answer could not be understood" in shown(seen)
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            SUSPECT | {"reason": "odd", "broker": {"url": "amqp://["}},
+            {"watermark_age": 99.0, "settings": {"max_staleness": 0.0}},
+        ],
+    )
+    def test_an_odd_answer_is_judged(self, fields: dict[str, Any]) -> None:
+        assert verdict(fleet(status("one", **fields))).level is Level.BAD
+
     def test_a_time_that_is_none_breaks_nothing(self) -> None:
         seen = fleet(status("one", **SUSPECT | {"since": 1e300}, last_gap={"at": -1e300}))
         assert b"since an unknown time" in shown(seen)

@@ -429,6 +429,8 @@ class TestTrouble:
 
         monkeypatch.setattr(watching, "draw", fail)
         await eventually(lambda: "cannot show the fleet" in caplog.text)
+        await eventually(lambda: viewer.seen[-1]["level"] == "warning")
+        assert "cannot show how the fleet is" in viewer.verdicts
         monkeypatch.setattr(watching, "draw", drawn)
         seen = len(viewer.seen)
         await eventually(lambda: len(viewer.seen) > seen)

@@ -141,6 +141,30 @@ async def test_who_is_registered_and_does_not_answer_is_silent(
     assert {"id", "host", "version", "state", "watermark_age"} <= set(instances[0])
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"watermark_age": "1", "hit_ratio": "n/a"},
+        {"watermark_age": 10**400},
+        {"counters": [1]},
+        {"counters": {"cache": [1]}},
+        {"last_gap": {"reason": "x"}},
+        {"last_gap": "x"},
+        {"now": None},
+        {"registration": "on"},
+        {"registration": {"session": ["x"]}},
+        {"id": ["a"]},
+    ],
+)
+async def test_an_odd_answer_hides_no_other(client: Client, asked: Asked, said: Said, odd: Answer) -> None:
+    asked.answers = [READY | odd, OF_AN_OLDER_VERSION]
+    asked.overview = Overview([one := Registered("shop-9", "s", None)], [one])
+    await status(client, as_json=False)
+    out = said()[0]
+    assert out.startswith("shop-0 may be stale")
+    assert len(table(out)) == 4
+
+
 def test_who_answers_is_told_from_who_is_silent_by_its_session() -> None:
     answered = [
         {"id": "a", "registration": {"session": "one"}},
