@@ -183,6 +183,7 @@ class Fleet:
         """When the broker took a question last."""
         self.registry_known = False
         self.not_understood = 0
+        self._odd: dict[str, float] = {}  # when it was heard last, by id
         self._members: dict[Identity, Member] = {}
 
     def __iter__(self) -> Iterator[Member]:
@@ -197,6 +198,8 @@ class Fleet:
         member = None if report is None else self._answering(report, now)
         if report is None or member is None:
             self.not_understood += 1
+            if len(self._odd) < MOST_MEMBERS:
+                self._odd[str(status.get("id"))] = now
             return
         member.heard(report, now)
         recent = report.evictions
@@ -316,8 +319,13 @@ class Fleet:
     def _left(self, member: Member) -> bool:
         return member.succeeded or (self.registry_known and not member.registered)
 
+    def odd(self, now: float) -> int:
+        """How many ids have answered lately what cannot be understood, or are more than are looked at."""
+        return sum(now - at <= max(self._patience, SILENT_AFTER) for at in self._odd.values())
+
     def forget(self, now: float) -> None:
         """Those of whom nothing has been heard for long, and of whom nobody knows."""
+        self._odd = {id_: at for id_, at in self._odd.items() if now - at <= FORGOTTEN_AFTER}
         for member in list(self):
             silent = now - (member.seen_at if member.heard_at is None else member.heard_at)
             limit = FORGOTTEN_AFTER if self.registry_known else FORGOTTEN_UNKNOWN_AFTER

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from cacheinval.coherence import SUSPECT_AGE
 from cacheinval.verdict import causes, remedies
-from cacheinval.verdict.fleet import Condition, Fleet
+from cacheinval.verdict.fleet import MOST_MEMBERS, Condition, Fleet
 from cacheinval.verdict.reports import Report
 from cacheinval.verdict.seen import Seen
 from cacheinval.verdict.words import clock_time, plural, sentence, short
@@ -152,7 +152,7 @@ def _silent(seen: Seen) -> Verdict | None:
 
 
 def _nobody(seen: Seen) -> Verdict | None:
-    if seen.present:
+    if seen.present or seen.fleet.odd(seen.now):
         return None
     if seen.fleet.asking(seen.now):
         return Verdict(Level.WARNING, "Asking the fleet.", "It answers within a second.")
@@ -200,6 +200,19 @@ def _waiting_rows(seen: Seen) -> Verdict | None:
         f"Committed changes wait to be published{reason}.",
         f"The oldest for {oldest:.0f} s. Until then each cache may hold what they replaced.",
         _steps(step, DOCTOR),
+    )
+
+
+def _not_understood(seen: Seen) -> Verdict | None:
+    odd = seen.fleet.odd(seen.now)
+    if not odd:
+        return None
+    whose = "that instance is" if odd == 1 else "those instances are"
+    return Verdict(
+        Level.WARNING,
+        f"{plural(odd, 'answer')} could not be understood: how {whose} is unknown.",
+        f"Another version answers, or there are more than {MOST_MEMBERS:,} instances.",
+        _steps("upgrade cacheinval here and there to the same version", causes.DOCTOR_THERE),
     )
 
 
@@ -324,6 +337,7 @@ _WORST_FIRST: Sequence[Callable[[Seen], Verdict | None]] = (
     _nobody,
     _unproven,
     _waiting_rows,
+    _not_understood,
     _cannot_publish,
     _not_registered,
     _cannot_answer,

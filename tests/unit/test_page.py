@@ -427,6 +427,21 @@ class TestConditions:
     def test_an_odd_answer_is_judged(self, fields: dict[str, Any]) -> None:
         assert verdict(fleet(status("one", **fields))).level is Level.BAD
 
+    def test_what_cannot_be_understood_is_not_called_fresh(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for healthy in ([status("one")], []):
+            seen = fleet(*healthy, status("two", queue_depth="many", **SUSPECT), own=None)
+            seen.heard(status("two", queue_depth="many"), NOW)  # the same one
+            said = verdict(seen)
+            assert said.level is Level.WARNING
+            assert said.sentence.startswith("1 answer could not be understood")
+        later = NOW + 60
+        seen.heard(status("one"), later)
+        seen.asked(None, later)
+        seen.forget(later)
+        assert verdict(seen, later).level is Level.GOOD
+        monkeypatch.setattr(rules, "MOST_MEMBERS", 1)
+        assert verdict(fleet(status("one"), status("two", **SUSPECT))).level is Level.WARNING
+
     def test_a_time_that_is_none_breaks_nothing(self) -> None:
         seen = fleet(status("one", **SUSPECT | {"since": 1e300}, last_gap={"at": -1e300}))
         assert b"since an unknown time" in shown(seen)
