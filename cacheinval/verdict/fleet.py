@@ -150,11 +150,13 @@ class Member:
     def late(self) -> bool:
         """Whether nobody has proven its freshness for longer than a few ticks take."""
         report = self.report
-        if report is None or (report.relay is None and report.registration is None):
-            return False  # without a database nothing is proven, ever
+        if report is None:
+            return False
         limit = LATE_TICKS * report.settings.tick_interval + LATE
         if report.watermark_age is not None:
             return report.watermark_age > limit
+        if report.relay is None and report.registration is None:
+            return False  # without a database nothing need ever be proven
         return report.since is not None and (self.heard_at or 0.0) - report.since > limit
 
 

@@ -307,6 +307,12 @@ class TestVerdict:
         said = verdict(fleet(status("one", **bare), status("two", **bare)))
         assert (said.level, said.detail) == (Level.GOOD, "Without a database nothing proves more.")
 
+    def test_who_hears_no_ticks_any_more_is_not_proven_also_without_a_database(self) -> None:
+        deaf = {"relay": None, "registration": None, "watermark_age": 900.0}
+        said = verdict(fleet(status("one"), status("two", **deaf)))
+        assert said.level is Level.BAD
+        assert said.sentence.startswith("two is not proven to be fresh")
+
     def test_some_are_starting(self) -> None:
         said = verdict(fleet(status("one"), status("two", state="starting", reason="not subscribed yet")))
         assert (said.sentence, said.detail) == (
