@@ -156,13 +156,21 @@ def _nobody(seen: Seen) -> Verdict | None:
         return None
     if seen.fleet.asking(seen.now):
         return Verdict(Level.WARNING, "Asking the fleet.", "It answers within a second.")
+    said = f"No instance of namespace {seen.here.namespace} answers"
+    compare = "If there should be some: compare their CACHEINVAL_BROKER_URL and CACHEINVAL_NAMESPACE with these here."
+    problem = seen.fleet.database_problem
+    if problem is not None:
+        return Verdict(
+            Level.WARNING,
+            f"{said}; whether there should be some is unknown: {short(problem)}.",
+            "Who is registered stands in the database: one of them may be cut off from this broker.",
+            _steps(remedies.database(problem), compare),
+        )
     return Verdict(
         Level.WARNING,
-        f"No instance of namespace {seen.here.namespace} answers.",
+        f"{said}.",
         "So no cache of it can be stale, unless one is cut off from this broker.",
-        _steps(
-            "If there should be some: compare their CACHEINVAL_BROKER_URL and CACHEINVAL_NAMESPACE with these here."
-        ),
+        _steps(compare),
     )
 
 

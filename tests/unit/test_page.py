@@ -321,6 +321,15 @@ class TestVerdict:
         )
         assert verdict(fleet(status("two", state="starting"))).level is Level.WARNING
 
+    def test_nobody_answers_and_the_database_cannot_be_asked(self) -> None:
+        seen = fleet()
+        seen.looked("connection refused", NOW)
+        said = verdict(seen)
+        assert said.level is Level.WARNING
+        assert "whether there should be some is unknown: connection refused." in said.sentence
+        assert "no cache" not in said.detail
+        assert any("Postgres runs" in step for step in said.todo)
+
     def test_nobody_answers(self) -> None:
         assert verdict(fleet()).sentence == "No instance of namespace shop answers."
         assert verdict(Fleet(None)).sentence == "Asking the fleet."
