@@ -101,6 +101,18 @@ def _not_subscribed(seen: Seen) -> Verdict | None:
 
 
 def _not_asked(seen: Seen) -> Verdict | None:
+    return _asking_fails(seen, Level.BAD) if _lasting(seen) else None
+
+
+def _not_asked_just_now(seen: Seen) -> Verdict | None:
+    return None if _lasting(seen) else _asking_fails(seen, Level.WARNING)
+
+
+def _lasting(seen: Seen) -> bool:
+    return seen.fleet.asking_once or seen.now - (seen.fleet.problem_since or seen.now) > PASSING
+
+
+def _asking_fails(seen: Seen, level: Level) -> Verdict | None:
     fleet, unknown = seen.fleet, seen.those(Condition.UNKNOWN)
     if fleet.problem is None:
         return None
@@ -112,9 +124,8 @@ def _not_asked(seen: Seen) -> Verdict | None:
         detail += (
             "An instance that hears nothing of the broker reads the database, and serves only what is young."
         )
-    lasting = fleet.asking_once or seen.now - (fleet.problem_since or seen.now) > PASSING
     return Verdict(
-        Level.BAD if lasting else Level.WARNING,
+        level,
         f"Nobody can be asked from here since {clock_time(fleet.problem_since)}: {short(fleet.problem)}.",
         detail.strip(),
         _steps(remedies.broker(fleet.problem, seen.here.url), DOCTOR),
@@ -152,7 +163,7 @@ def _silent(seen: Seen) -> Verdict | None:
 
 
 def _nobody(seen: Seen) -> Verdict | None:
-    if seen.present or seen.fleet.odd(seen.now):
+    if seen.present or seen.fleet.problem is not None or seen.fleet.odd(seen.now):
         return None
     if seen.fleet.asking(seen.now):
         return Verdict(Level.WARNING, "Asking the fleet.", "It answers within a second.")
@@ -345,6 +356,7 @@ _WORST_FIRST: Sequence[Callable[[Seen], Verdict | None]] = (
     _nobody,
     _unproven,
     _waiting_rows,
+    _not_asked_just_now,
     _not_understood,
     _cannot_publish,
     _not_registered,

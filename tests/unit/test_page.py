@@ -143,6 +143,23 @@ class TestVerdict:
         assert verdict(seen, NOW + 2).level is Level.WARNING
         assert "one, which serves this page, is subscribed. How it is with 1 other instance" in said.detail
 
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            ({"watermark_age": 60.0}, "Nothing proves"),
+            ({"relay": LEADS | {"oldest_row_age": 12.0}}, "Committed changes"),
+        ],
+    )
+    def test_a_broker_that_is_briefly_away_hides_nothing_worse(
+        self, fields: dict[str, Any], said: str
+    ) -> None:
+        seen = fleet(status("one", **fields))
+        seen.asked("blocked", NOW + 1)
+        assert verdict(seen, NOW + 2).sentence.startswith(said)
+        nobody = fleet()
+        nobody.asked("blocked", NOW + 1)
+        assert verdict(nobody, NOW + 2).sentence.startswith("Nobody can be asked")
+
     def test_one_does_not_answer(self) -> None:
         seen = fleet(status("one"), status("two"))
         seen.registry([Registered("two", "", None)], NOW)
