@@ -112,6 +112,7 @@ async def _look(client: Client, fleet: Fleet, wait: float) -> _Look:
         answered = []
         if "no exchange" not in str(error):  # else nobody has ever subscribed
             problem = error
+    answered_at = time.time()
     overview = await _overview(client)
     now = time.time()
     here = understand(client.status())
@@ -120,8 +121,8 @@ async def _look(client: Client, fleet: Fleet, wait: float) -> _Look:
     if overview is not None:
         fleet.looked(overview, began)
     for one in answered:
-        fleet.heard(one, now)
-    fleet.asked(fleet.problem, now)
+        fleet.heard(one, answered_at)
+    fleet.asked(fleet.problem, answered_at)
     if isinstance(overview, Overview):
         answered += silent_among(overview.settled, answered)
     instances = sorted(answered, key=lambda instance: str(instance["id"]))

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from cacheinval.errors import DatabaseError, PublishError, SchemaMissingError
 from cacheinval.fleet import silent_among
 from cacheinval.overview import Overview
 from cacheinval.status_command import ago, status, watch
+from cacheinval.verdict import Fleet
 
 Answer = dict[str, Any]
 
@@ -210,6 +212,24 @@ async def test_what_is_wrong_comes_with_what_to_do(client: Client, asked: Asked,
     assert steps[0].startswith(
         "→ See that RabbitMQ runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL"
     )
+
+
+async def test_answers_are_dated_when_they_arrive(
+    client: Client, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database may take seconds to be looked at, after that."""
+    fleet, looked_at = Fleet(None), []
+
+    async def look() -> Overview:
+        looked_at.append(time.time())
+        return Overview()
+
+    monkeypatch.setattr(client.outlook, "overview", look)
+    asked.answers = [READY]
+    await status_command._look(client, fleet, 1.0)
+    (member,) = fleet
+    assert member.heard_at is not None
+    assert member.heard_at <= looked_at[0]
 
 
 async def test_nobody_and_a_broker_that_is_away(client: Client, asked: Asked, said: Said) -> None:
