@@ -172,6 +172,8 @@ class Fleet:
         self.own = own
         self.overview: Overview | None = None
         """What the database said last; None while it cannot be used, or nobody has looked."""
+        self.overview_before: Overview | None = None
+        """What it said before that."""
         self.database_problem: str | None = None
         """Why the database cannot be used."""
         self._patience = patience
@@ -248,6 +250,7 @@ class Fleet:
 
     def looked(self, seen: Overview | str, now: float) -> None:
         """What the database said; or why it cannot be used."""
+        self.overview_before = self.overview
         self.overview, self.database_problem = (None, seen) if isinstance(seen, str) else (seen, None)
         if isinstance(seen, str):
             self.registry(None, now)

@@ -215,11 +215,19 @@ def _waiting_rows(seen: Seen) -> Verdict | None:
         return None
     reason, step = causes.of_waiting(seen)
     return Verdict(
-        Level.BAD,
+        Level.BAD if _waits_on(seen) else Level.WARNING,
         f"Committed changes wait to be published{reason}.",
         f"The oldest for {oldest:.0f} s. Until then each cache may hold what they replaced.",
         _steps(step, DOCTOR),
     )
+
+
+def _waits_on(seen: Seen) -> bool:
+    """A row is as old as its INSERT: that of a long transaction is old when it is committed, and gone by the next look."""
+    if seen.fleet.asking_once or any((relay.oldest_row_age or 0.0) > OLD_ROW for relay in seen.relays):
+        return True
+    before = seen.fleet.overview_before
+    return before is not None and (before.oldest_row_age or 0.0) > OLD_ROW
 
 
 def _not_understood(seen: Seen) -> Verdict | None:

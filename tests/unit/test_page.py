@@ -245,6 +245,15 @@ class TestVerdict:
         late.looked(Overview(oldest_row_age=4.0), NOW)
         assert verdict(late).level is Level.GOOD
 
+    def test_a_row_of_a_long_transaction_is_no_row_that_waits(self) -> None:
+        """It is as old as its INSERT when it is seen first, and published by the next look."""
+        seen = fleet(status("one"))
+        levels = []
+        for age in (None, 6.0, 9.0):
+            seen.looked(Overview(oldest_row_age=age), NOW)
+            levels.append(verdict(seen).level)
+        assert levels == [Level.GOOD, Level.WARNING, Level.BAD]
+
     def test_slow_ticks_are_not_late(self) -> None:
         slow = {"watermark_age": 25.0, "settings": {"tick_interval": 10.0}}
         assert verdict(fleet(status("one", **slow))).level is Level.GOOD
