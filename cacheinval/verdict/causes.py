@@ -30,7 +30,7 @@ def of_suspect(report: Report) -> list[str]:
     if reason == report.unregistered:
         return [
             remedies.database(reason, host),
-            f"{report.id} serves from its cache again as soon as it can register.",
+            f"From then on {report.id} serves from its cache again.",
         ]
     if reason.startswith("silence: a probe"):
         return [

@@ -303,8 +303,8 @@ class Fleet:
         report, heard_at = member.report, member.heard_at
         if self._unanswered(member) > self._patience:
             return Condition.GONE if self._left(member) else Condition.SILENT
-        if report is None or heard_at is None or (self.problem is not None and now - heard_at > SILENT_AFTER):
-            return Condition.UNKNOWN
+        if report is None or heard_at is None or now - heard_at > SILENT_AFTER:
+            return Condition.UNKNOWN  # what it told is too old to be told again, whoever could not be asked meanwhile
         if report.state == "starting":
             return Condition.STARTING
         if report.state != "ready":

@@ -417,11 +417,12 @@ class TestConditions:
         """A question that the broker has not taken yet is no question."""
         seen = fleet(status("one"), status("two"))
         (_, two) = list(seen)
-        assert seen.condition(two, NOW + 60) is Condition.FRESH
+        assert seen.condition(two, NOW + 3) is Condition.FRESH
+        assert seen.condition(two, NOW + 60) is Condition.UNKNOWN, "what it told is old"
         seen.asked("blocked", NOW + 60)
         assert seen.condition(two, NOW + 60) is Condition.UNKNOWN
         seen.asked(None, NOW + 61)
-        assert seen.condition(two, NOW + 61) is Condition.UNKNOWN or Condition.FRESH
+        assert seen.condition(two, NOW + 61) is Condition.UNKNOWN
         seen.asked(None, NOW + 66)
         assert seen.condition(two, NOW + 66) is Condition.SILENT
 
