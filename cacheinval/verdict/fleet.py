@@ -304,7 +304,9 @@ class Fleet:
         if self._unanswered(member) > self._patience:
             return Condition.GONE if self._left(member) else Condition.SILENT
         if report is None or heard_at is None or now - heard_at > SILENT_AFTER:
-            return Condition.UNKNOWN  # what it told is too old to be told again, whoever could not be asked meanwhile
+            return (
+                Condition.UNKNOWN
+            )  # what it told is too old to be told again, whoever could not be asked meanwhile
         if report.state == "starting":
             return Condition.STARTING
         if report.state != "ready":
