@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -282,7 +283,12 @@ async def test_the_server_is_too_old_for_the_driver(tmp_path: Path, guard: Guard
 
 
 async def test_the_server_is_of_a_redis_cluster(tmp_path: Path, guard: Guard, found: Found) -> None:
-    async with started(Redis, tmp_path, guard, "--cluster-enabled", "yes") as server:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]  # by itself it takes one 10,000 above the other, which there may not be
+    async with started(
+        Redis, tmp_path, guard, "--cluster-enabled", "yes", "--cluster-port", str(port)
+    ) as server:
         async with administering(server.url) as admin:
             await admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         assert "in cluster mode" in only(await found(server.url), "cache").text
