@@ -14,7 +14,7 @@ from cacheinval.errors import DatabaseError
 from cacheinval.outbox.session import LOST
 from cacheinval.outbox.writing import explain
 
-__all__ = ["SETTLED_AFTER", "Database", "Instances", "Registrar", "answer"]
+__all__ = ["SETTLED_AFTER", "Database", "Instances", "Registrar", "answer", "registered_in"]
 
 log = logging.getLogger("cacheinval.registration")
 
@@ -124,17 +124,18 @@ class Instances:
                 f"this clock and the database's differ by {apart:.3f} s; accepted: at most "
                 f"CACHEINVAL_MAX_CLOCK_SKEW={self._max_clock_skew:g}"
             )
-        return _registered(row)
+        return registered_in(row)
 
     async def registered(self) -> list[Registered]:
         """Who is registered, and has been for so long that an answer of it can be expected."""
         query = self._database().fetchrow
-        return _registered(
+        return registered_in(
             await answer(COUNT_WITHIN, lambda: query(_SETTLED, self._namespace, SETTLED_AFTER))
         )
 
 
-def _registered(row: Mapping[str, Any]) -> list[Registered]:
+def registered_in(row: Mapping[str, Any]) -> list[Registered]:
+    """Who is told by a row of `ids`, `sessions` and `stalenesses`."""
     return [Registered(*one) for one in zip(row["ids"], row["sessions"], row["stalenesses"], strict=True)]
 
 

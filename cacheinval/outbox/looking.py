@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable
 
-from cacheinval.coherence.registration import Registered
-from cacheinval.outbox.instances import SETTLED_AFTER, Database, answer
+from cacheinval.outbox.instances import SETTLED_AFTER, Database, answer, registered_in
 from cacheinval.overview import Overview
 
 __all__ = ["LEADER", "OLDEST", "look"]
@@ -48,8 +47,6 @@ async def look(database: Callable[[], Database], namespace: str) -> Overview:
         LOOK_WITHIN, lambda: database().fetchrow(_LOOK, namespace, ROWS_LOOKED_AT, SETTLED_AFTER)
     )
     offset = max(0.0, row["told"] - time.time()) - max(0.0, before - row["told"])
-    registered = [
-        Registered(*one) for one in zip(row["ids"], row["sessions"], row["stalenesses"], strict=True)
-    ]
+    registered = registered_in(row)
     settled = [one for one, is_settled in zip(registered, row["settled"], strict=True) if is_settled]
     return Overview(registered, settled, row["led"], row["oldest"], offset)

@@ -189,6 +189,25 @@ def test_many_gather_for_longer_than_few() -> None:
     assert publishing.next_gathering(seconds, writes=publishing.MANY - 1) == 0.004
 
 
+async def test_who_gathers_next_goes_by_what_gathered_last(
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def next_gathering(before: float, writes: int) -> float:
+        asked.append((before, writes))
+        return 0.001
+
+    monkeypatch.setattr(publishing, "NEAR", 60.0)
+    monkeypatch.setattr(publishing, "next_gathering", next_gathering)
+    publisher = await make()
+    for together in (3, 1, 2):
+        for n in range(together):
+            publisher.submit(write(f"k{n}"))
+        assert await publisher.flush(5)
+    assert asked == [(0.0, 3), (0.001, 1)]
+
+
 async def test_a_publish_that_has_rested_waits_for_nobody(
     make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
