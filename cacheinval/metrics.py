@@ -168,6 +168,10 @@ def _gauges(status: Mapping[str, Any]) -> dict[str, tuple[float | None, str]]:
         "cache_entries": (cache["entries"], "Entries in the cache of this process."),
         "cache_epoch": (cache["epoch"], "Number of the present epoch."),
         "broker_subscribed": (broker.get("consumer") == "connected", "Whether the subscription stands."),
+        "writing_failing": (
+            status["writing"]["failing"],
+            "Whether the outbox refused the last write that says what it makes stale.",
+        ),
         "publisher_failing": (publisher["failing"], "Whether the last publish failed."),
         "publisher_waiting": (publisher["waiting"], "Writes that wait to be published."),
     }

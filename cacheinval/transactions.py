@@ -9,8 +9,9 @@ import asyncpg
 
 from cacheinval import logs
 from cacheinval.coherence.receipts import Receipt
+from cacheinval.errors import DatabaseError
 from cacheinval.messages import check_names
-from cacheinval.outbox import Row, combine, explain, leaves_session
+from cacheinval.outbox import Row, combine, leaves_session
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -93,9 +94,15 @@ class Transaction:
     receipt: Receipt | None = None
     """Who has evicted, once the transaction has committed and the others were waited for (`wait=`)."""
 
-    def __init__(self, connection: "Connection", rows: Callable[[Invalidations], list[Row]]) -> None:
+    def __init__(
+        self,
+        connection: "Connection",
+        rows: Callable[[Invalidations], list[Row]],
+        explain: Callable[[asyncpg.PostgresError], DatabaseError | None],
+    ) -> None:
         self._connection = connection
         self._rows_of = rows
+        self._explain = explain
         self._only_statements = True
         self._recorded = Invalidations()  # by a row that went along with its statement
         self.invalidations = Invalidations()
@@ -252,7 +259,7 @@ class Transaction:
             self.rows += rows
             return result
         except asyncpg.PostgresError as error:
-            problem = explain(error)
+            problem = self._explain(error)
             if problem is None:
                 raise
             raise problem from error

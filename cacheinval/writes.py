@@ -13,7 +13,7 @@ from cacheinval.cache import running_transaction, without_cache
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
 from cacheinval.coherence.receipts import Question
 from cacheinval.errors import DatabaseError
-from cacheinval.outbox import Outbox, Row, combine, explain, leaves_session
+from cacheinval.outbox import Outbox, Row, combine, leaves_session
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.transactions import Invalidations, Transaction
 
@@ -66,7 +66,7 @@ class Writes:
             transaction = connection.transaction(**options)
             async with asyncio.timeout(ACQUIRE_TIMEOUT):
                 await transaction.start()
-            tx = Transaction(connection, self._rows)
+            tx = Transaction(connection, self._rows, self._outbox.explain)
             try:
                 with without_cache((self, tx)):
                     yield tx
@@ -139,9 +139,11 @@ class Writes:
         try:
             result = await commit()
             outcome = WriteOutcome.COMMITTED
+            if self._outbox.refused is not None and invalidations:
+                self._outbox.took_rows()
         except asyncpg.PostgresError as error:
             outcome = outcome_of_error(error.sqlstate)
-            problem = explain(error)
+            problem = self._outbox.explain(error)
             if problem is None:
                 raise
             raise problem from error

@@ -176,6 +176,7 @@ class Client:
             cache=cache,
             caches=self._caches,
             auditor=self.auditor,
+            outbox=self._outbox,
             publisher=self.publisher,
             instance=self.instance,
             respondent=self._respondent,

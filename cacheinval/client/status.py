@@ -16,6 +16,7 @@ from cacheinval.client.caches import Caches
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence
 from cacheinval.fleet import Respondent
+from cacheinval.outbox import Outbox
 from cacheinval.outbox.instances import Registrar
 from cacheinval.outbox.relay import Relay
 from cacheinval.publisher import Publisher
@@ -40,6 +41,7 @@ class Status:
     cache: CoherentCache
     caches: Caches
     auditor: Auditor
+    outbox: Outbox
     publisher: Publisher
     instance: Instance
     respondent: Respondent
@@ -70,7 +72,7 @@ class Status:
 
     def told(self) -> dict[str, Any]:
         """See `Client.status`."""
-        reason, gap = self.coherence.suspect, self.coherence.last_gap
+        reason, gap, refused = self.coherence.suspect, self.coherence.last_gap, self.outbox.refused
         broker, cache = getattr(self.bus(), "state", None), self.cache.counters
         reads = cache.hits + cache.misses + cache.bypasses
         return {
@@ -95,6 +97,11 @@ class Status:
             "registration": None if self.registrar is None else self.registrar.state,
             "broker": broker,
             "relay": None if self.relay is None else self.relay.state,
+            "writing": {
+                "failing": refused is not None,
+                "since": None if refused is None else refused.since,
+                "reason": None if refused is None else refused.reason,
+            },
             "publisher": {
                 "failing": self.publisher.failing,
                 "waiting": self.publisher.waiting,

@@ -6,6 +6,7 @@ from typing import Any
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.findings import Finding, failed, ok, warning
 from cacheinval.verdict import remedies
+from cacheinval.verdict.words import short
 
 __all__ = ["of_instances", "of_tick"]
 
@@ -97,6 +98,10 @@ def _complaints(one: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             f"is not registered, and no writer waits for it: {registration.get('reason')}",
             "see database and grants, and leave its pool a free connection",
         )
+    writing = one.get("writing") or {}
+    if writing.get("failing"):
+        reason = short(str(writing.get("reason")))
+        yield f"cannot write: {reason}", remedies.database(reason, one.get("host") or "its host")
     if (one.get("publisher") or {}).get("failing"):
         yield (
             "cannot publish: its writes wait for the relay",

@@ -2,10 +2,11 @@
 
 from cacheinval.outbox.schema import SCHEMA_VERSION, apply_schema, schema_sql
 from cacheinval.outbox.statements import combine, leaves_session
-from cacheinval.outbox.writing import Outbox, Row, explain
+from cacheinval.outbox.writing import Outbox, Refusal, Row, explain
 
 __all__ = [
     "Outbox",
+    "Refusal",
     "Row",
     "explain",
     "combine",

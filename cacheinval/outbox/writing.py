@@ -1,6 +1,8 @@
 """Writing the outbox in the transaction of the change, and emptying it."""
 
+import logging
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,10 +10,13 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
+from cacheinval import logs
 from cacheinval.errors import DatabaseError, SchemaMissingError
 from cacheinval.tracing import Tracing
 
-__all__ = ["Executor", "Insert", "Outbox", "Row", "explain"]
+__all__ = ["Executor", "Insert", "Outbox", "Refusal", "Row", "explain"]
+
+log = logging.getLogger("cacheinval.writes")
 
 MAX_NAMES = 1_000  # of each row: what a reader of the outbox takes into memory stays bounded
 IDS_PER_DELETE = 5_000
@@ -25,6 +30,8 @@ _TYPES = {
     "context": "text",
 }
 _UNDEFINED = frozenset({"42P01", "42703", "42883", "3F000"})  # table, column, function, schema
+_WRITTEN = frozenset({"outbox", "cacheinval"})  # beside a caller's own tables, of which many have `instances`
+_OURS = _WRITTEN | {"origins", "instances"}
 
 # A row that comes back after a crash of the server is only published once more: the DELETE need not wait for the disk.
 # (The setting lasts for this statement's own transaction; a caller's transaction keeps it until its end.)
@@ -84,6 +91,15 @@ class Row:
     """That of the write, where it is traced; among the arguments, too."""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the outbox takes no rows, and since when: each write that says what it makes stale fails by that."""
+
+    since: float
+    """Seconds since 1970."""
+    reason: str
+
+
 class Outbox:
     """The outbox of one namespace.
 
@@ -98,6 +114,8 @@ class Outbox:
         self._inserts: dict[tuple[float, tuple[str, ...]], Insert] = {}
         self.tracing: Tracing | None = None
         """With it rows bear the context of the span in which they are made."""
+        self.refused: Refusal | None = None
+        """Whether it refused the last row that was to be written."""
 
     def rows(
         self,
@@ -150,10 +168,26 @@ class Outbox:
             for row in rows:
                 await connection.execute(row.insert.sql(), *row.arguments, timeout=timeout)
         except asyncpg.PostgresError as error:
-            problem = explain(error)
+            problem = self.explain(error)
             if problem is None:
                 raise
             raise problem from error
+        if rows and self.refused is not None:
+            self.took_rows()
+
+    def explain(self, error: asyncpg.PostgresError) -> DatabaseError | None:
+        """As the function `explain`, of a statement that was to write a row; that it was refused is noted."""
+        problem = explain(error)
+        if problem is not None:
+            if self.refused is None:
+                logs.event(log, logging.ERROR, "the outbox refuses what is written", reason=problem)
+            self.refused = Refusal(self.refused.since if self.refused else time.time(), str(problem))
+        return problem
+
+    def took_rows(self) -> None:
+        """It refuses them no more."""
+        self.refused = None
+        logs.event(log, logging.INFO, "the outbox takes what is written")
 
     async def delete(
         self,
@@ -181,7 +215,7 @@ class Outbox:
                 )
                 deleted += int(tag.rpartition(" ")[2])
         except asyncpg.PostgresError as error:
-            problem = explain(error)
+            problem = explain(error, ours=True)
             if problem is None:
                 raise
             raise problem from error
@@ -196,7 +230,7 @@ def explain(error: asyncpg.PostgresError, *, ours: bool = False) -> DatabaseErro
     text = str(error.args[0]) if error.args else ""
     if error.sqlstate in _UNDEFINED and (ours or "cacheinval" in text or re.search(r"\boutbox\b", text)):
         return SchemaMissingError()
-    if error.sqlstate == "42501" and _names_ours(text):
+    if error.sqlstate == "42501" and _names(_OURS if ours else _WRITTEN, text):
         return DatabaseError(
             f"{text}; a role that writes or publishes the outbox needs: "
             "GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …; "
@@ -205,9 +239,8 @@ def explain(error: asyncpg.PostgresError, *, ours: bool = False) -> DatabaseErro
     return None
 
 
-def _names_ours(text: str) -> bool:
-    words = text.replace('"', " ").replace(".", " ").split()
-    return not {"outbox", "origins", "instances", "cacheinval"}.isdisjoint(words)
+def _names(ours: frozenset[str], text: str) -> bool:
+    return not ours.isdisjoint(text.replace('"', " ").replace(".", " ").split())
 
 
 def _known(versions: Sequence[int | None]) -> list[int | None] | None:

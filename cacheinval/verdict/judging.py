@@ -209,6 +209,21 @@ def _unproven(seen: Seen) -> Verdict | None:
     return Verdict(Level.BAD, said, detail, _steps(step, DOCTOR))
 
 
+def _cannot_write(seen: Seen) -> Verdict | None:
+    failing = [member for member in seen.present if member.report and member.report.writing.failing]
+    reports = [member.report for member in failing if member.report is not None]
+    if not reports:
+        return None
+    since = min((one.writing.since for one in reports if one.writing.since is not None), default=None)
+    reason = short(reports[0].writing.reason or "its log says why")
+    return Verdict(
+        Level.BAD,
+        f"{seen.named(failing)} cannot write since {clock_time(since)}: {reason}.",
+        "Each write that says what it makes stale fails, and changes nothing. So it stands here until one succeeds.",
+        _steps(remedies.database(reason, reports[0].host or "its host"), causes.DOCTOR_THERE),
+    )
+
+
 def _waiting_rows(seen: Seen) -> Verdict | None:
     oldest = seen.oldest_row
     if oldest <= OLD_ROW:
@@ -363,6 +378,7 @@ _WORST_FIRST: Sequence[Callable[[Seen], Verdict | None]] = (
     _silent,
     _nobody,
     _unproven,
+    _cannot_write,
     _waiting_rows,
     _not_asked_just_now,
     _not_understood,

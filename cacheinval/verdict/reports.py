@@ -31,9 +31,10 @@ class Relay(msgspec.Struct):
 
 
 class Sending(msgspec.Struct):
-    """Of what an instance publishes, or answers."""
+    """Of what an instance writes, publishes, or answers."""
 
     failing: bool = False
+    since: float | None = None
     reason: str | None = None
 
 
@@ -81,6 +82,7 @@ class Report(msgspec.Struct):
     registration: Any = None
     broker: Broker | None = None
     relay: Relay | None = None
+    writing: Sending = msgspec.field(default_factory=Sending)
     publisher: Sending = msgspec.field(default_factory=Sending)
     answering: Sending = msgspec.field(default_factory=Sending)
     queue_depth: int | None = None

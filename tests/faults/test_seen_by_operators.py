@@ -22,7 +22,7 @@ from scene import EVENTUAL, Clients, Eventually, Program, Programs, operating
 from cacheinval import Client, Settings, cli, status_command
 from cacheinval.bus import receiving
 from cacheinval.doctor import broker, examine
-from cacheinval.errors import PublishError
+from cacheinval.errors import DatabaseError, PublishError
 from cacheinval.outbox import apply_schema, relay
 from cacheinval.outbox.grants import grants
 from cacheinval.page import Page, watching
@@ -336,6 +336,16 @@ def revoked(right: str) -> Cause:
     return cause
 
 
+@asynccontextmanager
+async def writing_revoked(scene: Scene) -> AsyncIterator[None]:
+    async with revoked("INSERT ON cacheinval.outbox")(scene):
+        assert scene.seen_from is not None
+        with pytest.raises(DatabaseError):
+            await scene.seen_from.invalidate("a")
+        yield
+    await scene.seen_from.invalidate("a")
+
+
 def schema(*statements: str) -> Cause:
     @asynccontextmanager
     async def cause(scene: Scene) -> AsyncIterator[None]:
@@ -469,6 +479,15 @@ FAULTS = {
             "grants failed: role limited_.* lacks SELECT, INSERT, DELETE on cacheinval.outbox",
             "^Nothing proves .*permission denied for table outbox",
             "Nothing proves .*permission denied for table outbox",
+            "cacheinval schema grant",
+        ),
+    ),
+    "the role may not write": Fault(
+        writing_revoked,
+        Words(
+            "instances warning: shop-1 cannot write: permission denied for table outbox",
+            r"^shop-1 cannot write since \d\d:\d\d:\d\d: permission denied for table outbox",
+            r"shop-1 cannot write since \d\d:\d\d:\d\d: permission denied for table outbox",
             "cacheinval schema grant",
         ),
     ),

@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import inspect
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -17,6 +17,7 @@ from waiting import Eventually
 
 from cacheinval import (
     Client,
+    DatabaseError,
     InvalidKeyError,
     PublishError,
     SchemaMissingError,
@@ -29,6 +30,7 @@ from cacheinval.bus.memory import EventBus, EventChannel
 from cacheinval.cache import Read
 from cacheinval.messages import Invalidate, decode
 from cacheinval.outbox import apply_schema
+from cacheinval.outbox.grants import grants
 
 TABLES = """
     CREATE TABLE things (id text PRIMARY KEY, n int NOT NULL);
@@ -90,6 +92,23 @@ async def client(settings: Settings, db: asyncpg.Connection, heard: Listener) ->
     async with Client(settings) as client:
         await client.wait_ready(30)
         yield client
+
+
+@pytest.fixture
+async def limited(
+    settings: Settings, db: asyncpg.Connection, namespace: str, heard: Listener
+) -> AsyncIterator[Client]:
+    """A client whose role, called as the namespace, has what it needs and no more."""
+    await db.execute(f"CREATE ROLE {namespace} LOGIN; GRANT ALL ON things TO {namespace}")
+    try:
+        for statement in grants(namespace):
+            await db.execute(statement)
+        url = settings.database_url.replace("postgres@", f"{namespace}@")
+        async with Client(settings.model_copy(update={"database_url": url})) as client:
+            await client.wait_ready(30)
+            yield client
+    finally:
+        await db.execute(f"DROP OWNED BY {namespace}; DROP ROLE {namespace}")
 
 
 @pytest.fixture
@@ -942,9 +961,96 @@ async def test_without_the_schema_nothing_is_changed(
             await client.record(bare, "k")
         assert await number(bare) == 0
         assert await outcome(client) == "hit"
+        assert "cacheinval schema apply" in client.status()["writing"]["reason"]
         await client.apply_schema()
         await client.apply_schema()
         await nothing_else_was_heard(client, heard, eventually)
+
+
+async def one_statement(client: Client) -> None:
+    await client.execute(UPDATE, "a", invalidate=["k"])
+
+
+async def in_a_transaction(client: Client) -> None:
+    await write(client, "k")
+
+
+async def with_a_statement_of_a_transaction(client: Client) -> None:
+    async with client.transaction() as tx:
+        await tx.execute(UPDATE, "a", invalidate=["k"])
+
+
+async def caught_within_a_transaction(client: Client) -> None:
+    async with client.transaction() as tx:
+        with suppress(DatabaseError):
+            await tx.execute(UPDATE, "a", invalidate=["k"])
+
+
+async def alone(client: Client) -> None:
+    await client.invalidate("k")
+
+
+async def recorded(client: Client) -> None:
+    async with client.pool.acquire() as connection, connection.transaction():
+        await client.record(connection, "k")
+
+
+WAYS_TO_WRITE = (
+    one_statement,
+    in_a_transaction,
+    with_a_statement_of_a_transaction,
+    caught_within_a_transaction,
+    alone,
+    recorded,
+)
+
+
+@pytest.mark.parametrize("writes_so", WAYS_TO_WRITE, ids=lambda way: way.__name__)
+async def test_a_refusal_of_the_outbox_is_told_until_it_takes_a_row(
+    limited: Client,
+    db: asyncpg.Connection,
+    namespace: str,
+    writes_so: Callable[[Client], Awaitable[None]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    well = {"failing": False, "since": None, "reason": None}
+    await writes_so(limited)
+    assert limited.status()["writing"] == well
+    await db.execute(f"REVOKE INSERT ON cacheinval.outbox FROM {namespace}")
+    began = time.time()
+    for _ in range(2):
+        with pytest.raises((DatabaseError, asyncpg.InFailedSQLTransactionError)):
+            await writes_so(limited)
+    refused = limited.status()["writing"]
+    assert refused["failing"]
+    assert began <= refused["since"] <= time.time()
+    assert refused["reason"].startswith("permission denied for table outbox")
+    async with limited.transaction() as tx:
+        await tx.execute(UPDATE, "a")
+    assert limited.status()["writing"] == refused, "what names nothing says nothing of the outbox"
+    await db.execute(f"GRANT INSERT ON cacheinval.outbox TO {namespace}")
+    await writes_so(limited)
+    assert limited.status()["writing"] == well
+    said = [line.split(" reason=")[0] for line in caplog.messages if line.startswith("the outbox")]
+    assert said == ["the outbox refuses what is written", "the outbox takes what is written"]
+
+
+async def test_errors_of_a_statement_are_no_refusal_of_the_outbox(
+    limited: Client, db: asyncpg.Connection, namespace: str
+) -> None:
+    await db.execute("CREATE TABLE instances (id int)")  # as one of ours is called
+    for query in (
+        "INSERT INTO instances VALUES (1)",
+        "INSERT INTO things VALUES ('a', 1)",
+        "DELETE FROM nowhere",
+    ):
+        with pytest.raises(asyncpg.PostgresError):
+            await limited.execute(query, invalidate=["k"])
+        with pytest.raises(asyncpg.PostgresError):
+            async with limited.transaction() as tx:
+                await tx.execute(query, invalidate=["k"])
+    assert not limited.status()["writing"]["failing"]
 
 
 async def test_a_broker_that_is_down_neither_fails_nor_delays_a_write(

@@ -199,6 +199,16 @@ def test_instances_that_are_well() -> None:
             "warning",
             "b is not registered, and no writer waits for it: lapsed",
         ),
+        (
+            {
+                "writing": {
+                    "failing": True,
+                    "reason": "permission denied for table outbox; a role that writes needs",
+                }
+            },
+            "warning",
+            "b cannot write: permission denied for table outbox",
+        ),
         ({"publisher": {"failing": True}}, "warning", "b cannot publish"),
         ({"relay": {"state": "blocked", "reason": "refused"}}, "warning", "b cannot relay: refused"),
         ({"now": 101.2}, "failed", "b: its clock is at least 0.200 s ahead"),

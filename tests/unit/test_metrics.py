@@ -27,7 +27,7 @@ WANTED = """
     watermark_age_seconds last_tick_age_seconds max_staleness_seconds registered
     outbox_rows outbox_oldest_row_age_seconds relay_leader relay_state{state}
     publisher_confirmed_messages_total publisher_failures_total publisher_timeouts_total publisher_left_to_relay_total
-    publisher_failing publisher_waiting
+    writing_failing publisher_failing publisher_waiting
     publish_latency_seconds_bucket{le} publish_latency_seconds_sum publish_latency_seconds_count
     broker_dead_letters_total broker_confirms_total broker_subscribed
     inconsistent_entries_total state{state} instance_info{host,id,namespace,version}

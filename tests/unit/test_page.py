@@ -285,6 +285,33 @@ class TestVerdict:
         assert said.sentence.startswith(sentence)
         assert step in said.todo[0]
 
+    def test_writes_that_are_refused_are_worse_than_rows_that_wait(self) -> None:
+        waits = LEADS | {"state": "blocked", "reason": "an alarm", "oldest_row_age": 12.0}
+        refused = {"failing": True, "since": NOW - 20, "reason": NOT_GRANTED}
+        said = verdict(fleet(status("one", relay=waits), status("two", host="left", writing=refused)))
+        assert (said.level, said.sentence) == (
+            Level.BAD,
+            "two cannot write since 23:58:43: permission denied for table outbox.",
+        )
+        assert "fails, and changes nothing" in said.detail
+        assert "`cacheinval schema grant ROLE`" in said.todo[0]
+
+    def test_of_several_that_cannot_write_the_first_says_since_when(self) -> None:
+        def refused(seconds: float | None, reason: str | None) -> dict[str, Any]:
+            since = None if seconds is None else NOW - seconds
+            return {"writing": {"failing": True, "since": since, "reason": reason}}
+
+        missing = str(SchemaMissingError())
+        said = verdict(
+            fleet(status("one", **refused(20, missing)), status("two", **refused(30, NOT_GRANTED)))
+        )
+        assert said.sentence.startswith(
+            "one, two (2 of 2 instances) cannot write since 23:58:33: The schema `cacheinval` is missing"
+        )
+        assert "Run `cacheinval schema apply`" in said.todo[0]
+        said = verdict(fleet(status("one", **refused(None, None)), status("two")))
+        assert said.sentence == "one cannot write since an unknown time: its log says why."
+
     def test_who_is_only_about_to_register_is_not_blamed(self) -> None:
         starting = {"registration": {"state": "unregistered", "reason": NOT_YET}}
         assert verdict(fleet(status("one", **starting))).level is Level.GOOD
