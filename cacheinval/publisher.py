@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from cacheinval import logs
 from cacheinval.coherence import Coherence, higher
 from cacheinval.errors import PublishError
 from cacheinval.latencies import Latencies
-from cacheinval.messages import Beat, Invalidate, encode, split
+from cacheinval.messages import Beat, Invalidate, Probe, encode, split
 from cacheinval.tracing import Tracing, together
 
 __all__ = ["Publisher", "PublisherCounters", "Unpublished"]
@@ -30,6 +31,8 @@ BEATS = 10
 """Tick intervals after a publish for which its number is said again."""
 
 BACKOFF_FIRST, BACKOFF_MOST = 0.2, 5.0
+"""Seconds after a failure before which the broker is left alone, at first and at most."""
+
 ROWS_AT_ONCE = 1_000
 
 NEAR = 0.002
@@ -200,6 +203,9 @@ class Publisher:
         batch: list[Unpublished] = []
         try:
             while True:
+                if self._failing_since is not None and not await self._has_work_before_retry():
+                    await self._retry()
+                    continue
                 await self._work.wait()
                 if now() > ended + NEAR:
                     gather = 0.0
@@ -255,7 +261,7 @@ class Publisher:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._tick_interval)
-            if self._channel is None or self._sending or loop.time() > self._beat_until:
+            if self._channel is None or not self._seq or self._sending or loop.time() > self._beat_until:
                 continue
             with suppress(PublishError, TimeoutError):  # the next publish finds out, and says so
                 async with asyncio.timeout(self._timeout):
@@ -275,6 +281,26 @@ class Publisher:
             self._flushing.clear()
         return True
 
+    async def _has_work_before_retry(self) -> bool:
+        try:
+            async with asyncio.timeout_at(self._retry_at):
+                await self._work.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _retry(self) -> None:
+        """Publishes what every receiver ignores: that it is confirmed says that the next write will be, too."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                channel = self._channel = await self._open_channel()
+                self._seq = 0
+                await channel.send(encode(Probe(v=1, id=secrets.token_hex(8))))
+        except (PublishError, TimeoutError) as error:
+            await self._failed([], self._described(error))
+        else:
+            self._works()
+
     async def _publish(self, batch: list[Unpublished]) -> None:
         loop = asyncio.get_running_loop()
         if self._channel is None and loop.time() < self._retry_at:
@@ -292,7 +318,8 @@ class Publisher:
         except (PublishError, TimeoutError) as error:
             # A channel keeps the same time, and says so itself.
             self.counters.timeouts += isinstance(error.__cause__ or error, TimeoutError)
-            await self._failed(batch, str(error) or f"no confirm within {self._timeout:g} s")
+            self.counters.failures += 1
+            await self._failed(batch, self._described(error))
         except BaseException:
             for one in batch:
                 self._leave(one, "stopped")
@@ -361,11 +388,17 @@ class Publisher:
             message, origin=channel.origin, seq=self._seq, at=at, committed_at=committed_at
         )
 
-    def _succeeded(self, batch: list[Unpublished]) -> None:
+    def _described(self, error: PublishError | TimeoutError) -> str:
+        return str(error) or f"no confirm within {self._timeout:g} s"
+
+    def _works(self) -> None:
         if self._failing_since is not None:
             self._failing_since = self.problem = None
             logs.event(log, logging.INFO, "publishing again")
         self._pause = BACKOFF_FIRST
+
+    def _succeeded(self, batch: list[Unpublished]) -> None:
+        self._works()
         self.counters.confirmed_writes += len(batch)
         if self._channel is not None:
             self._confirmed_seqs[self._channel.origin] = self._seq
@@ -379,7 +412,6 @@ class Publisher:
             self._rows_to_delete.set()
 
     async def _failed(self, batch: list[Unpublished], reason: str) -> None:
-        self.counters.failures += 1
         self.problem = reason
         loop = asyncio.get_running_loop()
         if self._failing_since is None:

@@ -270,7 +270,7 @@ def _cannot_publish(seen: Seen) -> Verdict | None:
         "What it writes is published by the relay, a little later."
         if with_relay
         else "Without a database nobody else does."
-    ) + " It tries again with its next write."
+    ) + " It tries again by itself, every few seconds."
     return Verdict(
         Level.WARNING,
         f"{seen.named(failing)} cannot publish: {reason}.",

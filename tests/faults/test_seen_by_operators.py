@@ -318,6 +318,22 @@ async def set_permissions(rabbitmq: RabbitMQ, *rights: str, first: str = "") -> 
     )
 
 
+@asynccontextmanager
+async def another_may_not_publish(scene: Scene) -> AsyncIterator[None]:
+    """What it writes is refused; when that ends it writes no more, and finds out by itself."""
+    await set_permissions(scene.rabbitmq, ".*", ".*", ".*", first=ADD_USER)
+    scene.finally_.push_async_callback(scene.rabbitmq.ctl, "delete_user", "limited")
+    await scene.begin()
+    limited = scene.rabbitmq.url.replace("guest:guest", "limited:limited")
+    other = await scene.instance(instance_id="shop-2", relay="off", broker_url=limited)
+    await scene.eventually(lambda: other.ready, EVENTUAL)
+    await scene.has_been_there("shop-2")
+    await set_permissions(scene.rabbitmq, ".*", "^(amq.gen-.*|.*dead|amq.default)$", ".*")
+    await other.invalidate("a")
+    yield
+    await set_permissions(scene.rabbitmq, ".*", ".*", ".*")
+
+
 def revoked(right: str) -> Cause:
     @asynccontextmanager
     async def cause(scene: Scene) -> AsyncIterator[None]:
@@ -471,6 +487,15 @@ FAULTS = {
             "^shop-1 has not answered since",
             "shop-1 cannot answer who asks how it is: .*ACCESS_REFUSED - access to exchange 'amq.default'",
             "rabbitmqctl set_permissions -p / limited '|its own page .*say so where it may not",
+        ),
+    ),
+    "an instance may not publish what it writes": Fault(
+        another_may_not_publish,
+        Words(
+            "instances warning: shop-2 cannot publish",
+            "^shop-2 cannot publish: .*ACCESS_REFUSED - access to exchange 'cacheinval",
+            "shop-2 cannot publish: .*ACCESS_REFUSED - access to exchange 'cacheinval.*tries again by itself",
+            "rabbitmqctl set_permissions -p / limited '|see broker, exchange and permissions from there",
         ),
     ),
     "the role may not use the outbox": Fault(

@@ -11,7 +11,7 @@ from waiting import Eventually
 from cacheinval import publisher as publishing
 from cacheinval.coherence import Coherence
 from cacheinval.errors import PublishError
-from cacheinval.messages import Invalidate, decode
+from cacheinval.messages import Beat, Invalidate, Probe, decode
 from cacheinval.publisher import Publisher, Unpublished
 
 
@@ -20,6 +20,8 @@ class Broker:
     """Opens channels, and notes what each has sent; while `confirms` is not set, it confirms nothing."""
 
     sent: list[Invalidate] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
+    beats: list[Beat] = field(default_factory=list)
     confirms: asyncio.Event = field(default_factory=asyncio.Event)
     refuses: bool = False
     fails: bool = False
@@ -56,9 +58,14 @@ class Channel:
 
     async def send(self, body: bytes, correlation_id: str | None = None) -> None:
         message = decode(body)
-        assert isinstance(message, Invalidate)
-        self.broker.sent.append(message)
-        self.broker.asked.append(correlation_id)
+        if isinstance(message, Probe):
+            self.broker.probes.append(message)
+        elif isinstance(message, Beat):
+            self.broker.beats.append(message)
+        else:
+            assert isinstance(message, Invalidate)
+            self.broker.sent.append(message)
+            self.broker.asked.append(correlation_id)
         await self.broker.confirms.wait()
         if self.broker.fails:
             raise PublishError("refused")
@@ -297,8 +304,9 @@ async def test_one_message_of_a_batch_that_fails_keeps_the_rows_of_all(make: Mak
 
 @pytest.mark.parametrize("how", ["refused", "no confirm", "no channel"])
 async def test_what_is_not_confirmed_is_left_to_the_relay(
-    make: Make, broker: Broker, eventually: Eventually, how: str
+    make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
+    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 60.0)
     publisher = await make(timeout=0.05)
     broker.refuses, broker.fails = how == "no channel", how == "refused"
     if how == "no confirm":
@@ -329,11 +337,10 @@ async def test_a_new_channel_is_a_new_origin_that_counts_from_one(
         return not publisher.failing
 
     await eventually(published)
-    assert [(message.origin, message.seq) for message in broker.sent] == [
-        ("origin0", 1),
-        ("origin0", 2),
-        ("origin1", 1),
-    ]
+    *before, last = [(message.origin, message.seq) for message in broker.sent]
+    assert before == [("origin0", 1), ("origin0", 2)]
+    assert last == (broker.channels[-1].origin, 1)
+    assert len(broker.channels) > 1
     assert len(broker.deleted) == 1
 
 
@@ -349,6 +356,118 @@ async def test_while_the_broker_is_away_writes_are_left_at_once_and_it_is_asked_
     assert broker.attempts == 1
     assert publisher.counters.left_to_relay == 20
     assert broker.deleted == []
+
+
+@pytest.mark.parametrize("how", ["refused", "no confirm", "no channel"])
+async def test_who_failed_finds_out_without_another_write_that_it_can_publish_again(
+    make: Make, broker: Broker, eventually: Eventually, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    caplog.set_level("INFO")
+    publisher = await make(timeout=0.05 if how == "no confirm" else 5.0)
+    broker.refuses, broker.fails = how == "no channel", how == "refused"
+    if how == "no confirm":
+        broker.confirms.clear()
+    publisher.submit(write("a", rows=1))
+    await eventually(lambda: broker.attempts >= 4)
+    assert publisher.failing
+    assert publisher.problem is not None
+    assert publisher.counters.failures == 1, "of writes"
+    broker.refuses = broker.fails = False
+    broker.confirms.set()
+    await eventually(lambda: not publisher.failing)
+    assert publisher.problem is None
+    assert [message.keys for message in broker.sent] == ([] if how == "no channel" else [["a"]])
+    assert all(channel.closed for channel in broker.channels[:-1])
+    said = [line.partition(" reason=")[0] for line in caplog.messages]
+    assert said == ["publishing failed", "publishing again"]
+
+    attempts = broker.attempts
+    publisher.submit(write("b", rows=1))
+    assert await publisher.flush(5)
+    last = broker.sent[-1]
+    assert (last.keys, last.origin, last.seq) == (["b"], broker.channels[-1].origin, 1)
+    assert broker.noted == [{last.origin: 1}]
+    assert broker.attempts == attempts, "on the channel that is known to work"
+
+
+async def test_while_it_fails_it_tries_less_and_less_often(
+    make: Make, broker: Broker, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(publishing, "BACKOFF_MOST", 0.05)
+    monkeypatch.setattr(
+        publishing.random, "uniform", lambda least, most: pauses.append(publisher._pause) or most
+    )
+    publisher = await make()
+    broker.refuses = True
+    publisher.submit(write("a", rows=1))
+    await eventually(lambda: len(pauses) >= 5)
+    assert pauses[:5] == [0.01, 0.02, 0.04, 0.05, 0.05]
+
+
+async def test_a_write_that_comes_while_it_tries_goes_out_after_that(
+    make: Make, broker: Broker, eventually: Eventually
+) -> None:
+    publisher = await make()
+    broker.fails = True
+    publisher.submit(write("a", rows=1))
+    assert await publisher.flush(5)
+    await eventually(lambda: broker.probes)
+    broker.confirms.clear()
+    broker.fails = False
+    known = len(broker.probes)
+    await eventually(lambda: len(broker.probes) > known)
+    later = write("b", rows=1)
+    publisher.submit(later)
+    broker.confirms.set()
+    assert await publisher.flush(5)
+    assert broker.sent[-1].keys == ["b"]
+    assert broker.deleted == later.rows
+    assert not publisher.failing
+
+
+async def test_who_stops_while_it_tries_leaves_no_channel_open(
+    broker: Broker, coherence: Coherence, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 0.01)
+    publisher = Publisher(broker.open_channel, None, coherence, 60.0)
+    running = asyncio.create_task(publisher.run())
+    broker.refuses = True
+    publisher.submit(write("a"))
+    await eventually(lambda: publisher.failing)
+    broker.confirms.clear()
+    broker.refuses = False
+    await eventually(lambda: broker.probes)
+    publisher.submit(write("b"))
+    left = publisher.counters.left_to_relay
+    running.cancel()
+    await asyncio.wait([running])
+    assert running.cancelled()
+    assert [channel.closed for channel in broker.channels] == [True]
+    assert publisher.counters.left_to_relay == left + 1
+
+
+async def test_a_channel_on_which_nothing_was_published_yet_has_no_number_to_say_again(
+    broker: Broker, coherence: Coherence, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 0.01)
+    monkeypatch.setattr(publishing, "BEATS", 1_000_000)
+    publisher = Publisher(broker.open_channel, None, coherence, 60.0, tick_interval=0.005)
+    tasks = [asyncio.create_task(run()) for run in (publisher.run, publisher.beat)]
+    publisher.submit(write("a"))
+    await eventually(lambda: broker.beats)
+    broker.fails = True
+    publisher.submit(write("b"))
+    await eventually(lambda: publisher.failing)
+    broker.fails = False
+    await eventually(lambda: not publisher.failing)
+    await asyncio.sleep(0.1)  # in which it would beat, if ever
+    publisher.submit(write("c"))
+    await eventually(lambda: broker.beats[-1].origin != "origin0")
+    assert {beat.seq for beat in broker.beats} == {1}
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def test_rows_that_cannot_be_deleted_are_no_failure_of_the_publish(make: Make, broker: Broker) -> None:
@@ -601,7 +720,7 @@ async def test_a_new_channel_listens_anew(make: Make, broker: Broker, eventually
 
     def publish() -> bool:
         publisher.submit(write("b", question="r"))
-        return len(broker.channels) == 2
+        return len(broker.listeners) == 2
 
     await eventually(publish)
     assert await publisher.flush(5)
