@@ -1,6 +1,6 @@
 """The page, drawn on the server: all of it at first, and the parts that change once a second."""
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -8,7 +8,7 @@ from cacheinval.latencies import BUCKETS
 from cacheinval.page.markup import NOTHING, Html, html, joined, milliseconds, seconds
 from cacheinval.verdict.fleet import Condition, Fate, Fleet, Lag, Member
 from cacheinval.verdict.judging import Level, Verdict, judge
-from cacheinval.verdict.reports import Report
+from cacheinval.verdict.reports import Identity, Report
 from cacheinval.verdict.words import clock_time, plural
 from cacheinval.verdict.writes import Line
 
@@ -346,27 +346,27 @@ def _writes(fleet: Fleet, now: float) -> Html:
     lines = fleet.writes.newest(MOST_LINES)
     if not lines:
         return Html('<p class="empty">Nothing was written within the last minute.</p>')
-    names = _short_ids([member.id for member in fleet])
+    names = _names_of(fleet)
     return html(
         '<ol class="writes" reversed>{lines}</ol>',
         lines=joined([_line(fleet, line, names, now) for line in lines]),
     )
 
 
-def _line(fleet: Fleet, line: Line, names: dict[str, str], now: float) -> Html:
+def _line(fleet: Fleet, line: Line, names: dict[Identity, str], now: float) -> Html:
     if line.reason is not None:
-        who = next(iter(line.evicted), "")
+        who = next(iter(line.evicted))
         return html(
             '<li data-key="{number}" class="epoch"><time>{time}</time><p class="names"><bdi>{who}</bdi> dropped everything: '
             "<bdi>{reason}</bdi></p></li>",
             number=line.number,
             time=clock_time(line.at, parts=True),
-            who=names.get(who, who),
+            who=names.get(who, who[0]),
             reason=line.reason,
         )
-    fates: dict[Fate, list[str]] = {fate: [] for fate in Fate}
+    fates: dict[Fate, list[Identity]] = {fate: [] for fate in Fate}
     for member in fleet:
-        fates[fleet.fate(line, member, now)].append(member.id)
+        fates[fleet.fate(line, member, now)].append(member.identity)
     of = len(line.evicted) + sum(len(fates[fate]) for fate in (Fate.DROPPED, Fate.PENDING, Fate.LATE))
     return html(
         '<li data-key="{number}" class="{tone}"><time>{time}</time><p class="names">{names} <span class="origin">{origin}</span></p>'
@@ -401,12 +401,12 @@ def _origin(line: Line) -> str:
 FATES = {Fate.LATE: "not yet", Fate.PENDING: "…", Fate.DROPPED: "dropped everything"}
 
 
-def _chips(line: Line, fates: dict[Fate, list[str]], names: dict[str, str]) -> Html:
+def _chips(line: Line, fates: dict[Fate, list[Identity]], names: dict[Identity, str]) -> Html:
     chips = [
         html(
             '<li class="{fate}"><bdi>{who}</bdi> <span>{text}</span></li>',
             fate=fate,
-            who=names.get(who, who),
+            who=names.get(who, who[0]),
             text=text,
         )
         for fate, text in FATES.items()
@@ -423,12 +423,23 @@ def _chips(line: Line, fates: dict[Fate, list[str]], names: dict[str, str]) -> H
     return joined(shown)
 
 
-def _chip(line: Line, who: str, after: float, names: dict[str, str]) -> Html:
+def _chip(line: Line, who: Identity, after: float, names: dict[Identity, str]) -> Html:
     text = "wrote it" if line.evicted[who].own else milliseconds(after) if line.dated else "evicted"
-    return html("<li><bdi>{who}</bdi> <span>{text}</span></li>", who=names.get(who, who), text=text)
+    return html("<li><bdi>{who}</bdi> <span>{text}</span></li>", who=names.get(who, who[0]), text=text)
 
 
-def _short_ids(ids: Sequence[str]) -> dict[str, str]:
-    """Ids that are long by their ends, where these tell them apart."""
+def _names_of(fleet: Fleet) -> dict[Identity, str]:
+    """Their ids, and of several that share one their processes, too; what is long by its end, where that tells them apart."""
+    ids = Counter(member.id for member in fleet)
     short = {id_: id_ if len(id_) <= 2 * ID_END else f"…{id_[-ID_END:]}" for id_ in ids}
-    return short if len(set(short.values())) == len(ids) else {id_: id_ for id_ in ids}
+    if len(set(short.values())) < len(ids):
+        short = {id_: id_ for id_ in ids}
+    return {
+        member.identity: short[member.id] + (_process(member) if ids[member.id] > 1 else "")
+        for member in fleet
+    }
+
+
+def _process(member: Member) -> str:
+    report = member.report
+    return "" if report is None or report.pid is None else f" ({report.host}, pid {report.pid})"

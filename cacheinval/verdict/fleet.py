@@ -58,7 +58,7 @@ class Fate(StrEnum):
     DROPPED = "dropped"  # with everything else, later
     PENDING = "pending"  # it has not been asked since, most likely
     LATE = "late"
-    UNKNOWN = "unknown"  # it was not there yet, or has evicted more than it could tell
+    UNKNOWN = "unknown"  # it was not there yet, or no more, or has evicted more than it could tell
 
 
 class Lag:
@@ -216,7 +216,7 @@ class Fleet:
             member.told_until = recent.since
         for evicted in recent.told:
             if evicted.at > member.told_until or member.untold_from < evicted.at < member.untold_until:
-                self.writes.told(member.id, evicted)
+                self.writes.told(member.identity, evicted)
                 if evicted.all:
                     member.dropped_at = max(member.dropped_at, evicted.at)
         if member.told_since is None:
@@ -341,12 +341,14 @@ class Fleet:
 
     def fate(self, line: Line, member: Member, now: float) -> Fate:
         """What has become of a write there."""
-        if member.id in line.evicted:
+        if member.identity in line.evicted:
             return Fate.EVICTED
         report = member.report
         if report is None or member.told_since is None or (report.started_at or 0.0) > line.at:
             return Fate.UNKNOWN
         if line.at <= max(member.told_since, member.untold_until):
+            return Fate.UNKNOWN
+        if self._left(member) and line.at > (member.heard_at or 0.0):
             return Fate.UNKNOWN
         if member.dropped_at >= line.at:
             return Fate.DROPPED

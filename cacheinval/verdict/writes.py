@@ -4,6 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from cacheinval.recent import Evicted
+from cacheinval.verdict.reports import Identity
 
 __all__ = ["Line", "Writes"]
 
@@ -27,10 +28,10 @@ class Line:
     number: int = 0
     dated: bool = True
     """Whether `at` is the time of the write, and not only of its first eviction."""
-    evicted: dict[str, Evicted] = field(default_factory=dict)
-    """By instance."""
+    evicted: dict[Identity, Evicted] = field(default_factory=dict)
+    """By instance; two that share an id by mistake are two."""
 
-    def after(self, instance: str) -> float | None:
+    def after(self, instance: Identity) -> float | None:
         """Seconds after which that instance had evicted it; 0 where it had before anybody was told."""
         evicted = self.evicted.get(instance)
         if evicted is None:
@@ -51,7 +52,7 @@ class Writes:
         self._by_name: dict[object, Line] = {}
         self._begun = 0
 
-    def told(self, instance: str, evicted: Evicted) -> None:
+    def told(self, instance: Identity, evicted: Evicted) -> None:
         """One eviction of an instance, which it has not told before."""
         name = _name(instance, evicted)
         line = self._by_name.get(name)
@@ -86,7 +87,7 @@ class Writes:
         return sorted(self._lines, key=lambda line: line.at, reverse=True)[:number]
 
 
-def _name(instance: str, evicted: Evicted) -> object:
+def _name(instance: Identity, evicted: Evicted) -> object:
     if evicted.reason is not None:
         return instance, evicted.at
     if evicted.origin is not None and evicted.seq is not None:
@@ -94,7 +95,7 @@ def _name(instance: str, evicted: Evicted) -> object:
     return evicted.committed_at, *evicted.keys, None, *evicted.tags, evicted.more, evicted.all
 
 
-def _belongs(line: Line, instance: str, evicted: Evicted) -> bool:
+def _belongs(line: Line, instance: Identity, evicted: Evicted) -> bool:
     if line.reason is not None:
         return True
     first = min((other.at for other in line.evicted.values()), default=evicted.at)

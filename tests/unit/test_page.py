@@ -572,8 +572,9 @@ class TestWrites:
             tells("two", NOW + 1, evicted(NOW + 0.0031)),
         )
         (line,) = seen.writes.newest(9)
-        assert (line.keys, line.after("one"), line.after("three")) == (["k"], 0.0, None)
-        assert line.after("two") == pytest.approx(0.0031, abs=1e-6)
+        one, two = (member.identity for member in seen)
+        assert (line.keys, line.after(one), line.after(("three", ""))) == (["k"], 0.0, None)
+        assert line.after(two) == pytest.approx(0.0031, abs=1e-6)
         markup = str(draw(seen, here(), NOW + 1).parts["writes"])
         assert "<b>2 of 2</b> in 3.1 ms" in markup
         assert "<bdi>one</bdi> <span>wrote it</span>" in markup
@@ -594,6 +595,35 @@ class TestWrites:
         assert "<bdi>two</bdi> <span>not yet</span>" in str(draw(seen, here(), NOW + 9).parts["writes"])
         seen.heard(tells("two", NOW + 10, evicted(NOW + 9.5)), NOW + 10)
         assert seen.fate(line, two, NOW + 10) is Fate.EVICTED
+
+    def test_two_processes_with_one_id_do_not_hide_each_other(self) -> None:
+        seen = fleet(
+            tells("one", NOW + 1, evicted(NOW + 0.5), pid=1),
+            tells("one", NOW + 1, pid=2),
+            tells("two", NOW + 1, evicted(NOW + 0.4)),
+        )
+        (line,) = seen.writes.newest(9)
+        fates = [seen.fate(line, member, NOW + 9) for member in seen]
+        assert fates == [Fate.EVICTED, Fate.LATE, Fate.EVICTED]
+        markup = str(draw(seen, here(), NOW + 9).parts["writes"])
+        assert "<b>2 of 3</b>" in markup
+        assert "<bdi>one (host, pid 1)</bdi> <span>500 ms</span>" in markup
+        assert "<bdi>one (host, pid 2)</bdi> <span>not yet</span>" in markup
+        assert "<bdi>two</bdi>" in markup
+        for pid in (1, 2):
+            dropped = Evicted(at=NOW + 9.5, all=True, reason="gap")
+            seen.heard(tells("one", NOW + 10, dropped, pid=pid), NOW + 10)
+        markup = str(draw(seen, here(), NOW + 10).parts["writes"])
+        for pid in (1, 2):
+            assert f"<bdi>one (host, pid {pid})</bdi> dropped everything: <bdi>gap</bdi>" in markup
+
+    def test_who_had_left_before_a_write_is_not_late(self) -> None:
+        seen = fleet(tells("one", NOW), tells("two", NOW), tells("three", NOW))
+        seen.registry([Registered("one", "", None), Registered("three", "", None)], NOW + 4)
+        seen.heard(tells("one", NOW + 9, evicted(NOW + 5, committed_at=NOW + 5)), NOW + 9)
+        (line,) = seen.writes.newest(9)
+        fates = [seen.fate(line, member, NOW + 9) for member in seen]
+        assert fates == [Fate.EVICTED, Fate.UNKNOWN, Fate.LATE], "of the last nobody says that it has left"
 
     @pytest.mark.parametrize(
         ("answer", "fate"),
@@ -646,14 +676,14 @@ class TestWrites:
         writes = Writes()
         anonymous: dict[str, Any] = {"origin": None, "seq": None, "committed_at": None}
         for at in (NOW, NOW + 0.1, NOW + 30):
-            for who in ("one", "two"):
+            for who in (("one", "1"), ("two", ""), ("one", "2")):
                 writes.told(who, evicted(at, **anonymous))
-        assert [len(line.evicted) for line in writes.newest(9)] == [2, 2, 2]
+        assert [len(line.evicted) for line in writes.newest(9)] == [3, 3, 3]
 
     def test_lines_are_bounded(self) -> None:
         writes = Writes()
         for number in range(3 * MOST_LINES):
-            writes.told("one", evicted(NOW + number, seq=number + 1, committed_at=NOW + number))
+            writes.told(("one", ""), evicted(NOW + number, seq=number + 1, committed_at=NOW + number))
         assert len(writes.newest(10 * MOST_LINES)) == len(writes._by_name) == MOST_LINES
         assert writes.newest(1)[0].at == NOW + 3 * MOST_LINES - 1
 
