@@ -38,6 +38,7 @@ from cacheinval.outbox.looking import look
 from cacheinval.outbox.pool import (
     CONNECT_TIMEOUT,
 )
+from cacheinval.outbox.refusals import find_out
 from cacheinval.outbox.relay import Relay
 from cacheinval.outbox.session import LOST
 from cacheinval.overview import Overview
@@ -216,6 +217,7 @@ class Client:
             self._tasks.start("publisher", self.publisher.run)
             if self._has_database:
                 self._tasks.start("outbox", self.publisher.delete_confirmed)
+                self._tasks.start("refusals", partial(find_out, self._outbox, lambda: self.pool))
             else:
                 self._tasks.start("outbox", self.publisher.beat)
             if self.relay is not None:

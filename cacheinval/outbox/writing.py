@@ -1,5 +1,6 @@
 """Writing the outbox in the transaction of the change, and emptying it."""
 
+import asyncio
 import logging
 import re
 import time
@@ -116,6 +117,8 @@ class Outbox:
         """With it rows bear the context of the span in which they are made."""
         self.refused: Refusal | None = None
         """Whether it refused the last row that was to be written."""
+        self.refusing = asyncio.Event()
+        """Set while it does."""
 
     def rows(
         self,
@@ -182,12 +185,32 @@ class Outbox:
             if self.refused is None:
                 logs.event(log, logging.ERROR, "the outbox refuses what is written", reason=problem)
             self.refused = Refusal(self.refused.since if self.refused else time.time(), str(problem))
+            self.refusing.set()
         return problem
 
     def took_rows(self) -> None:
-        """It refuses them no more."""
+        """It is known to refuse them no more."""
         self.refused = None
+        self.refusing.clear()
         logs.event(log, logging.INFO, "the outbox takes what is written")
+
+    async def ask(self, executor: Executor) -> None:
+        """Notes whether it would take a row. None is written: to explain a statement, the server looks at all that it names,
+        and at what the role may do.
+
+        Raises:
+            DatabaseError: it would not.
+        """
+        (row,) = self.rows(["key"], versions=[1], tags=["tag"], publish_here=True)
+        try:
+            await executor.execute(f"EXPLAIN {row.insert.sql()}", *row.arguments)
+        except asyncpg.PostgresError as error:
+            problem = self.explain(error)
+            if problem is None:
+                raise
+            raise problem from error
+        if self.refused is not None:
+            self.took_rows()
 
     async def delete(
         self,

@@ -29,7 +29,7 @@ from cacheinval import (
 from cacheinval.bus.memory import EventBus, EventChannel
 from cacheinval.cache import Read
 from cacheinval.messages import Invalidate, decode
-from cacheinval.outbox import apply_schema
+from cacheinval.outbox import apply_schema, refusals
 from cacheinval.outbox.grants import grants
 
 TABLES = """
@@ -1012,7 +1012,9 @@ async def test_a_refusal_of_the_outbox_is_told_until_it_takes_a_row(
     namespace: str,
     writes_so: Callable[[Client], Awaitable[None]],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(refusals, "SHORTEST_PAUSE", 600.0)
     caplog.set_level("INFO")
     well = {"failing": False, "since": None, "reason": None}
     await writes_so(limited)
@@ -1034,6 +1036,69 @@ async def test_a_refusal_of_the_outbox_is_told_until_it_takes_a_row(
     assert limited.status()["writing"] == well
     said = [line.split(" reason=")[0] for line in caplog.messages if line.startswith("the outbox")]
     assert said == ["the outbox refuses what is written", "the outbox takes what is written"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        ("REVOKE INSERT ON cacheinval.outbox FROM {}", "GRANT INSERT ON cacheinval.outbox TO {}"),
+        ("REVOKE USAGE ON SCHEMA cacheinval FROM PUBLIC, {}", "GRANT USAGE ON SCHEMA cacheinval TO PUBLIC"),
+        ("ALTER TABLE cacheinval.outbox RENAME tags TO t", "ALTER TABLE cacheinval.outbox RENAME t TO tags"),
+        ("ALTER TABLE cacheinval.outbox RENAME TO o", "ALTER TABLE cacheinval.o RENAME TO outbox"),
+    ],
+)
+async def test_an_instance_that_writes_no_more_finds_out_that_it_could(
+    limited: Client,
+    db: asyncpg.Connection,
+    namespace: str,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(refusals, "SHORTEST_PAUSE", 0.02)
+    asked = 0
+    ask = limited._outbox.ask
+
+    async def count(executor: Any) -> None:
+        nonlocal asked
+        asked += 1
+        await ask(executor)
+
+    monkeypatch.setattr(limited._outbox, "ask", count)
+    for _ in range(2):
+        await db.execute(fault.format(namespace))
+        with pytest.raises(DatabaseError):
+            await limited.execute(UPDATE, "a", invalidate=["k"], tags=["t"])
+        refused, known = limited.status()["writing"], asked
+        await eventually(lambda known=known: asked >= known + 3)
+        assert limited.status()["writing"] == refused
+        await db.execute(remedy.format(namespace))
+        await eventually(lambda: not limited.status()["writing"]["failing"])
+    assert (await number(db), await rows(db)) == (0, 0)
+    known = asked
+    await limited.execute(UPDATE, "a", invalidate=["k"], tags=["t"])
+    assert asked == known, "nobody asks where all is well"
+
+
+async def test_a_client_that_asks_whether_it_could_write_ends_all_the_same(
+    settings: Settings, bare: asyncpg.Connection, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "SHORTEST_PAUSE", 0.02)
+    asking: list[asyncio.Task[Any]] = []
+
+    async def hang(executor: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asking.append(task)
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(60), Client(settings) as client:
+        monkeypatch.setattr(client._outbox, "ask", hang)
+        with pytest.raises(SchemaMissingError):
+            await client.invalidate("k")
+        await eventually(lambda: asking)
+    assert [task.cancelled() for task in asking] == [True]
 
 
 async def test_errors_of_a_statement_are_no_refusal_of_the_outbox(
