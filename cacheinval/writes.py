@@ -9,24 +9,21 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 
 from cacheinval.asking import Asking
-from cacheinval.cache import running_transaction, without_cache
+from cacheinval.cache import PastCache, running_transaction
 from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_after
 from cacheinval.coherence.receipts import Question
 from cacheinval.errors import DatabaseError
-from cacheinval.outbox import Outbox, Row, combine, leaves_session
+from cacheinval.outbox import Checkout, Checkouts, Outbox, Row, combine, leaves_session
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.transactions import Invalidations, Transaction
 
 if TYPE_CHECKING:
-    from cacheinval.transactions import Connection
-
     Pool = asyncpg.Pool[asyncpg.Record]
 
 __all__ = ["Writes"]
 
-ACQUIRE_TIMEOUT = 10.0
 COMMIT_TIMEOUT = 30.0
-RELEASE_TIMEOUT = 5.0
+ROLLBACK_TIMEOUT = 5.0
 
 
 class Writes:
@@ -49,38 +46,34 @@ class Writes:
         asking: Asking,
         aside: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
-        self._pool = pool
         self._outbox = outbox
         self._publisher = publisher
         self._evict = evict
         self._asking = asking
-        self._aside = aside
-        self._writing = 0  # who has a connection, or waits for one
+        self._checkouts = Checkouts(pool, aside)
 
     @asynccontextmanager
     async def transaction(
         self, question: Question | None = None, **options: Any
     ) -> AsyncIterator[Transaction]:
         """See `Client.transaction`."""
-        async with self._connection() as connection:
-            transaction = connection.transaction(**options)
-            async with asyncio.timeout(ACQUIRE_TIMEOUT):
-                await transaction.start()
+        async with self._checkouts.transaction(options) as checkout:
+            connection = checkout.connection
             tx = Transaction(connection, self._rows, self._outbox.explain)
             try:
-                with without_cache((self, tx)):
+                with PastCache((self, tx)):
                     yield tx
                 rows, named = tx.unrecorded, tx.named
                 named.warn_if_large()
                 await self._outbox.record(connection, rows, timeout=COMMIT_TIMEOUT)
             except BaseException:
                 with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
-                    async with asyncio.timeout(RELEASE_TIMEOUT):
-                        await transaction.rollback()
+                    async with asyncio.timeout(ROLLBACK_TIMEOUT):
+                        await checkout.transaction.rollback()
                 raise
-            await self._settle(lambda: _commit(transaction), named, [*tx.rows, *rows], question)
+            await self._settle(lambda: _commit(checkout), named, [*tx.rows, *rows], question)
             if tx.leaves_session:
-                _spare_reset(connection)
+                checkout.spare_reset()
 
     @property
     def running(self) -> Transaction | None:
@@ -105,13 +98,13 @@ class Writes:
                 tx.invalidations = invalidations
             return result
         arguments = (*args, *rows[0].arguments)
-        async with self._connection() as connection:
-            call = getattr(connection, method)
+        async with self._checkouts.connection() as checkout:
+            call = getattr(checkout.connection, method)
             result = await self._settle(
                 lambda: call(combined, *arguments, timeout=timeout), invalidations, rows
             )
             if leaves_session(query):
-                _spare_reset(connection)
+                checkout.spare_reset()
             return result
 
     async def invalidate(self, invalidations: Invalidations, question: Question | None = None) -> None:
@@ -121,8 +114,8 @@ class Writes:
             async with self.transaction(question) as tx:
                 tx.invalidations = invalidations
             return
-        async with self._connection() as connection:
-            record = self._outbox.record
+        async with self._checkouts.connection() as checkout:
+            connection, record = checkout.connection, self._outbox.record
             await self._settle(
                 lambda: record(connection, rows, timeout=COMMIT_TIMEOUT), invalidations, rows, question
             )
@@ -211,56 +204,10 @@ class Writes:
             publish_here=True,
         )
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator["Connection"]:
-        pool = self._pool()
-        self._writing += 1
-        try:
-            # A deadline around it, and not `acquire(timeout=)`, which on Python 3.11 runs a task for it.
-            async with asyncio.timeout(ACQUIRE_TIMEOUT):
-                connection = await pool.acquire()
-        except BaseException as error:
-            self._writing -= 1
-            if isinstance(error, TimeoutError):
-                raise TimeoutError(
-                    f"no connection to the database in time (CACHEINVAL_DATABASE_URL): none can be made, or all "
-                    f"{pool.get_max_size()} of the pool are in use"
-                ) from error
-            raise
-        alone = False
-        try:
-            yield connection
-            alone = self._writing == 1
-        finally:
-            # To give it back takes one more round trip, in which asyncpg resets the session: who writes alone need not
-            # wait for that. Of many at once each would take a further connection meanwhile, which costs more than it
-            # saves; and after a failure what is still under way has to be cancelled first.
-            giving_back = self._give_back(pool, connection)
-            if alone:
-                self._aside(giving_back)
-            else:
-                await giving_back
 
-    async def _give_back(self, pool: "Pool", connection: "Connection") -> None:
-        # Unbounded, giving back a half-open connection would hang; after the deadline asyncpg terminates it.
-        try:
-            with suppress(TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError, OSError):
-                await pool.release(connection, timeout=RELEASE_TIMEOUT)
-        finally:
-            self._writing -= 1
-
-
-def _spare_reset(connection: "Connection") -> None:
-    spare = getattr(connection, "leave_as_it_was", None)
-    if spare is not None:  # the pool is ours
-        spare()
-
-
-async def _commit(transaction: asyncpg.transaction.Transaction) -> None:
+async def _commit(checkout: Checkout) -> None:
     try:
-        async with asyncio.timeout(COMMIT_TIMEOUT):
-            await transaction.commit()
+        async with checkout.within(COMMIT_TIMEOUT):
+            await checkout.transaction.commit()
     except TimeoutError as error:
-        raise TimeoutError(
-            f"COMMIT was not answered within {COMMIT_TIMEOUT:g} s; it may have been made"
-        ) from error
+        raise TimeoutError("COMMIT was not answered in time; it may have been made") from error

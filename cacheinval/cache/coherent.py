@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from cacheinval.cache.flights import Factory, Flights
 from cacheinval.cache.reads import BypassReason, CacheCounters, Policies, Read
 from cacheinval.cache.versions import VersionOf
-from cacheinval.cache.within import TransactionBlock, current_load, without_cache
+from cacheinval.cache.within import PastCache, current_load
 from cacheinval.clock import Clock
 from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction
 from cacheinval.errors import CacheError
@@ -206,7 +206,7 @@ class CoherentCache(ABC):
         >>> print(await client.cache.would_serve("price:abc-123"))
         None
         """
-        with without_cache():
+        with PastCache():
             return (await self.read(key, factory, model=model)).value
 
     @abstractmethod
@@ -227,8 +227,8 @@ class CoherentCache(ABC):
 
     # What the kinds of caches share
 
-    def _count_past(self, block: TransactionBlock) -> None:
-        if block.this is not None:  # an audit is no reader
+    def _count_past(self, block: PastCache) -> None:
+        if block.of is not None:  # an audit is no reader
             self.counters.bypassed("transaction")
 
     def _count_load(self, entry: Entry | None, now: float, refresh: bool) -> Literal["miss", "bypass"]:

@@ -12,7 +12,7 @@ from cacheinval.cache.flights import Factory, LoadAndStore
 from cacheinval.cache.reads import Policies, Read
 from cacheinval.cache.reloading import Reloads, Warmer
 from cacheinval.cache.versions import VersionOf
-from cacheinval.cache.within import TransactionBlock, current_load, running_within
+from cacheinval.cache.within import PastCache, current_load, running_within
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Entry, Eviction, Load
 from cacheinval.coherence.warming import LOOK_EVERY, Hot, Warming
@@ -144,7 +144,7 @@ class InProcessCache(CoherentCache):
     ) -> Read:
         """See `CoherentCache.read`. `model` is not needed here: values keep their type."""
         within = running_within()
-        if type(within) is TransactionBlock and within.open:
+        if type(within) is PastCache and within.open:
             self._count_past(within)
             return Read(await self._past(factory, model), "bypass", False)
         now = self._now()

@@ -8,7 +8,7 @@ from cacheinval.cache.coherent import MOST_LOADS, CoherentCache, Remember, check
 from cacheinval.cache.flights import Factory
 from cacheinval.cache.reads import Policies, Read
 from cacheinval.cache.versions import VersionOf
-from cacheinval.cache.within import TransactionBlock, running_within
+from cacheinval.cache.within import PastCache, running_within
 from cacheinval.clock import Clock
 from cacheinval.coherence import NO_TAGS, Coherence, Entry, Eviction, Load, Moment
 from cacheinval.errors import CacheError
@@ -108,7 +108,7 @@ class SharedCache(CoherentCache):
     ) -> Read:
         """See `CoherentCache.read`; what is returned has been through JSON on a miss as on a hit."""
         within = running_within()
-        if type(within) is TransactionBlock and within.open:
+        if type(within) is PastCache and within.open:
             self._count_past(within)
             _, value = self.as_stored(await factory(), model)
             return Read(value, "bypass", False)

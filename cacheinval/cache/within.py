@@ -1,54 +1,53 @@
 """What the code that runs now is part of: a load, or a transaction."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
 from cacheinval.coherence import Load
 
 __all__ = [
-    "TransactionBlock",
+    "PastCache",
     "current_load",
     "running_transaction",
     "running_within",
     "within",
-    "without_cache",
 ]
 
 # What the code that runs now is part of: a load (whose value inherits what it reads), or a transaction (which must see
 # its own changes, and so reads past the cache).
-within: ContextVar["Load | TransactionBlock | None"] = ContextVar("cacheinval_within", default=None)
+within: ContextVar["Load | PastCache | None"] = ContextVar("cacheinval_within", default=None)
 running_within = within.get
 
 
-class TransactionBlock:
-    """Marks what runs within a transaction, for as long as that is open: a task started there may outlive it."""
+class PastCache:
+    """Within this block `get_or_set` calls its factory and leaves the cache alone.
 
-    __slots__ = ("open", "this")
+    It says itself whether it is open: a task that was started in it may outlive it.
 
-    def __init__(self, this: Any) -> None:
+    Args:
+        of: the transaction whose block it is, if it is one's.
+    """
+
+    __slots__ = ("_token", "of", "open")
+
+    def __init__(self, of: Any = None) -> None:
+        self.of = of
+
+    def __enter__(self) -> None:
         self.open = True
-        self.this = this
+        self._token = within.set(self)
 
-
-@contextmanager
-def without_cache(transaction: Any = None) -> Iterator[None]:
-    """Within this block, of `transaction`, `get_or_set` calls its factory and leaves the cache alone."""
-    block = TransactionBlock(transaction)
-    token = within.set(block)
-    try:
-        yield
-    finally:
-        block.open = False
+    def __exit__(self, *problem: object) -> None:
+        self.open = False
         with suppress(ValueError):  # left in another context than it was entered in, as some test fixtures do
-            within.reset(token)
+            within.reset(self._token)
 
 
 def running_transaction() -> Any:
-    """What the block of `without_cache` was entered for in which this runs, if it is still open."""
+    """The transaction in whose block this runs, if that is still open."""
     block = running_within()
-    return block.this if type(block) is TransactionBlock and block.open else None
+    return block.of if type(block) is PastCache and block.open else None
 
 
 def current_load() -> Load | None:

@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass
+from functools import cache
 
 __all__ = ["Owed", "WriteOutcome", "outcome_of_error", "owed_after"]
 
@@ -36,6 +37,7 @@ def outcome_of_error(sqlstate: str | None) -> WriteOutcome:
     return WriteOutcome.ABORTED
 
 
+@cache
 def owed_after(outcome: WriteOutcome) -> Owed:
     """What follows from `outcome`.
 

@@ -34,13 +34,21 @@ class PooledConnection(asyncpg.Connection):
 
     __slots__ = ("_is_as_it_was",)
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._is_as_it_was = False
+
     def leave_as_it_was(self) -> None:
         """All that was done since it was acquired leaves the session as it was; to be called just before it is given back."""
         self._is_as_it_was = True
 
+    async def reset(self, *, timeout: float | None = None) -> None:
+        """See asyncpg: without the round trip there is nothing that could take longer."""
+        await super().reset(timeout=None if self._is_as_it_was else timeout)
+
     def get_reset_query(self) -> str:
         """See asyncpg, which asks for this as it takes the connection back, and sends nothing where it is empty."""
-        is_as_it_was, self._is_as_it_was = getattr(self, "_is_as_it_was", False), False
+        is_as_it_was, self._is_as_it_was = self._is_as_it_was, False
         return "" if is_as_it_was else super().get_reset_query()
 
 

@@ -5,8 +5,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -81,8 +80,7 @@ class Insert:
         return f"INSERT INTO cacheinval.outbox ({names}) VALUES ({', '.join(values)})"  # noqa: S608
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row to be written, by `insert`, for whose parameters `arguments` are the values."""
 
     id: UUID

@@ -29,7 +29,8 @@ from cacheinval import (
 from cacheinval.bus.memory import EventBus, EventChannel
 from cacheinval.cache import Read
 from cacheinval.messages import Invalidate, decode
-from cacheinval.outbox import apply_schema, refusals
+from cacheinval.outbox import apply_schema, checkout, refusals
+from cacheinval.outbox import pool as pools
 from cacheinval.outbox.grants import grants
 
 TABLES = """
@@ -467,7 +468,8 @@ async def test_a_commit_that_is_cancelled_is_published_and_its_row_kept(
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(writes, "RELEASE_TIMEOUT", 0.2)
+    monkeypatch.setattr(checkout, "RELEASE_TIMEOUT", 0.2)
+    monkeypatch.setattr(writes, "ROLLBACK_TIMEOUT", 0.2)
     await keep(far_client)
     deleted: list[Any] = []
 
@@ -571,7 +573,7 @@ async def test_a_statement_that_times_out_is_published_and_its_row_kept(
 
 
 async def test_a_pool_that_is_exhausted_is_named(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writes, "ACQUIRE_TIMEOUT", 0.1)
+    monkeypatch.setattr(checkout, "ACQUIRE_TIMEOUT", 0.1)
     async with AsyncExitStack() as stack:
         for _ in range(client.pool.get_max_size()):
             await stack.enter_async_context(client.pool.acquire())
@@ -579,16 +581,25 @@ async def test_a_pool_that_is_exhausted_is_named(client: Client, monkeypatch: py
             await client.execute(UPDATE, "a", invalidate=["k"])
 
 
+@pytest.mark.parametrize("whose", ["ours", "borrowed"])
 async def test_a_commit_that_is_not_answered_is_named(
-    client: Client,
+    settings: Settings,
     db: asyncpg.Connection,
+    database_url: str,
     heard: Listener,
     eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
+    whose: str,
 ) -> None:
     """Here it waits for somebody's lock on the row that a deferred constraint has COMMIT look for."""
+    monkeypatch.setattr(pools, "STATEMENT_TIMEOUT", 5.0)  # of our own, whichever statement it is
     monkeypatch.setattr(writes, "COMMIT_TIMEOUT", 0.2)
-    async with db.transaction():
+    async with AsyncExitStack() as stack:
+        pool = None
+        if whose == "borrowed":
+            pool = await stack.enter_async_context(asyncpg.create_pool(database_url, min_size=0))
+        client = await stack.enter_async_context(Client(settings, pool=pool, subscribe=False))
+        await stack.enter_async_context(db.transaction())
         await db.execute("DELETE FROM things WHERE id = 'b'")
 
         async def write() -> None:
@@ -596,11 +607,31 @@ async def test_a_commit_that_is_not_answered_is_named(
                 await tx.execute("INSERT INTO owners VALUES (1, 'b')")
                 tx.invalidate("k")
 
-        with pytest.raises(
-            TimeoutError, match=r"COMMIT was not answered within 0\.2 s; it may have been made"
-        ):
+        with pytest.raises(TimeoutError, match="COMMIT was not answered in time; it may have been made"):
             await write()
-    await eventually(lambda: heard.keys == ["k"])
+        await eventually(lambda: heard.keys == ["k"])
+
+
+async def test_a_begin_that_is_not_answered_is_named(
+    far_client: Client, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await far_client.execute(UPDATE, "a", invalidate=["warm"])
+    monkeypatch.setattr(checkout, "ACQUIRE_TIMEOUT", 0.2)
+    monkeypatch.setattr(checkout, "RELEASE_TIMEOUT", 0.2)
+    proxy.swallow("both")
+    with pytest.raises(TimeoutError, match=r"CACHEINVAL_DATABASE_URL.*or none answers"):
+        async with far_client.transaction():
+            raise AssertionError("it has not begun")
+
+
+async def test_where_no_transaction_can_begin_the_connection_is_given_back(
+    client: Client, eventually: Eventually
+) -> None:
+    for _ in range(client.pool.get_max_size() + 1):
+        with pytest.raises(ValueError, match="isolation"):
+            async with client.transaction(isolation="perfect"):
+                raise AssertionError("it has not begun")
+    await eventually(lambda: client.pool.get_idle_size() == client.pool.get_size())
 
 
 async def test_a_statement_that_fails_is_never_heard_of(

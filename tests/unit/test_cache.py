@@ -11,7 +11,7 @@ from waiting import Eventually
 
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.shared import Found
-from cacheinval.cache import InProcessCache, Read, SharedCache, without_cache
+from cacheinval.cache import InProcessCache, PastCache, Read, SharedCache
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.coherence.registration import Registration
@@ -549,7 +549,7 @@ async def test_two_factories_may_share_a_part(cache: InProcessCache) -> None:
 
 async def test_within_a_transaction_the_cache_is_left_alone(cache: InProcessCache) -> None:
     await cache.get_or_set("k", value_of("committed"))
-    with without_cache("a transaction"):
+    with PastCache("a transaction"):
         assert await cache.read("k", value_of("own change")) == Read("own change", "bypass", False)
         assert await cache.read("other", value_of("own change")) == Read("own change", "bypass", False)
     assert cache.counters.bypass_reasons == {"transaction": 2}
@@ -562,7 +562,7 @@ async def test_a_transaction_does_not_concern_other_tasks(cache: InProcessCache)
     inside, leave = asyncio.Event(), asyncio.Event()
 
     async def transaction() -> None:
-        with without_cache():
+        with PastCache():
             inside.set()
             await leave.wait()
 
@@ -588,7 +588,7 @@ async def test_a_task_that_outlives_its_transaction_gets_the_cache_back() -> Non
         await over.wait()
         return [within, (await cache.read("k", load)).outcome, (await cache.read("k", load)).outcome]
 
-    with without_cache():
+    with PastCache():
         task = asyncio.create_task(later())
         await asyncio.sleep(0)
     over.set()
@@ -755,7 +755,7 @@ class TestAHitRestsOnAnEarlierJudgement:
     async def test_a_transaction(self, proven: tuple[InProcessCache, Coherence], clock: SetClock) -> None:
         cache, coherence = proven
         await self.judged(cache, coherence, clock)
-        with without_cache():
+        with PastCache():
             assert cache.hit("k") is None
             assert await cache.get_or_set("k", value_of(2)) == 2
 

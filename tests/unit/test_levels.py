@@ -10,7 +10,7 @@ from waiting import Eventually
 from cacheinval import Client, Settings
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.shared import Found
-from cacheinval.cache import InProcessCache, Policies, Read, SharedCache, without_cache
+from cacheinval.cache import InProcessCache, PastCache, Policies, Read, SharedCache
 from cacheinval.cache.levels import TwoLevels
 from cacheinval.clock import Clock
 from cacheinval.coherence import Coherence, Entry, Eviction
@@ -222,7 +222,7 @@ async def test_who_reads_a_key_at_the_same_time_shares_one_look(cache: TwoLevels
 
 async def test_within_a_transaction_neither_is_asked(cache: TwoLevels, outside: Outside) -> None:
     await cache.read("k", refuse)
-    with without_cache("a transaction"):
+    with PastCache("a transaction"):
         assert await cache.read("k", value_of("mine")) == Read("mine", "bypass", False)
     assert cache.counters.bypass_reasons == {"transaction": 1}
     assert cache.second.counters.bypasses == 0  # nobody has looked there in vain
