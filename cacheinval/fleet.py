@@ -22,6 +22,7 @@ __all__ = [
     "Outlook",
     "Respondent",
     "ask_instances",
+    "not_asked",
     "silent_among",
     "silent_registered",
     "status_in",
@@ -52,12 +53,19 @@ def silent_among(
     registered: Iterable[Registered], answered: Collection[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """See `Client.silent_instances`."""
-    unknown = dict.fromkeys(("host", "version", "watermark_age"))
     reason = "registered in the database, and does not answer"
-    return [
-        {"id": one.id, **unknown, "state": "silent", "reason": reason}
-        for one in silent_registered(registered, answered)
-    ]
+    return [_known_by_name(one, "silent", reason) for one in silent_registered(registered, answered)]
+
+
+def not_asked(registered: Iterable[Registered]) -> list[dict[str, Any]]:
+    """All of `registered`, where nobody could be asked."""
+    reason = "registered in the database; nobody could be asked"
+    return [_known_by_name(one, "not asked", reason) for one in registered]
+
+
+def _known_by_name(one: Registered, state: str, reason: str) -> dict[str, Any]:
+    unknown = dict.fromkeys(("host", "version", "watermark_age"))
+    return {"id": one.id, **unknown, "state": state, "reason": reason}
 
 
 def silent_registered(

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cacheinval.client import Client
 from cacheinval.errors import CacheinvalError, DatabaseError, PublishError
-from cacheinval.fleet import silent_among
+from cacheinval.fleet import not_asked, silent_among
 from cacheinval.overview import Overview
 from cacheinval.verdict import Fleet, Level, Verdict, judge
 from cacheinval.verdict.fleet import SILENT_AFTER
@@ -124,7 +124,9 @@ async def _look(client: Client, fleet: Fleet, wait: float) -> _Look:
         fleet.heard(one, answered_at)
     fleet.asked(fleet.problem, answered_at)
     if isinstance(overview, Overview):
-        answered += silent_among(overview.settled, answered)
+        answered += (
+            silent_among(overview.settled, answered) if problem is None else not_asked(overview.settled)
+        )
     instances = sorted(answered, key=lambda instance: str(instance["id"]))
     return _Look(instances, judge(fleet, here, now), problem)
 
