@@ -12,7 +12,7 @@ import pytest
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
 from running import Process, Started, run
 
-from cacheinval.sandbox import RabbitMQ
+from cacheinval.sandbox import RabbitMQ, Redis
 
 pytestmark = pytest.mark.timeout(180)  # each starts several processes, and a browser
 
@@ -173,9 +173,10 @@ async def test_one_that_does_not_answer_is_named(
 
 
 async def test_open_streams_do_not_keep_a_process_from_ending(
-    browser: Browser, started: Started, settings: dict[str, object]
+    browser: Browser, started: Started, settings: dict[str, object], redis: Redis
 ) -> None:
-    process = await started.start_http("worker", **settings | {"database_url": ""}, instance_id="shop-1")
+    settings |= {"database_url": "", "cache_url": redis.url}
+    process = await started.start_http("worker", **settings, instance_id="shop-1")
     await started.until(process, "ready")
     pages = [(await look(browser, process))[0] for _ in range(2)]
     for page in pages:

@@ -132,11 +132,15 @@ class TestSignals:
         self,
         started: Started,
         settings: dict[str, object],
+        redis: Redis,
+        namespace: str,
         command: str,
         number: signal.Signals,
     ) -> None:
         if command != "serve":
             assert (await run("schema", "apply", **settings))[0] == 0
+        if command == "worker":
+            settings |= {"cache_url": redis.url, "instance_id": namespace}
         process = await started.start_http(command, **settings)
         await started.until(process, "ready")
         process.signal(number)
