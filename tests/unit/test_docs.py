@@ -182,6 +182,24 @@ def test_the_table_of_commands_has_every_command_and_option() -> None:
     assert [leaf.name for leaf in leaves if leaf not in said] == []
 
 
+def test_help_ends_with_where_to_read_on() -> None:
+    leaves = [leaf for one in CLI.commands.values() for leaf in getattr(one, "commands", {"": one}).values()]
+    pointing = [leaf for leaf in leaves if leaf.name not in ("sandbox", "demo")]
+    assert len(pointing) >= 10
+    for leaf in pointing:
+        found = re.fullmatch(r"Read on: “(.+)” in\n\n(.+)", leaf.epilog or "")
+        assert found, leaf.name
+        assert re.search(rf"^##+ {re.escape(found[1])}$", Path(found[2]).read_text(), re.MULTILINE), leaf.name
+    assert [Path(path).name for path in CLI.epilog.split("\n\n")[1:]] == [
+        "OPERATING.md",
+        "GUIDE.md",
+        "PROTOCOL.md",
+    ]
+    # A wheel has the one that stands elsewhere where the package looks for it first.
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"config/OPERATING.md": "cacheinval/OPERATING.md"}
+
+
 def test_every_target_of_make_that_is_named_exists() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
