@@ -211,6 +211,24 @@ async def test_without_javascript_it_is_a_page_that_loads_anew(
     assert watching.wrong == []
 
 
+async def test_who_finds_no_place_is_told_and_sees_how_it_is_nevertheless(
+    browser: Browser, started: Started
+) -> None:
+    process = await started.start_http("serve", broker_url="memory://", database_url="", http_port=0)
+    context = await browser.new_context()
+    await context.route("**/page/events", lambda route: route.fulfill(status=503, body="too many"))
+    page = await context.new_page()
+    await page.goto(process.url + "/", timeout=SOON)
+    told, clock = page.locator("#live"), page.locator("#about time")
+    await expect(told).to_contain_text("Too many look at this page already")
+    shown = await clock.inner_text()
+    await expect(clock).not_to_have_text(shown)
+    await context.unroute("**/page/events")
+    await expect(told).to_have_text("")
+    shown = await clock.inner_text()
+    await expect(clock).not_to_have_text(shown)
+
+
 async def test_it_can_be_turned_off(started: Started) -> None:
     settings = {"broker_url": "memory://", "database_url": "", "http_port": 0, "page": "off"}
     process = await started.start_http("serve", **settings)
