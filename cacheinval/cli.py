@@ -126,7 +126,7 @@ def relay() -> None:
 
 @app.command(epilog=_read_on("Waiting for the others", GUIDE))
 def invalidate(
-    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", show_default=False)] = None,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", show_default=False)] = None,
     tag: Annotated[
         list[str] | None, typer.Option(help="All entries that carry this tag.", show_default=False)
     ] = None,
@@ -226,9 +226,7 @@ def grant_schema(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def sandbox(
-    command: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- COMMAND...]", show_default=False)
-    ] = None,
+    command: Annotated[list[str] | None, typer.Argument(metavar="-- COMMAND", show_default=False)] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="RabbitMQ is a cluster of three nodes.")] = False,
 ) -> None:
     """Start private RabbitMQ and Postgres servers, and run COMMAND with CACHEINVAL_… pointing at them."""

@@ -22,7 +22,7 @@ __all__ = [
     "Outlook",
     "Respondent",
     "ask_instances",
-    "not_asked",
+    "known_by_name",
     "silent_among",
     "silent_registered",
     "status_in",
@@ -53,19 +53,15 @@ def silent_among(
     registered: Iterable[Registered], answered: Collection[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """See `Client.silent_instances`."""
-    reason = "registered in the database, and does not answer"
-    return [_known_by_name(one, "silent", reason) for one in silent_registered(registered, answered)]
+    return [
+        known_by_name(one, "silent", "does not answer") for one in silent_registered(registered, answered)
+    ]
 
 
-def not_asked(registered: Iterable[Registered]) -> list[dict[str, Any]]:
-    """All of `registered`, where nobody could be asked."""
-    reason = "registered in the database; nobody could be asked"
-    return [_known_by_name(one, "not asked", reason) for one in registered]
-
-
-def _known_by_name(one: Registered, state: str, reason: str) -> dict[str, Any]:
+def known_by_name(one: Registered, state: str, why: str) -> dict[str, Any]:
+    """What can be told of an instance that tells nothing itself."""
     unknown = dict.fromkeys(("host", "version", "watermark_age"))
-    return {"id": one.id, **unknown, "state": state, "reason": reason}
+    return {"id": one.id, **unknown, "state": state, "reason": f"registered in the database, and {why}"}
 
 
 def silent_registered(

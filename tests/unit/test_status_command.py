@@ -41,7 +41,7 @@ OF_AN_OLDER_VERSION: Answer = {
     "state": "suspect",
     "reason": "silence",
 }
-NOT_ASKED = "registered in the database; nobody could be asked"
+NOT_ASKED = "registered in the database, and nobody could be asked"
 
 
 class Asked:
@@ -64,6 +64,16 @@ class Asked:
         if isinstance(self.overview, Exception):
             raise self.overview
         return self.overview
+
+
+class Clock:
+    """In place of the module `time`."""
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def time(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -269,6 +279,19 @@ async def test_watching_knows_of_those_that_answer_no_more(
     watching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await watching
+
+
+async def test_the_table_calls_nobody_silent_before_the_verdict_does(
+    client: Client, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, now = Fleet(None), time.time()
+    monkeypatch.setattr(status_command, "time", clock := Clock(now))
+    asked.overview = Overview([one := Registered("shop-1", "", None)], [one])
+    for later, answers, state in ((0.0, [READY], "ready"), (1.0, [], "unknown"), (9.0, [], "silent")):
+        clock.now, asked.answers = now + later, answers
+        look = await status_command._look(client, fleet, 1.0)
+        assert [told["state"] for told in look.instances] == [state]
+        assert ("has not answered since" in look.verdict.sentence) == (state == "silent")
 
 
 async def test_watching_goes_on_without_the_broker(
