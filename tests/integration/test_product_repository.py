@@ -96,6 +96,8 @@ class TestSchema:
             await connection.execute(f"SET ROLE {role}")
             with pytest.raises(DatabaseError, match="may not use the table products") as refused:
                 await apply_schema(connection)
+            with pytest.raises(DatabaseError, match="permission denied for table products"):
+                await ProductRepository(Database(connection)).put("a", "n", ONE)
             *_, use = str(refused.value).rpartition("Let its owner run: ")
             await connection.execute(f"RESET ROLE; {use}; SET ROLE {role}")
             await apply_schema(connection)
