@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -25,11 +26,23 @@ __all__ = ["app", "main"]
 PUBLISH_PATIENCE = 2.0  # seconds that `invalidate` waits for the broker, where the row is the safety
 SILENT_WAIT = 2.0  # seconds for which `invalidate --wait` waits without a word
 
+PACKAGE = Path(__file__).parent
+GUIDE, PROTOCOL = PACKAGE / "GUIDE.md", PACKAGE / "PROTOCOL.md"
+OPERATING = PACKAGE / "OPERATING.md"
+if not OPERATING.exists():  # in a clone
+    OPERATING = PACKAGE.parent / "config" / "OPERATING.md"
+
+
+def _read_on(chapter: str, document: Path) -> str:
+    return f"Read on: “{chapter}” in\n\n{document}"
+
+
 # What a command needs is imported when it runs: --help must not wait for aio-pika and uvicorn.
 
 app = typer.Typer(
     name="cacheinval",
     help="Keeps the caches of asyncio services honest. Configured by CACHEINVAL_… environment variables.",
+    epilog=f"Read on: operating it, each call in depth, and the rules\n\n{OPERATING}\n\n{GUIDE}\n\n{PROTOCOL}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -87,7 +100,7 @@ def _options(
 ) -> None: ...
 
 
-@app.command()
+@app.command(epilog=_read_on("HTTP", PROTOCOL))
 def serve() -> None:
     """Run the product service with its cache, over HTTP."""
     from cacheinval import worker
@@ -95,7 +108,7 @@ def serve() -> None:
     raise typer.Exit(worker.serve(_settings()))
 
 
-@app.command("worker")
+@app.command("worker", epilog=_read_on("The cache outside the process", PROTOCOL))
 def work() -> None:
     """Keep a cache honest that lives outside the service (CACHEINVAL_CACHE_URL)."""
     from cacheinval import worker
@@ -103,7 +116,7 @@ def work() -> None:
     raise typer.Exit(worker.worker(_settings()))
 
 
-@app.command()
+@app.command(epilog=_read_on("Writing", PROTOCOL))
 def relay() -> None:
     """Publish what is left in the outbox, alone."""
     from cacheinval import worker
@@ -111,9 +124,9 @@ def relay() -> None:
     raise typer.Exit(worker.relay(_settings()))
 
 
-@app.command()
+@app.command(epilog=_read_on("Waiting for the others", GUIDE))
 def invalidate(
-    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", show_default=False)] = None,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", show_default=False)] = None,
     tag: Annotated[
         list[str] | None, typer.Option(help="All entries that carry this tag.", show_default=False)
     ] = None,
@@ -135,7 +148,7 @@ def invalidate(
     _run(_invalidate(_settings(), keys or [], tag or [], everything, wait))
 
 
-@app.command()
+@app.command(epilog=_read_on("May any cache be stale?", OPERATING))
 def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks.")] = 1.0,
@@ -149,7 +162,7 @@ def status(
             raise
 
 
-@app.command()
+@app.command(epilog=_read_on("Audit", PROTOCOL))
 def audit(
     sample: Annotated[int, typer.Option(min=1, max=1000, help="Entries of each instance.")] = 100,
     delay: Annotated[
@@ -171,7 +184,7 @@ def audit(
     _run(_audit(_settings(), sample, delay, wait, as_json))
 
 
-@app.command()
+@app.command(epilog=_read_on("When `doctor` is red", OPERATING))
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
@@ -179,7 +192,7 @@ def doctor(
     _run(_doctor(_settings(), as_json))
 
 
-@schema_app.command("show")
+@schema_app.command("show", epilog=_read_on("Postgres", PROTOCOL))
 def show_schema() -> None:
     """Print the SQL of the schema."""
     from cacheinval.outbox import schema_sql
@@ -187,13 +200,13 @@ def show_schema() -> None:
     print(schema_sql())
 
 
-@schema_app.command("apply")
+@schema_app.command("apply", epilog=_read_on("Deploying", OPERATING))
 def apply_schema() -> None:
     """Make or update the schema; may be run again and again."""
     _run(_apply_schema(_settings()))
 
 
-@schema_app.command("grant")
+@schema_app.command("grant", epilog=_read_on("Postgres", PROTOCOL))
 def grant_schema(
     role: Annotated[str, typer.Argument(help="A role that is a client, a worker or a relay.")],
     only_print: Annotated[bool, typer.Option("--print", help="Print the SQL, and run nothing.")] = False,
@@ -213,9 +226,7 @@ def grant_schema(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def sandbox(
-    command: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- COMMAND...]", show_default=False)
-    ] = None,
+    command: Annotated[list[str] | None, typer.Argument(metavar="-- COMMAND", show_default=False)] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="RabbitMQ is a cluster of three nodes.")] = False,
 ) -> None:
     """Start private RabbitMQ and Postgres servers, and run COMMAND with CACHEINVAL_… pointing at them."""

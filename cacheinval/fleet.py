@@ -22,6 +22,7 @@ __all__ = [
     "Outlook",
     "Respondent",
     "ask_instances",
+    "known_by_name",
     "silent_among",
     "silent_registered",
     "status_in",
@@ -52,12 +53,15 @@ def silent_among(
     registered: Iterable[Registered], answered: Collection[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """See `Client.silent_instances`."""
-    unknown = dict.fromkeys(("host", "version", "watermark_age"))
-    reason = "registered in the database, and does not answer"
     return [
-        {"id": one.id, **unknown, "state": "silent", "reason": reason}
-        for one in silent_registered(registered, answered)
+        known_by_name(one, "silent", "does not answer") for one in silent_registered(registered, answered)
     ]
+
+
+def known_by_name(one: Registered, state: str, why: str) -> dict[str, Any]:
+    """What can be told of an instance that tells nothing itself."""
+    unknown = dict.fromkeys(("host", "version", "watermark_age"))
+    return {"id": one.id, **unknown, "state": state, "reason": f"registered in the database, and {why}"}
 
 
 def silent_registered(

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from cacheinval.client import Client
 from cacheinval.errors import CacheinvalError, DatabaseError, PublishError
-from cacheinval.fleet import silent_among
+from cacheinval.fleet import known_by_name, silent_registered
 from cacheinval.overview import Overview
 from cacheinval.verdict import Fleet, Level, Verdict, judge
-from cacheinval.verdict.fleet import SILENT_AFTER
+from cacheinval.verdict.fleet import SILENT_AFTER, Condition
 from cacheinval.verdict.reports import understand
 
 __all__ = ["status", "watch"]
@@ -124,9 +124,23 @@ async def _look(client: Client, fleet: Fleet, wait: float) -> _Look:
         fleet.heard(one, answered_at)
     fleet.asked(fleet.problem, answered_at)
     if isinstance(overview, Overview):
-        answered += silent_among(overview.settled, answered)
+        answered += _unheard(overview, answered, fleet, now)
     instances = sorted(answered, key=lambda instance: str(instance["id"]))
     return _Look(instances, judge(fleet, here, now), problem)
+
+
+def _unheard(overview: Overview, answered: Instances, fleet: Fleet, now: float) -> list[dict[str, Any]]:
+    """Those that are registered and have not answered, each called as the verdict calls it."""
+    silent = {member.id for member in fleet if fleet.condition(member, now) is Condition.SILENT}
+    found = []
+    for one in silent_registered(overview.settled, answered):
+        if fleet.problem is not None:
+            found.append(known_by_name(one, "not asked", "nobody could be asked"))
+        elif one.id in silent:
+            found.append(known_by_name(one, "silent", "does not answer"))
+        else:
+            found.append(known_by_name(one, "unknown", "has not answered yet"))
+    return found
 
 
 async def _overview(client: Client) -> Overview | str | None:

@@ -159,6 +159,9 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
 async def _worker(settings: Settings, stop: asyncio.Event) -> None:
     if settings.broker_url.startswith("memory:"):
         logs.event(log, logging.WARNING, "memory:// brings nothing from other processes", broker="memory://")
+    if settings.cache_url.startswith("memory:"):
+        line = "nobody reads what a worker keeps in its own memory: set CACHEINVAL_CACHE_URL"
+        logs.event(log, logging.WARNING, line, cache="memory://")
     listener = _listen_if_possible(settings)
     client = Client(settings)
     monitoring = Monitoring(client, partial(_readiness_of_worker, client), _page(client))

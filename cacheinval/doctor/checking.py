@@ -57,7 +57,7 @@ class Checks:
 
         def line() -> str:
             names = [name for checks in (self, *others) for name in checks._running]
-            return f"cacheinval: checking {', '.join(names)} …"
+            return f"cacheinval: checking {', '.join(names) or 'ticks'} …"
 
         async def tell() -> None:
             await asyncio.sleep(QUIET)

@@ -199,12 +199,15 @@ CREATE OR REPLACE FUNCTION cacheinval.note_tracked(target regclass) RETURNS void
         ON CONFLICT DO NOTHING
 $$;
 
--- Forgets what has no trigger any more.
+-- Forgets what has no trigger any more. That its triggers are gone may be an accident, which nobody but the table's owner may
+-- hide. It runs as its owner, so that who calls it can only be told by the session.
 CREATE OR REPLACE FUNCTION cacheinval.forget_tracked(target regclass) RETURNS void
     LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     DELETE FROM cacheinval.tracked AS noted
         WHERE noted.target IN (SELECT cacheinval.with_children(forget_tracked.target)) AND NOT EXISTS (
             SELECT FROM pg_trigger WHERE tgrelid = noted.target AND tgfoid = 'cacheinval.record_change()'::regprocedure
+        ) AND NOT EXISTS (
+            SELECT FROM pg_class WHERE oid = noted.target AND NOT pg_has_role(session_user, relowner, 'MEMBER')
         )
 $$;
 
@@ -297,6 +300,9 @@ DECLARE
     member regclass;
     name text;
 BEGIN
+    IF NOT pg_has_role(current_user, (SELECT relowner FROM pg_class WHERE oid = target), 'USAGE') THEN
+        RAISE EXCEPTION 'must be owner of table %', target USING ERRCODE = 'insufficient_privilege';
+    END IF;
     FOR member, name IN
         SELECT tgrelid, tgname FROM pg_trigger
         WHERE tgrelid IN (SELECT cacheinval.with_children(target)) AND tgfoid = 'cacheinval.record_change()'::regprocedure

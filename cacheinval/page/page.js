@@ -4,24 +4,52 @@
 
 const LOST_AFTER = 4000; // ms without anything
 const BEGIN_AGAIN_AFTER = 12000; // a connection may be dead without an error
+const POLL_AFTER = 2000;
+const POLLS = 2; // before it asks for a stream again: as long as a refusal says (Retry-After)
+const PARTS = ["about", "verdict", "fleet", "lag", "writes"];
 let heard = Date.now();
 let begun = Date.now();
+let refused = false;
 let stream;
 
 function connect() {
   begun = Date.now();
   stream = new EventSource("page/events");
   stream.onmessage = (event) => {
-    heard = Date.now();
+    refused = false;
     show(JSON.parse(event.data));
   };
   stream.onerror = () => {
     // What ends is begun again by the browser; what is refused is not.
-    if (stream.readyState === EventSource.CLOSED) setTimeout(connect, 2000);
+    if (stream.readyState === EventSource.CLOSED) poll();
   };
 }
 
+// Loads the page again and again, until it is time to ask for a stream.
+async function poll() {
+  for (let left = POLLS; left > 0; left--) {
+    await new Promise((done) => setTimeout(done, POLL_AFTER));
+    if (!(await load())) break;
+  }
+  connect();
+}
+
+async function load() {
+  try {
+    const answer = await fetch(".", { signal: AbortSignal.timeout(LOST_AFTER) });
+    if (!answer.ok) return false;
+    const drawn = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const parts = Object.fromEntries(PARTS.map((id) => [id, drawn.getElementById(id).innerHTML]));
+    refused = true;
+    show({ title: drawn.title, level: drawn.documentElement.dataset.level, parts });
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 function show(view) {
+  heard = Date.now();
   document.title = view.title;
   const root = document.documentElement;
   if (root.dataset.level !== view.level) {
@@ -74,18 +102,18 @@ function become(here, wanted) {
 // A page that shows what was, and not what is, says so.
 function told() {
   const lost = Date.now() - heard > LOST_AFTER;
-  const root = document.documentElement;
-  if (root.classList.toggle("lost", lost) !== Boolean(document.getElementById("live").textContent)) {
-    const since = new Date(heard).toISOString().slice(11, 19);
-    document.getElementById("live").textContent = lost
-      ? `This page has heard nothing from its server since ${since} UTC: what is below is as of then.`
-      : "";
-  }
+  document.documentElement.classList.toggle("lost", lost);
+  const since = new Date(heard).toISOString().slice(11, 19);
+  let words = "";
+  if (refused) words = `Too many look at this page already, or something on the way refuses its stream: it is loaded again every ${POLL_AFTER / 1000} s instead.`;
+  if (lost) words = `This page has heard nothing from its server since ${since} UTC: what is below is as of then.`;
+  const live = document.getElementById("live");
+  if (live.textContent !== words) live.textContent = words;
 }
 
 function look() {
   told();
-  if (Date.now() - Math.max(heard, begun) > BEGIN_AGAIN_AFTER) {
+  if (stream.readyState !== EventSource.CLOSED && Date.now() - Math.max(heard, begun) > BEGIN_AGAIN_AFTER) {
     stream.close();
     connect();
   }

@@ -32,8 +32,8 @@ _ASSETS = {
 PATHS = ("/", EVENTS, *_ASSETS)
 
 MOST_STREAMS = 32
-STREAM_SECONDS = 300.0
-"""A stream ends then, and its page begins another: whatever has become of whoever looked."""
+STREAM_SECONDS = 30.0
+"""A stream ends then, and its page begins another: whoever has gone without a word holds a place no longer than that."""
 
 SEND_WITHIN = 10.0
 """Seconds after which a viewer that takes nothing is given up."""
@@ -97,11 +97,13 @@ class Page:
         refusal = None
         if dict(scope["headers"]).get(b"sec-fetch-site", b"same-origin") not in (b"same-origin", b"none"):
             refusal = 403, b"accepted: requests of this page\n"
-        elif self._closing.is_set() or self._streams >= MOST_STREAMS:
-            refusal = 503, b"too many look at this page already, or it is about to go away\n"
+        elif self._closing.is_set():
+            refusal = 503, b"this process is about to end\n"
+        elif self._streams >= MOST_STREAMS:
+            refusal = 503, f"{MOST_STREAMS} look at this page already: load it again and again\n".encode()
         if refusal is not None:
             await _answer(
-                send, refusal[0], "text/plain; charset=utf-8", refusal[1], ("retry-after", "10"), head=head
+                send, refusal[0], "text/plain; charset=utf-8", refusal[1], ("retry-after", "4"), head=head
             )
             return
         await _start(send, 200, ("content-type", "text/event-stream"), ("x-accel-buffering", "no"))

@@ -43,15 +43,44 @@ _UNAVAILABLE = (
     asyncpg.InvalidCatalogNameError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.UndefinedTableError,
+    asyncpg.InsufficientPrivilegeError,
 )
+
+
+_MAY_USE = """
+SELECT bool_and(has_table_privilege(name, privilege))
+FROM (VALUES ('products'), ('product_tombstones')) AS tables (name), unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS privilege
+WHERE (name, privilege) <> ('product_tombstones', 'DELETE')
+"""
 
 
 async def apply_schema(connection: Any) -> None:
     """Makes the table `products` where it is missing; any number of processes may do this at once.
 
     Raises:
+        DatabaseError: this role may not make it, or not use it; says which rights it needs.
         asyncpg.PostgresError: it could not be made.
     """
+    role, place, may_create = await connection.fetchrow(
+        "SELECT quote_ident(current_user), quote_ident(current_schema()), has_schema_privilege(current_schema(), 'CREATE')"
+    )
+    grants = (
+        f"GRANT SELECT, INSERT, UPDATE ON products, product_tombstones TO {role}; "
+        f"GRANT DELETE ON products TO {role}"
+    )
+    try:
+        await _make_schema(connection)
+    except asyncpg.InsufficientPrivilegeError as error:
+        otherwise = "" if may_create else f"; or run: GRANT CREATE ON SCHEMA {place} TO {role}"
+        raise DatabaseError(
+            f"role {role} may not make the table products and its triggers: {error}. Start `cacheinval serve` once as a "
+            f"role that may, and let it run: {grants}{otherwise}"
+        ) from error
+    if not await connection.fetchval(_MAY_USE):
+        raise DatabaseError(f"role {role} may not use the table products. Let its owner run: {grants}")
+
+
+async def _make_schema(connection: Any) -> None:
     if await _has_schema(connection):
         return
     async with connection.transaction():

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ class RabbitMQ(Server):
     url_form = "amqp://guest:guest@{host}:{port}/"
     port_names = ("main", "tls", "distribution")
     boot_timeout = 60.0
+    tools: ClassVar[Sequence[str]] = ("rabbitmqctl", "rabbitmq-diagnostics", "rabbitmq-streams")
 
     # All that a client says before it may open a channel, in one go: the protocol's header, then StartOk, TuneOk (one
     # channel, frames of 128 KiB, no heartbeat) and Open, each a method frame. Ready is who answers OpenOk.
@@ -108,13 +110,17 @@ class RabbitMQ(Server):
         self._need_tls()
         return self.folder / "ca.pem"
 
+    @property
+    def rabbitmqctl(self) -> Path:
+        """A script that is rabbitmqctl for this node, from any shell of its owner; beside it are the other `tools`."""
+        return self.folder / "bin" / "rabbitmqctl"
+
     async def ctl(self, *arguments: str, timeout: float = 60.0) -> str:
         """Run rabbitmqctl with these arguments on this node and return its stdout.
 
         Raises SandboxError, with what it said, if it fails or takes longer than `timeout` seconds.
         """
-        program = Path(self.program("rabbitmq-server")).with_name("rabbitmqctl")
-        return await self._run([str(program), "--quiet", *arguments], timeout)
+        return await self._run([str(self.rabbitmqctl), "--quiet", *arguments], timeout)
 
     async def close(self) -> None:
         """Kill the server, and the epmd that is its own, for good and give the ports back."""
@@ -136,8 +142,20 @@ class RabbitMQ(Server):
             cookie.write_text(shared or secrets.token_hex(16))
         if self._tls and not self.ca_file.exists():
             await self._make_certificates()
+        self._write_tools()
         (self.folder / "enabled_plugins").write_text("[].\n")
         (self.folder / "rabbitmq.conf").write_text("\n".join(self._settings()) + "\n")
+
+    def _write_tools(self) -> None:
+        """Scripts that know name, cookie and ports: a tool by itself would look for another node, of the host."""
+        self.rabbitmqctl.parent.mkdir(exist_ok=True)
+        variables = [f"{name}={value}" for name, value in self._whole_environment().items()]
+        for name in self.tools:
+            program = Path(self.program("rabbitmq-server")).with_name(name)
+            command = shlex.join(["/usr/bin/env", "-i", *variables, str(program)])
+            script = self.rabbitmqctl.with_name(name)
+            script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+            script.chmod(0o700)
 
     def _settings(self) -> list[str]:
         settings = [

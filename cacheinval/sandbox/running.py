@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-from cacheinval.sandbox import Sandbox
+from cacheinval.sandbox import RabbitMQ, Sandbox
 
 __all__ = ["run"]
 
@@ -57,6 +57,8 @@ class _Session:
                 await self._sandbox.open()
             for server in self._sandbox.servers:
                 print(f"{server.name:9}  {server.boot_seconds:4.1f} s  {server.url}", file=sys.stderr)
+                if isinstance(server, RabbitMQ):
+                    print(f"{'':19}{shlex.quote(str(server.rabbitmqctl))} list_queues", file=sys.stderr)
             if self._command:
                 return await self._run_command()
             for name, value in self._sandbox.environment().items():

@@ -61,11 +61,11 @@ def _suspect(seen: Seen) -> Verdict | None:
     first = reports[0]
     why = short(first.why or "no reason was given")
     if len(reports) == 1:
-        said = f"{first.id} may be stale since {clock_time(first.since)}: {why}."
+        said = f"{first.id} may be stale{_since(first.since)}: {why}."
         detail = f"Meanwhile it {_meanwhile(first)}."
     else:
         since = min((report.since for report in reports if report.since is not None), default=None)
-        said = f"{seen.named(suspect)} may be stale, the first since {clock_time(since)}: {why}."
+        said = f"{seen.named(suspect)} may be stale{_since(since, ', the first since')}: {why}."
         laxest = max(reports, key=lambda report: report.settings.max_staleness or SUSPECT_AGE)
         detail = f"Meanwhile they {_meanwhile(laxest, many=True)}."
     if seen.fleet.problem is not None and len(seen.fleet) > len(suspect):
@@ -74,6 +74,11 @@ def _suspect(seen: Seen) -> Verdict | None:
     return Verdict(
         Level.BAD, said, detail, _steps(*(step for report in reports for step in causes.of_suspect(report)))
     )
+
+
+def _since(moment: float | None, word: str = " since") -> str:
+    """Nothing where nobody knows: a single look cannot tell how long it has been so."""
+    return "" if moment is None else f"{word} {clock_time(moment)}"
 
 
 def _meanwhile(report: Report, *, many: bool = False) -> str:
@@ -124,9 +129,10 @@ def _asking_fails(seen: Seen, level: Level) -> Verdict | None:
         detail += (
             "An instance that hears nothing of the broker reads the database, and serves only what is young."
         )
+    since = None if fleet.asking_once else fleet.problem_since
     return Verdict(
         level,
-        f"Nobody can be asked from here since {clock_time(fleet.problem_since)}: {short(fleet.problem)}.",
+        f"Nobody can be asked from here{_since(since)}: {short(fleet.problem)}.",
         detail.strip(),
         _steps(remedies.broker(fleet.problem, seen.here.url), DOCTOR),
     )
@@ -139,7 +145,9 @@ def _silent(seen: Seen) -> Verdict | None:
     first = silent[0]
     if len(silent) == 1:
         since = first.seen_at if first.heard_at is None else first.heard_at
-        said = f"{first.id} has not answered since {clock_time(since)}: it may be stale, cut off, or gone."
+        once = seen.fleet.asking_once
+        does_not = "does not answer" if once else f"has not answered since {clock_time(since)}"
+        said = f"{first.id} {does_not}: it may be stale, cut off, or gone."
     else:
         said = f"{seen.named(silent)} do not answer: they may be stale, cut off, or gone."
     registered = [member for member in silent if member.registered]

@@ -12,7 +12,7 @@ import pytest
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
 from running import Process, Started, run
 
-from cacheinval.sandbox import RabbitMQ
+from cacheinval.sandbox import RabbitMQ, Redis
 
 pytestmark = pytest.mark.timeout(180)  # each starts several processes, and a browser
 
@@ -173,9 +173,10 @@ async def test_one_that_does_not_answer_is_named(
 
 
 async def test_open_streams_do_not_keep_a_process_from_ending(
-    browser: Browser, started: Started, settings: dict[str, object]
+    browser: Browser, started: Started, settings: dict[str, object], redis: Redis
 ) -> None:
-    process = await started.start_http("worker", **settings | {"database_url": ""}, instance_id="shop-1")
+    settings |= {"database_url": "", "cache_url": redis.url}
+    process = await started.start_http("worker", **settings, instance_id="shop-1")
     await started.until(process, "ready")
     pages = [(await look(browser, process))[0] for _ in range(2)]
     for page in pages:
@@ -208,6 +209,24 @@ async def test_without_javascript_it_is_a_page_that_loads_anew(
     shown = await page.locator("#about time").inner_text()
     await expect(page.locator("#about time")).not_to_have_text(shown)
     assert watching.wrong == []
+
+
+async def test_who_finds_no_place_is_told_and_sees_how_it_is_nevertheless(
+    browser: Browser, started: Started
+) -> None:
+    process = await started.start_http("serve", broker_url="memory://", database_url="", http_port=0)
+    context = await browser.new_context()
+    await context.route("**/page/events", lambda route: route.fulfill(status=503, body="too many"))
+    page = await context.new_page()
+    await page.goto(process.url + "/", timeout=SOON)
+    told, clock = page.locator("#live"), page.locator("#about time")
+    await expect(told).to_contain_text("Too many look at this page already")
+    shown = await clock.inner_text()
+    await expect(clock).not_to_have_text(shown)
+    await context.unroute("**/page/events")
+    await expect(told).to_have_text("")
+    shown = await clock.inner_text()
+    await expect(clock).not_to_have_text(shown)
 
 
 async def test_it_can_be_turned_off(started: Started) -> None:

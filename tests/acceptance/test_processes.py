@@ -103,6 +103,7 @@ class TestTheJob:
         await reader.eventually_logged("evicted", seq=2)
         assert await started.read(reader, "kettle") == ("2", "cacheinval; fwd=miss; stored")
         assert (await started.get(reader, "/products/kettle")).json() == answer.json()
+        assert not [line for line in worker.log if "CACHEINVAL_CACHE_URL" in line["event"]]
 
     async def test_ten_start_at_once_on_an_empty_database(
         self, started: Started, settings: dict[str, object]
@@ -131,11 +132,15 @@ class TestSignals:
         self,
         started: Started,
         settings: dict[str, object],
+        redis: Redis,
+        namespace: str,
         command: str,
         number: signal.Signals,
     ) -> None:
         if command != "serve":
             assert (await run("schema", "apply", **settings))[0] == 0
+        if command == "worker":
+            settings |= {"cache_url": redis.url, "instance_id": namespace}
         process = await started.start_http(command, **settings)
         await started.until(process, "ready")
         process.signal(number)
@@ -397,7 +402,12 @@ class TestConfiguration:
             assert f"CACHEINVAL_HTTP_PORT={port}" in line
             worker = await started.start_http("worker", **settings)
             assert (await started.get(worker, "/healthz")).status_code == 200
-            assert [line["level"] for line in worker.logged("listening on another port")] == ["WARNING"]
+            warnings = [line["event"] for line in worker.log if line["level"] == "WARNING"]
+            assert warnings == [
+                "memory:// brings nothing from other processes",
+                "nobody reads what a worker keeps in its own memory: set CACHEINVAL_CACHE_URL",
+                "listening on another port",
+            ]
 
     async def test_a_service_in_one_process_needs_no_server(self, started: Started) -> None:
         service = await started.start_http("serve", broker_url="memory://", database_url="", http_port=0)

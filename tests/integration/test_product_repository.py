@@ -81,15 +81,34 @@ class TestSchema:
             changed, created = await products.put("old", "n", ONE)
             assert (changed.version, created) == (8, False)
 
-    async def test_a_role_without_the_right_is_told_so(self, database_url: str) -> None:
+    async def test_a_role_without_a_right_is_told_what_to_grant(self, database_url: str) -> None:
         connection = await asyncpg.connect(database_url)
         role = f"nobody_{database_url.rpartition('/')[2]}"
         try:
-            await connection.execute(f"CREATE ROLE {role}; SET ROLE {role}")
-            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute(f"CREATE ROLE {role}; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+            await connection.execute(f"SET ROLE {role}")
+            with pytest.raises(DatabaseError, match="may not make the table products") as refused:
                 await apply_schema(connection)
+            *_, make = str(refused.value).rpartition("or run: ")
+            assert make == f"GRANT CREATE ON SCHEMA public TO {role}"
+            await connection.execute("RESET ROLE")
+            await apply_schema(connection)
+            await connection.execute(f"SET ROLE {role}")
+            with pytest.raises(DatabaseError, match="may not use the table products") as refused:
+                await apply_schema(connection)
+            with pytest.raises(DatabaseError, match="permission denied for table products"):
+                await ProductRepository(Database(connection)).put("a", "n", ONE)
+            *_, use = str(refused.value).rpartition("Let its owner run: ")
+            await connection.execute(f"RESET ROLE; {use}; SET ROLE {role}")
+            await apply_schema(connection)
+            await connection.execute("INSERT INTO products VALUES ('a', 'n', 1, 1); DELETE FROM products")
+            await connection.execute(
+                "RESET ROLE; DROP TABLE products, product_tombstones;"
+                f"DROP FUNCTION product_version_next, product_version_kept; {make}; SET ROLE {role}"
+            )
+            await apply_schema(connection)
         finally:
-            await connection.execute(f"RESET ROLE; DROP ROLE {role}")
+            await connection.execute(f"RESET ROLE; DROP OWNED BY {role} CASCADE; DROP ROLE {role}")
             await connection.close()
 
 

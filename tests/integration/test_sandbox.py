@@ -29,6 +29,7 @@ from cacheinval.sandbox import (
     Sandbox,
     Server,
     processes,
+    running,
     server,
 )
 from cacheinval.sandbox.processes import living
@@ -74,6 +75,30 @@ async def test_rabbitmqctl(rabbitmq: RabbitMQ) -> None:
     assert "amq.fanout\tfanout" in await rabbitmq.ctl("list_exchanges")
     with pytest.raises(SandboxError, match=r"rabbitmqctl --quiet delete_queue nowhere.* ended with code \d+"):
         await rabbitmq.ctl("delete_queue", "nowhere")
+
+
+async def test_what_is_printed_reaches_the_broker_from_any_shell(
+    rabbitmq: RabbitMQ, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Started:
+        servers = (rabbitmq,)
+
+        async def open(self) -> None: ...
+        async def close(self) -> None: ...
+        def environment(self) -> dict[str, str]:
+            return {}
+
+    monkeypatch.setattr(running, "Sandbox", lambda *_, **__: Started())
+    assert await running.run(["true"]) == 0
+    line = capsys.readouterr().err.splitlines()[1]
+    of_others = {"PATH": "/usr/bin:/bin", "HOME": "/", "RABBITMQ_NODENAME": "else@nowhere"}
+    of_others["ERL_FLAGS"] = "-start_epmd false"  # a script that lets these through must not leave one behind
+    for command in (line, line.replace("rabbitmqctl list_queues", "rabbitmq-diagnostics alarms")):
+        done = await asyncio.to_thread(
+            subprocess.run, command, shell=True, env=of_others, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"Node {rabbitmq.node}" in done.stdout or "Listing queues" in done.stdout
 
 
 async def test_postgres_answers_and_keeps_what_it_acknowledged(database_url: str) -> None:

@@ -548,6 +548,28 @@ async def test_only_the_owner_may_track(db: Connection, role: str) -> None:
     assert await taken(db) == EVERYTHING | {"a": None}
 
 
+async def test_only_the_owner_may_hide_that_triggers_are_gone(db: Connection, role: str) -> None:
+    await track(db, "'items', '{id}'")
+    for event in ("insert", "update", "delete", "truncate"):
+        name = await db.fetchval(
+            "SELECT tgname FROM pg_trigger WHERE tgrelid = 'items'::regclass AND tgname LIKE $1",
+            f"cacheinval_{event}_%",
+        )
+        await db.execute(f"DROP TRIGGER {name} ON items")
+    gone = [("items", 0)]
+    for owner in ("postgres", role):
+        await db.execute(f"ALTER TABLE items OWNER TO {owner}; SET SESSION AUTHORIZATION {role}")
+        await db.execute("SELECT cacheinval.forget_tracked('items')")
+        if owner != role:
+            with pytest.raises(
+                asyncpg.InsufficientPrivilegeError, match=r"must be owner of table public\.items"
+            ):
+                await db.execute("SELECT cacheinval.untrack('items')")
+        await db.execute("RESET SESSION AUTHORIZATION")
+        left = await db.fetch("SELECT relation::text, triggers FROM cacheinval.tracking()")
+        assert [tuple(row) for row in left] == ([] if owner == role else gone)
+
+
 async def test_columns_whose_text_runs_code_lend_nobody_rights(db: Connection, role: str) -> None:
     """The trigger casts a column of a type made by its table's owner, who would like the rights of the schema's."""
     await db.execute(f"GRANT CREATE ON SCHEMA public TO {role}; SET ROLE {role}")

@@ -22,7 +22,7 @@ from cacheinval.bus.consuming import DEAD_LETTER_QUEUE, DURABLE_QUEUE
 from cacheinval.cli import app
 from cacheinval.monitoring import PATHS
 from cacheinval.outbox import SCHEMA_VERSION, schema_sql
-from cacheinval.page import EVENTS
+from cacheinval.page import EVENTS, serving
 from cacheinval.settings import PREFIX
 
 CLI: Any = typer.main.get_command(app)
@@ -180,6 +180,33 @@ def test_the_table_of_commands_has_every_command_and_option() -> None:
             assert set(re.findall(r"--[a-z]+", " ".join(rest))) == options, code
     leaves = [leaf for one in CLI.commands.values() for leaf in getattr(one, "commands", {"": one}).values()]
     assert [leaf.name for leaf in leaves if leaf not in said] == []
+
+
+def test_the_bounds_of_the_page_are_those_of_its_code() -> None:
+    told = section(PROTOCOL, "The page")
+    assert f"{serving.MOST_STREAMS} may look at a time" in told
+    assert (
+        f"takes nothing for {serving.SEND_WITHIN:g} s is ended, and each after {serving.STREAM_SECONDS:g} s"
+        in told
+    )
+
+
+def test_help_ends_with_where_to_read_on() -> None:
+    leaves = [leaf for one in CLI.commands.values() for leaf in getattr(one, "commands", {"": one}).values()]
+    pointing = [leaf for leaf in leaves if leaf.name not in ("sandbox", "demo")]
+    assert len(pointing) >= 10
+    for leaf in pointing:
+        found = re.fullmatch(r"Read on: “(.+)” in\n\n(.+)", leaf.epilog or "")
+        assert found, leaf.name
+        assert re.search(rf"^##+ {re.escape(found[1])}$", Path(found[2]).read_text(), re.MULTILINE), leaf.name
+    assert [Path(path).name for path in CLI.epilog.split("\n\n")[1:]] == [
+        "OPERATING.md",
+        "GUIDE.md",
+        "PROTOCOL.md",
+    ]
+    # A wheel has the one that stands elsewhere where the package looks for it first.
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"config/OPERATING.md": "cacheinval/OPERATING.md"}
 
 
 def test_every_target_of_make_that_is_named_exists() -> None:

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import re
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from waiting import Eventually
 
 from cacheinval.client import Client
@@ -287,7 +289,8 @@ class TestStream:
         await eventually(lambda: all(viewer.seen for viewer in viewers))
         refused = Viewer(page)
         await refused.task
-        assert (refused.status, refused.headers["retry-after"]) == (503, "10")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "4")
+        assert refused.body == b"3 look at this page already: load it again and again\n"
         viewers[0].gone.set()
         await viewers[0].task
         welcome = Viewer(page)
@@ -316,6 +319,39 @@ class TestStream:
         viewer = Viewer(page)
         await eventually(viewer.task.done)
         assert (viewer.ended, page._streams) == (True, 0)
+
+    async def test_who_is_there_and_takes_nothing_holds_its_place_for_a_while_only(
+        self, page: Page, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+    ) -> None:
+        """As the server sees one whose host is gone: a connection that stands, and of which nothing is heard."""
+        monkeypatch.setattr(serving, "MOST_STREAMS", 1)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            web = uvicorn.Server(uvicorn.Config(page, lifespan="off", log_config=None))
+            running = asyncio.create_task(web.serve([listener]))
+            idle, took_it = await self._ask(port)
+            refused, answer = await self._ask(port)
+            assert (took_it.split()[1], answer.split()[1]) == (b"200", b"503")
+            idle.close()
+            await eventually(lambda: page._streams == 0, timeout=30)
+            monkeypatch.setattr(serving, "STREAM_SECONDS", 0.2)
+            still_idle, took_it = await self._ask(port)
+            assert took_it.split()[1] == b"200"
+            await eventually(lambda: page._streams == 0, timeout=30)
+            welcome, answer = await self._ask(port)
+            assert answer.split()[1] == b"200"
+            for one in (refused, still_idle, welcome):
+                one.close()
+            web.should_exit = True
+            await page.close()
+            await asyncio.wait_for(running, 30)
+
+    async def _ask(self, port: int) -> tuple[asyncio.StreamWriter, bytes]:
+        """A viewer that reads the first line of its answer and nothing after that."""
+        async with asyncio.timeout(30):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=64)
+            writer.write(f"GET {EVENTS} HTTP/1.1\r\nHost: one\r\n\r\n".encode())
+            return writer, await reader.readline()
 
     async def test_closing_ends_all_of_them_at_once(self, watched: Watched, eventually: Eventually) -> None:
         page = Page(watched)
