@@ -90,8 +90,7 @@ class Row(NamedTuple):
     """That of the write, where it is traced; among the arguments, too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Why the outbox takes no rows, and since when: each write that says what it makes stale fails by that."""
 
     since: float
