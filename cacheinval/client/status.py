@@ -60,11 +60,7 @@ class Status:
     @property
     def watermark_age(self) -> float | None:
         """See `Client.watermark_age`."""
-        return self._age(self.coherence.proof.watermark)
-
-    def _age(self, moment: float) -> float | None:
-        age = self.clock.now() - moment
-        return max(0.0, age) if age < float("inf") else None
+        return _age(self.coherence.proof.watermark, self.clock.now())
 
     @property
     def _warmer(self) -> Warmer | None:
@@ -73,6 +69,8 @@ class Status:
     def told(self) -> dict[str, Any]:
         """See `Client.status`."""
         reason, gap, refused = self.coherence.suspect, self.coherence.last_gap, self.outbox.refused
+        # One for all ages: whoever compares them with others' has the moments that they are of.
+        now = self.clock.now()
         broker, cache = getattr(self.bus(), "state", None), self.cache.counters
         reads = cache.hits + cache.misses + cache.bypasses
         return {
@@ -85,9 +83,9 @@ class Status:
             "reason": reason,
             "since": self.instance.since,
             "started_at": self.started_at,
-            "now": self.clock.now(),
-            "watermark_age": self.watermark_age,
-            "tick_age": self._age(self.coherence.proof.checked_until),
+            "now": now,
+            "watermark_age": _age(self.coherence.proof.watermark, now),
+            "tick_age": _age(self.coherence.proof.checked_until, now),
             "max_staleness": self.settings.max_staleness,
             "tick_refused": self.coherence.proof.refused,
             "source": self.coherence.proof.source,
@@ -143,6 +141,10 @@ class Status:
         if self.relay is not None:
             counters["relay"] = self.relay.counters
         return counters
+
+
+def _age(moment: float, now: float) -> float | None:
+    return max(0.0, now - moment) if now - moment < float("inf") else None
 
 
 def _counted(counters: object) -> dict[str, Any]:

@@ -52,10 +52,12 @@ def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
     if wrong is not None and wrong.report is not None:
         step = f"run a time service (chrony) on {wrong.report.host or 'its host'} and here"
         return f"the clock of {wrong.id} is at least {wrong.ahead:.0f} s ahead of this one", step
-    if len(late) < len(seen.present):
+    if any(map(seen.fleet.cut_off, late)):
         who = "it" if len(late) == 1 else "them"
         step = "see its log, and its connection in RabbitMQ's management; restarting it is always safe: it starts empty"
         return f"ticks do not reach {who}", step
+    if len(late) < len(seen.present) and not seen.fleet.ticks_stopped:
+        return "no tick had come when asked last", "nothing, unless it stays so: ticks come again"
     troubled = next((relay for relay in seen.relays if relay.no_ticks), None)
     if troubled is not None and troubled.no_ticks is not None:
         return f"the relay sends no ticks: {troubled.no_ticks}", _way_of_ticks(seen, troubled.no_ticks)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import accumulate
+from math import inf
 from typing import Any
 
 from cacheinval.coherence.registration import Registered
@@ -27,6 +28,9 @@ FORGOTTEN_UNKNOWN_AFTER = 3600.0  # where no registry tells who has left from wh
 
 LATE_TICKS, LATE = 3, 2.0
 """Ticks and seconds beyond which nobody proves freshness any more."""
+
+SAME_TICK = 0.001
+"""Seconds by which what two tell of one tick may differ: an age is a difference of large numbers."""
 
 LATE_AFTER = 2.5
 """Seconds without a word of its eviction after which a write is late somewhere."""
@@ -79,7 +83,7 @@ class Lag:
         if not self.total:
             return None
         at = bisect_left(list(accumulate(self.counts)), part * self.total)
-        return BUCKETS[at] if at < len(BUCKETS) else float("inf")
+        return BUCKETS[at] if at < len(BUCKETS) else inf
 
     def __add__(self, other: "Lag") -> "Lag":
         counts = [one + two for one, two in zip(self.counts, other.counts, strict=True)]
@@ -105,17 +109,22 @@ class Member:
         """Whether another process has begun to answer in its place."""
         self.report: Report | None = None
         self.told_since: float | None = None
-        self.told_until = -float("inf")
+        self.told_until = -inf
         """By its clock: between these it has told what it evicted."""
-        self.untold_from = self.untold_until = -float("inf")
+        self.untold_from = self.untold_until = -inf
         """By its clock: but between these it may have evicted more."""
-        self.dropped_at = -float("inf")
+        self.dropped_at = -inf
         """By its clock: when it dropped everything, last."""
+        self.behind = False
+        """Whether it had not heard a tick of which others had told already when it answered the time before."""
+        self._to_hear = -inf
         self._samples: deque[tuple[float, list[int]]] = deque()
 
-    def heard(self, report: Report, now: float) -> None:
-        """It has answered."""
+    def heard(self, report: Report, now: float, told: float = -inf) -> None:
+        """It has answered; `told` is the newest tick of which anybody has."""
         self.report, self.heard_at = report, now
+        self.behind = self._to_hear > self.reached
+        self._to_hear = told
         counts = report.counters.receiver.latencies
         if len(counts) != NUMBER_OF_BUCKETS:
             return
@@ -147,17 +156,44 @@ class Member:
             return None
         return self.report.watermark_age + now - self.heard_at
 
-    def late(self) -> bool:
-        """Whether nobody has proven its freshness for longer than a few ticks take."""
+    @property
+    def tick(self) -> float | None:
+        """The newest tick that it had heard, by the clock of the database: its age and its time are by one clock."""
         report = self.report
-        if report is None:
-            return False
-        limit = LATE_TICKS * report.settings.tick_interval + LATE
+        if report is None or report.watermark_age is None or self.heard_at is None:
+            return None
+        return (self.heard_at if report.now is None else report.now) - report.watermark_age
+
+    @property
+    def reached(self) -> float:
+        """No later tick had reached it when it answered; where none has, since it subscribed."""
+        if self.tick is not None:
+            return self.tick + SAME_TICK
+        since = None if self.report is None else self.report.since
+        return inf if self.report is None or since is None else since + self.report.settings.max_clock_skew
+
+    @property
+    def awaits_ticks(self) -> bool:
+        """Whether its freshness is to be proven: without a database nothing need ever be."""
+        report = self.report
+        return report is not None and (
+            report.watermark_age is not None or report.relay is not None or report.registration is not None
+        )
+
+    @property
+    def unproven_for(self) -> float:
+        """Seconds for which nobody had proven its freshness when it answered."""
+        report = self.report
+        if report is None or not self.awaits_ticks:
+            return 0.0
         if report.watermark_age is not None:
-            return report.watermark_age > limit
-        if report.relay is None and report.registration is None:
-            return False  # without a database nothing need ever be proven
-        return report.since is not None and (self.heard_at or 0.0) - report.since > limit
+            return report.watermark_age
+        return 0.0 if report.since is None else (self.heard_at or 0.0) - report.since
+
+    def late(self, *, by_clock_here: bool = False) -> bool:
+        """Whether that is longer than a few ticks take: by its clock, or by both where its own is ahead of the one here."""
+        interval = 0.0 if self.report is None else self.report.settings.tick_interval
+        return self.unproven_for - (self.ahead if by_clock_here else 0.0) > LATE_TICKS * interval + LATE
 
 
 class Fleet:
@@ -188,6 +224,8 @@ class Fleet:
         self.registry_known = False
         self.not_understood = 0
         self._odd: dict[str, float] = {}  # when it was heard last, by id
+        self._newest_told = -inf
+        self._stopped: bool | None = None
         self._members: dict[Identity, Member] = {}
 
     def __iter__(self) -> Iterator[Member]:
@@ -205,7 +243,9 @@ class Fleet:
             if len(self._odd) < MOST_MEMBERS:
                 self._odd[str(status.get("id"))] = now
             return
-        member.heard(report, now)
+        member.heard(report, now, self._newest_told)
+        self._newest_told = max(self._newest_told, -inf if member.tick is None else member.tick)
+        self._stopped = None
         recent = report.evictions
         if recent is not None:
             report.evictions = None
@@ -222,12 +262,12 @@ class Fleet:
         if member.told_since is None:
             member.told_since = recent.since
         elif recent.since > member.told_until:
-            if member.untold_until == -float("inf"):
+            if member.untold_until == -inf:
                 member.untold_from = member.told_until
             member.untold_until = recent.since
         elif recent.since < member.untold_until:
             # One that has slept answers what it was asked meanwhile, the narrowest question first.
-            member.untold_until = recent.since if recent.since > member.untold_from else -float("inf")
+            member.untold_until = recent.since if recent.since > member.untold_from else -inf
         member.told_until = max(member.told_until, recent.until)
 
     def asked(self, problem: str | None, now: float) -> None:
@@ -236,8 +276,37 @@ class Fleet:
             self.asked_since = now
             self.problem_since = None if problem is None else now
         self.problem = problem
+        self._newest_told = self._newest_tick()  # nobody's word stands for longer than he
         if problem is None:
             self.asked_at = now
+
+    def _newest_tick(self) -> float:
+        return max((tick for member in self if (tick := member.tick) is not None), default=-inf)
+
+    @property
+    def ticks_stopped(self) -> bool:
+        """Whether no tick comes to anybody, as far as is known.
+
+        Answers are of different age, and whoever answered a moment earlier was late by less, or was not. So all are compared
+        as of the answer of one that is late: where nobody has told of a tick that it had not heard, its silence is that of
+        the relay, and all are late as it is. What makes it late must not be its own clock.
+        """
+        if self._stopped is None:
+            newest = self._newest_tick()
+            self._stopped = any(
+                member.late(by_clock_here=True) and newest <= member.reached for member in self
+            )
+        return self._stopped
+
+    def cut_off(self, member: Member) -> bool:
+        """Whether ticks come to others, and not to this one.
+
+        Only what others had told before can be held against it: with the answer after that it has heard it too, unless
+        ticks do not reach it. Of a single look all answers are of the same moment.
+        """
+        if self.asking_once:
+            return member.late() and self._newest_tick() > member.reached
+        return member.late() and member.behind
 
     @property
     def asking_once(self) -> bool:
@@ -311,7 +380,9 @@ class Fleet:
             return Condition.STARTING
         if report.state != "ready":
             return Condition.SUSPECT
-        return Condition.UNPROVEN if member.late() else Condition.FRESH
+        if member.late() or (member.awaits_ticks and self.ticks_stopped):
+            return Condition.UNPROVEN
+        return Condition.FRESH
 
     def _unanswered(self, member: Member) -> float:
         """For how many seconds it was asked, and has not answered. What nobody could be asked does not count."""
@@ -338,6 +409,7 @@ class Fleet:
             limit = FORGOTTEN_AFTER if self.registry_known else FORGOTTEN_UNKNOWN_AFTER
             if self.problem is None and (member.succeeded or not member.registered) and silent > limit:
                 del self._members[member.identity]
+                self._stopped = None
 
     def fate(self, line: Line, member: Member, now: float) -> Fate:
         """What has become of a write there."""

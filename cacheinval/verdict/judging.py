@@ -197,6 +197,7 @@ def _unproven(seen: Seen) -> Verdict | None:
     late = seen.those(Condition.UNPROVEN)
     if not late:
         return None
+    late = [member for member in late if seen.fleet.cut_off(member)] or late
     ages = [age for member in late if (age := member.proven_age(seen.now)) is not None]
     starts = [member.report.since for member in late if member.report and member.report.since is not None]
     since = clock_time(seen.now - max(ages) if ages else min(starts, default=None))

@@ -198,8 +198,6 @@ class TestVerdict:
             Level.BAD,
             "Nothing proves that any cache is fresh, since 23:58:03: no relay sends ticks.",
         )
-        said = verdict(fleet(status("one"), status("two", **late)))
-        assert said.sentence == "two is not proven to be fresh, since 23:58:03: ticks do not reach it."
         said = verdict(fleet(status("one"), status("two", tick_refused="from the future", **late)))
         assert "from the future" in said.sentence
         assert any("time service" in step for step in said.todo)
@@ -515,6 +513,135 @@ class TestConditions:
         seen = fleet(status("one", **SUSPECT | {"since": 1e300}, last_gap={"at": -1e300}))
         assert b"since an unknown time" in shown(seen)
         assert clock_time(None) == clock_time(float("nan")) == "an unknown time"
+
+
+class Ticking:
+    """Two instances, asked each second, and a relay: what each tells depends on the moment at which it answers."""
+
+    def __init__(self, *, interval: float = 1.0) -> None:
+        self.seen = Fleet("one")
+        self.interval = interval
+        self.ticks: dict[str, float] = {}
+        self.since = dict.fromkeys(("one", "two"), NOW - 100)
+
+    def tick(self, at: float, *reached: str) -> None:
+        self.ticks |= dict.fromkeys(reached or ("one", "two"), at)
+
+    def answers(self, id_: str, at: float, **fields: Any) -> None:
+        tick = self.ticks.get(id_)
+        told = {
+            "now": NOW + at,
+            "watermark_age": None if tick is None else at - tick,
+            "since": self.since[id_],
+        }
+        self.seen.heard(
+            status(id_, **told | {"settings": {"tick_interval": self.interval}} | fields), NOW + at
+        )
+
+    def said(self, at: float) -> str:
+        self.seen.asked(None, NOW + at)
+        return verdict(self.seen, NOW + at).sentence
+
+    def conditions(self, at: float) -> set[Condition]:
+        return {self.seen.condition(member, NOW + at) for member in self.seen}
+
+
+class TestTicks:
+    """Who is accused where no ticks come: nobody, where that is so for all."""
+
+    @pytest.mark.parametrize("apart", [0.0, 0.01, 0.3, 0.9, 1.7])
+    def test_a_relay_that_stops_has_stopped_for_all(self, apart: float) -> None:
+        """The answers of one instance are older than those of the other, and so is it late when it is seen first."""
+        ticking, told = Ticking(), set()
+        ticking.seen.asked(None, NOW - 1)
+        for at in range(16):
+            if at <= 5:
+                ticking.tick(at - 0.1)
+            ticking.answers("two", at)
+            ticking.answers("one", at + apart)
+            told.add(ticking.said(at + apart))
+            assert len(ticking.conditions(at + apart)) == 1, "as if all had answered at the same moment"
+        told = {sentence.partition(", since")[0] for sentence in told}
+        assert told == {"All 2 instances are fresh", "Nothing proves that any cache is fresh"}
+
+    def test_one_that_no_tick_reaches_is_named(self) -> None:
+        ticking = Ticking()
+        for at in range(8):
+            ticking.tick(at, *(["one"] if at else []))
+            ticking.answers("two", at + 0.1)
+            ticking.answers("one", at + 0.3)
+            said = ticking.said(at + 0.4)
+            late = at > 4
+            assert said.startswith("two is not proven to be fresh") == late
+            assert said.endswith(": ticks do not reach it.") == late
+
+    def test_the_first_tick_after_a_relay_was_gone_accuses_nobody_who_answered_before_it(self) -> None:
+        ticking = Ticking()
+        ticking.tick(0)
+        for at in (1, 9):
+            ticking.answers("two", at)
+            ticking.answers("one", at)
+        assert ticking.said(9).startswith("Nothing proves")
+        ticking.tick(10)
+        ticking.answers("one", 10.01)
+        ticking.ticks["two"] = 0  # its answer was given before that tick, and is a little slower
+        ticking.answers("two", 9.99)
+        ticking.tick(10)
+        assert ticking.said(10.1).endswith("no tick had come when asked last.")
+        ticking.answers("two", 10.9)
+        assert ticking.said(11) == "All 2 instances are fresh"
+
+    @pytest.mark.parametrize("since", [8.0, -0.05])
+    def test_one_that_joins_while_no_relay_ticks_is_in_no_other_case(self, since: float) -> None:
+        """Also where it joined right after the last tick, and has a clock that is a little behind."""
+        ticking = Ticking()
+        ticking.tick(0, "one")
+        ticking.since["two"] = NOW + since
+        for at in (7, 8, 9, 20):
+            ticking.answers("one", at)
+            if at >= 8:
+                ticking.answers("two", at)
+            assert ticking.said(at).startswith("Nothing proves that any cache is fresh"), at
+
+    def test_one_that_joins_and_hears_no_tick_that_others_hear(self) -> None:
+        ticking = Ticking()
+        ticking.since["two"] = NOW + 0.5
+        for at in range(8):
+            ticking.tick(at, "one")
+            ticking.answers("two", at + 0.6)
+            ticking.answers("one", at + 0.7)
+            assert ticking.said(at + 0.8).startswith("two is not proven to be fresh") == (at >= 5), at
+
+    def test_one_without_a_database_awaits_no_ticks(self) -> None:
+        ticking = Ticking()
+        ticking.tick(0, "one")
+        for at in (8, 9):
+            ticking.answers("one", at)
+            ticking.answers("two", at, relay=None)
+        assert ticking.conditions(9) == {Condition.UNPROVEN, Condition.FRESH}
+
+    def test_the_clock_of_one_says_nothing_about_the_others(self) -> None:
+        """It calls its ticks late itself, and has heard the same as they."""
+        ticking = Ticking()
+        for at in range(3):
+            ticking.tick(at)
+            ticking.answers("one", at)
+            ticking.answers("two", at, now=NOW + at + 60, watermark_age=60.0)
+        assert ticking.said(2).startswith("two is not proven to be fresh, since")
+        assert "the clock of two is at least 60 s ahead" in ticking.said(2)
+
+    def test_a_single_look_compares_what_all_say_to_one_question(self) -> None:
+        for reached in ("one", "two"), ("one",):
+            ticking = Ticking()
+            ticking.seen = Fleet(None, patience=0.0)
+            ticking.tick(0)
+            if len(reached) == 1:
+                ticking.tick(4, *reached)
+            ticking.answers("one", 4.99)
+            ticking.answers("two", 5.01)
+            said = ticking.said(5.1)
+            assert said.startswith("Nothing proves" if len(reached) > 1 else "two is not proven"), said
+            assert said.endswith("ticks do not reach it.") == (len(reached) == 1)
 
 
 class TestLag:
