@@ -4,7 +4,6 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from rich.console import Console
 from rich.text import Text
@@ -13,7 +12,7 @@ from cacheinval.doctor.broker import BrokerSeen, HeardTick
 from cacheinval.doctor.cache import CacheSeen
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.database import DatabaseSeen
-from cacheinval.doctor.findings import Finding, of_settings, warning
+from cacheinval.doctor.findings import Finding, causes_first, of_settings, warning
 from cacheinval.doctor.instances import of_instances, of_tick
 from cacheinval.fleet import silent_registered
 from cacheinval.settings import Settings, unknown_variables
@@ -22,6 +21,7 @@ __all__ = ["Finding", "doctor", "examine"]
 
 WIDEST = 10_000  # columns where it is not for a terminal
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+TOLD = ("check", "level", "text", "remedy")
 LOOK_WITHIN = 10.0  # seconds
 
 
@@ -30,11 +30,8 @@ async def doctor(settings: Settings, *, as_json: bool) -> bool:
     found = await examine(settings)
     if as_json:
         count = {level: sum(one.level == level for one in found) for level in STYLES}
-        print(
-            json.dumps(
-                {"findings": [asdict(one) for one in found], "count": count}, ensure_ascii=False, indent=2
-            )
-        )
+        told = [{name: getattr(one, name) for name in TOLD} for one in found]
+        print(json.dumps({"findings": told, "count": count}, ensure_ascii=False, indent=2))
     else:
         _print(found)
     return all(one.level != "failed" for one in found)
@@ -72,7 +69,7 @@ async def examine(settings: Settings) -> list[Finding]:
                 await cache.close()
             if broker is not None:
                 await broker.close()
-    return checks.found
+    return causes_first(checks.found)
 
 
 async def _nothing() -> None:

@@ -3,16 +3,18 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from aio_pika import ExchangeType
-from aio_pika.abc import AbstractChannel, AbstractQueue
+from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 from aiormq.abc import AbstractChannel as UnderlayChannel
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 from pamqp.commands import Basic
+from pamqp.common import FieldTable
 
 from cacheinval.bus.connecting import Broker, explain, is_away, is_blocked, place, within
 from cacheinval.bus.consuming import DEAD_LETTER_QUEUE
@@ -21,11 +23,14 @@ from cacheinval.bus.wire import Connection
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
+    BROKER,
     Finding,
     failed,
+    lacking,
     of_dead_letters,
     of_lost_nodes,
     of_refusal,
+    of_refusals,
     of_unreachable_broker,
     ok,
     warning,
@@ -44,6 +49,8 @@ ANSWER_WITHIN = 4.0
 CONFIRM_WITHIN = 5.0
 LOOK_EVERY = 0.2
 ANSWERS_WITHIN = 1.5
+_T = TypeVar("_T")
+
 DEPENDENT = ("exchange", "dead letters", "permissions", "round trip", "ticks", "instances")
 
 
@@ -71,7 +78,7 @@ class BrokerSeen:
         )  # one node after the other may be silent
         self._connection: Connection | None = None
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
-        self._ear: AbstractQueue | None = None
+        self._refused: dict[str, str] = {}  # by permission, in the words of the broker
         self._blocked = False
         self.listens = False
         """Whether ticks could be heard."""
@@ -81,33 +88,39 @@ class BrokerSeen:
     async def examine(self) -> HeardTick | None:
         """Runs the checks, those of which each needs the one before it; returns the first tick that is heard."""
         if not await self._checks.run("broker", 2 * self._connect_within, self._reach):
-            self._checks.add(self._not_checked("the broker cannot be used"))
+            self._not_checked(0)
             return None
         if not await self._checks.run("exchange", ANSWER_WITHIN, self._exchange):
-            self._checks.add(self._not_checked("the exchange cannot be used", 1))
+            self._not_checked(1)
             return None
         if self._settings.bus == "stream":  # which has no dead letters: what nobody understands stays in it
             await self._checks.run("stream", ANSWER_WITHIN + READ_WITHIN, self._stream)
         else:
             await self._checks.run("dead letters", ANSWER_WITHIN, self._dead_letters)
-        permitted = await self._checks.run("permissions", ANSWER_WITHIN, self._listen)
-        if self.listens:
-            deadline = 2 * CONFIRM_WITHIN + ANSWER_WITHIN
-            permitted &= await self._checks.run("round trip", deadline, self._round_trip)
-        if permitted:
+        done = await self._checks.run("permissions", 2 * ANSWER_WITHIN, self._listen)
+        deadline = 2 * CONFIRM_WITHIN + ANSWER_WITHIN
+        done &= await self._checks.run("round trip", deadline, self._round_trip)
+        if self._refused:
+            self._checks.add(of_refusals(self._url, self._refused))
+        elif done:
             self._checks.add(ok("permissions", "all that an instance and a relay need"))
         if self._blocked:
-            self._checks.add(self._not_checked("nobody can publish", 4))
+            self._not_checked(4)
             return None
+        if not self.listens:
+            self._checks.add(warning("not checked", "round trip, ticks", None, BROKER))
         _, tick = await asyncio.gather(
             self._checks.run("instances", ANSWERS_WITHIN + 2 * CONNECT_WITHIN, self._ask),
             self._tick() if self.listens else _none(),
         )
         return tick
 
-    def _not_checked(self, why: str, start: int = 0) -> Finding:
-        names = ", ".join(DEPENDENT[start:])
-        return warning("not checked", f"{names}: {why}", "put that right, and run this again")
+    def _not_checked(self, start: int) -> None:
+        self._checks.add(warning("not checked", ", ".join(DEPENDENT[start:]), None, BROKER))
+
+    def _is_refused(self, error: ChannelAccessRefused, needed: Mapping[str, str]) -> None:
+        reason = explain(error)
+        self._refused.setdefault(lacking(reason, needed), reason)
 
     async def close(self) -> None:
         """Leaves the broker; what was made for the examination goes with the connection."""
@@ -146,7 +159,7 @@ class BrokerSeen:
                 "delete it, at best while nothing else uses it: instances declare it as it has to be",
             )
         except ChannelAccessRefused as error:
-            return of_refusal(self._url, f"configure on {name}", explain(error))
+            return of_refusal(self._url, explain(error), {"exchange": "configure"})
         await channel.close()
         return ok("exchange", f"{name} is a durable fanout")
 
@@ -157,7 +170,7 @@ class BrokerSeen:
         )
 
     async def _dead_letters(self) -> list[Finding]:
-        name = self._broker.dead_letters
+        name, found = self._broker.dead_letters, list[Finding]()
         channel = await self._channel()
         try:
             await channel.declare_exchange(name, passive=True)
@@ -173,57 +186,64 @@ class BrokerSeen:
             remedy = f"`rabbitmqctl delete_queue -p {remedies.vhost_of(self._url)} {name}` once it is empty: instances make it as it has to be"
             return [*found, warning("dead letters", f"set up differently: {explain(error)}", remedy)]
         except ChannelAccessRefused as error:
-            return [of_refusal(self._url, f"configure on {name}", explain(error))]
+            self._is_refused(error, {"queue": "configure"})
         return found
 
     async def _listen(self) -> list[Finding]:
-        """Subscribes as an instance does, but with a queue of its own that nobody misses."""
-        channel = await self._channel()
-        arguments = {"x-dead-letter-exchange": self._broker.dead_letters}
-        steps: list[tuple[str, Any]] = [
-            ("configure (and read, for its dead letters) on amq.gen-…", self._declare(channel, arguments)),
-            (f"read on {self._broker.exchange}, or write on amq.gen-…", self._bind()),
-            ("read on amq.gen-…", self._consume(channel)),
-        ]
+        """Subscribes as an instance does, but with a queue of its own that nobody misses, to learn all that is refused."""
+        ear = await self._declare()
+        if ear is not None:
+            bound = await self._permitted(partial(self._bind, ear), {"queue": "write", "exchange": "read"})
+            consumed = await self._permitted(partial(self._consume, ear), {"queue": "read"})
+            self.listens = bound is not None and consumed is not None
+        if self._settings.cache_is_external:
+            await self._may_use_durable()
+        return []
+
+    async def _permitted(
+        self, trying: Callable[[UnderlayChannel], Awaitable[_T]], needed: Mapping[str, str]
+    ) -> _T | None:
+        """What comes of it; None where the broker refuses it, which ends the channel that was used for it alone."""
         try:
-            for permission, step in steps:
-                try:
-                    await step
-                except ChannelAccessRefused as error:
-                    return [of_refusal(self._url, permission, explain(error))]
-        finally:
-            for _, step in steps:
-                step.close()
-        refused = await self._may_use_durable() if self._settings.cache_is_external else None
-        return [] if refused is None else [refused]
+            return await trying(await (await self._channel()).get_underlay_channel())
+        except ChannelAccessRefused as error:
+            self._is_refused(error, needed)
+            return None
 
-    async def _declare(self, channel: AbstractChannel, arguments: Any) -> None:
-        self._ear = await channel.declare_queue(exclusive=True, auto_delete=True, arguments=arguments)
+    async def _declare(self) -> str | None:
+        async def declare(channel: UnderlayChannel, dead_letters: str | None = None) -> str | None:
+            arguments: FieldTable = {} if dead_letters is None else {"x-dead-letter-exchange": dead_letters}
+            return (await channel.queue_declare(exclusive=True, auto_delete=True, arguments=arguments)).queue
 
-    async def _bind(self) -> None:
-        assert self._ear is not None
-        await self._ear.bind(self._broker.exchange, "")
+        try:
+            channel = await (await self._channel()).get_underlay_channel()
+            return await declare(channel, self._broker.dead_letters)
+        except ChannelAccessRefused as error:
+            # A queue that hands on its dead letters takes three permissions: whether it is the first, one without tells.
+            ear = await self._permitted(declare, {"queue": "configure"})
+            if ear is not None:
+                self._is_refused(error, {"queue": "read", "exchange": "write"})
+            return ear
 
-    async def _consume(self, channel: AbstractChannel) -> None:
+    async def _bind(self, ear: str, channel: UnderlayChannel) -> object:
+        return await channel.queue_bind(ear, self._broker.exchange)
+
+    async def _consume(self, ear: str, channel: UnderlayChannel) -> object:
         async def hear(message: DeliveredMessage) -> None:
             self._heard.put_nowait(message.body)
 
-        assert self._ear is not None
-        underlay = await channel.get_underlay_channel()
-        await underlay.basic_consume(self._ear.name, hear, no_ack=True)
-        self.listens = True
+        return await channel.basic_consume(ear, hear, no_ack=True)
 
-    async def _may_use_durable(self) -> Finding | None:
+    async def _may_use_durable(self) -> None:
         """Looks at the queue of the cache outside the process; 405 or not, that it answers is enough."""
         name = f"{self._broker.exchange}.{self._settings.instance_id}"
         channel = await self._channel()
         try:
             await channel.declare_queue(name, passive=True)
         except (ChannelNotFoundEntity, ChannelLockedResource):
-            return None
+            return
         except ChannelAccessRefused as error:
-            return of_refusal(self._url, f"configure and read on {name}", explain(error))
-        return None
+            self._is_refused(error, {"queue": "configure"})
 
     async def _round_trip(self) -> list[Finding]:
         """Publishes to both exchanges, and waits for what was published to come back."""
@@ -231,29 +251,37 @@ class BrokerSeen:
         properties = Basic.Properties(content_type="application/json", message_type=MESSAGE_TYPE)
         body, began = encode(Probe(v=1, id=probe)), time.monotonic()
         channel = await self._confirming()
-        sending = channel.basic_publish(body, exchange=exchange, properties=properties)
-        problem = await self._published(sending, f"write on {exchange}")
+        refused_before = len(self._refused)
+        problem = await self._published(channel.basic_publish(body, exchange=exchange, properties=properties))
         if problem is not None:
             return [problem]
-        try:
-            async with asyncio.timeout(CONFIRM_WITHIN):
-                while not _is_probe(await self._heard.get(), probe):
-                    pass
-        except TimeoutError:
-            remedy = "see whether the broker is overloaded (`rabbitmq-diagnostics status`)"
-            return [failed("round trip", f"a message did not come back within {CONFIRM_WITHIN:g} s", remedy)]
-        took = (time.monotonic() - began) * 1e3
-        found = [ok("round trip", f"no alarm; a message came back after {took:.0f} ms")]
+        found = []
+        if self.listens and len(self._refused) == refused_before:
+            try:
+                async with asyncio.timeout(CONFIRM_WITHIN):
+                    while not _is_probe(await self._heard.get(), probe):
+                        pass
+            except TimeoutError:
+                text = f"a message did not come back within {CONFIRM_WITHIN:g} s"
+                return [
+                    failed(
+                        "round trip",
+                        text,
+                        "see whether the broker is overloaded (`rabbitmq-diagnostics status`)",
+                    )
+                ]
+            took = (time.monotonic() - began) * 1e3
+            found.append(ok("round trip", f"no alarm; a message came back after {took:.0f} ms"))
         # As answers are sent, but by a name that no queue has.
         sending = (await self._confirming()).basic_publish(b"", routing_key=secrets.token_hex(16))
-        problem = await self._published(sending, "write on amq.default (for answers)")
+        problem = await self._published(sending)
         return found if problem is None else [*found, problem]
 
     async def _confirming(self) -> UnderlayChannel:
         return await (await self._channel(confirms=True)).get_underlay_channel()
 
-    async def _published(self, sending: Coroutine[Any, Any, object], permission: str) -> Finding | None:
-        """Why it was not confirmed; None if it was."""
+    async def _published(self, sending: Coroutine[Any, Any, object]) -> Finding | None:
+        """Why it was not confirmed; None if it was, or was refused."""
         assert self._connection is not None
         publishing = asyncio.ensure_future(sending)
         end = time.monotonic() + CONFIRM_WITHIN
@@ -271,7 +299,7 @@ class BrokerSeen:
                     return failed("round trip", f"no confirm within {CONFIRM_WITHIN:g} s", remedy)
             publishing.result()
         except ChannelAccessRefused as error:
-            return of_refusal(self._url, permission, explain(error))
+            self._is_refused(error, {"exchange": "write"})
         finally:
             publishing.cancel()
             publishing.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -299,8 +327,9 @@ class BrokerSeen:
         try:
             bodies = await bus.ask(encode(Ask(v=1)), ANSWERS_WITHIN, note)
         except Exception as error:
-            remedy = f"see what failed above; {remedies.set_permissions(self._url)}"
-            return [failed("instances", f"they cannot be asked: {explain(error)}", remedy)]
+            reason = explain(error)
+            remedy = remedies.broker(reason, self._url)
+            return [failed("instances", f"they cannot be asked: {reason}", remedy, (*BROKER, "round trip"))]
         finally:
             await bus.close()
         told = ((status_in(body), arrived) for body, arrived in zip(bodies, arrivals, strict=True))

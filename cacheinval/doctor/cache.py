@@ -68,7 +68,7 @@ class CacheSeen:
 
     def _not_checked(self, why: str, start: int = 0) -> Finding:
         names = ", ".join(DEPENDENT[start:])
-        return warning("not checked", f"{names}: {why}", "put that right, and run this again")
+        return warning("not checked", f"{names}: {why}", None, ("cache", "cache commands"))
 
     async def look_for_proofs(self, registered: Sequence[Registered], source: str | None) -> None:
         """What is kept for this instance, and for those of `registered` whose cache is outside too."""

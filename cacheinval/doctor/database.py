@@ -10,6 +10,7 @@ import asyncpg
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
+    DATABASE,
     VERY_OLD_ROW,
     Finding,
     failed,
@@ -75,9 +76,7 @@ class DatabaseSeen:
     async def examine(self) -> None:
         """Runs the checks, each of which needs a connection."""
         if not await self._checks.run("database", CONNECT_WITHIN + ANSWER_WITHIN, self._reach):
-            remedy = "put that right, and run this again"
-            text = f"{', '.join(DEPENDENT)}: the database cannot be used"
-            self._checks.add(warning("not checked", text, remedy))
+            self._checks.add(warning("not checked", ", ".join(DEPENDENT), None, ("database",)))
             return
         await self._checks.run("clock", ANSWER_WITHIN, self._clock)
         if await self._checks.run("schema", ANSWER_WITHIN, self._schema) and await self._checks.run(
@@ -86,8 +85,7 @@ class DatabaseSeen:
             await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
             await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
         else:
-            text = "outbox, tracked tables: schema and grants come first"
-            self._checks.add(warning("not checked", text, "put these right, and run this again"))
+            self._checks.add(warning("not checked", "outbox, tracked tables", None, DATABASE))
         await self._checks.run("leader", ANSWER_WITHIN, self._leader)
         await self._checks.run("registered instances", ANSWER_WITHIN, self._registered)
 
@@ -178,5 +176,5 @@ class DatabaseSeen:
         try:
             self.registered = await instances.registered()
         except DatabaseError as error:
-            return [warning("registered instances", str(error), "see schema and grants")]
+            return [warning("registered instances", str(error), remedies.database(str(error)), DATABASE)]
         return []

@@ -1,40 +1,62 @@
 """What the checks find, and how it is judged: decisions only, no I/O."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cacheinval.outbox.grants import Right, quoted
 from cacheinval.settings import Settings
 from cacheinval.verdict import remedies
 
-__all__ = ["Finding", "failed", "ok", "warning"]
+__all__ = ["BROKER", "DATABASE", "Finding", "causes_first", "failed", "ok", "warning"]
 
 Level = Literal["ok", "warning", "failed"]
 
 OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
 
 
+BROKER = ("broker", "exchange", "permissions", "alarms")
+DATABASE = ("database", "schema", "grants")
+"""Checks without which broker or database cannot be used."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found; `remedy` says what to do, unless it is `ok`."""
+    """What one check found; `remedy` says what to do, unless it is `ok`, or follows from what another has found.
+
+    `after` names the checks that would explain it, were they to fail: see `causes_first`.
+    """
 
     check: str
     level: Level
     text: str
     remedy: str | None = None
+    after: tuple[str, ...] = ()
 
 
 def ok(check: str, text: str) -> Finding:
     return Finding(check, "ok", text)
 
 
-def warning(check: str, text: str, remedy: str) -> Finding:
-    return Finding(check, "warning", text, remedy)
+def warning(check: str, text: str, remedy: str | None, after: tuple[str, ...] = ()) -> Finding:
+    return Finding(check, "warning", text, remedy, after)
 
 
-def failed(check: str, text: str, remedy: str) -> Finding:
-    return Finding(check, "failed", text, remedy)
+def failed(check: str, text: str, remedy: str, after: tuple[str, ...] = ()) -> Finding:
+    return Finding(check, "failed", text, remedy, after)
+
+
+def causes_first(found: Sequence[Finding]) -> list[Finding]:
+    """The same, but what may follow from another that failed names that, and has no remedy of its own, which would mislead."""
+    all_failed = {one.check for one in found if one.level == "failed"}
+    causes = [one.check for one in found if one.level == "failed" and all_failed.isdisjoint(one.after)]
+
+    def settled(one: Finding) -> Finding:
+        cause = next((check for check in causes if check in one.after), None)
+        return one if cause is None else replace(one, text=f"{one.text}; see {cause} first", remedy=None)
+
+    return [settled(one) for one in found]
 
 
 # Settings
@@ -98,9 +120,29 @@ def of_lost_nodes(reasons: Mapping[str, str]) -> list[Finding]:
     ]
 
 
-def of_refusal(url: str, permission: str, reason: str) -> Finding:
-    """A permission that the broker's user lacks."""
-    return failed("permissions", f"{permission} is not permitted: {reason}", remedies.set_permissions(url))
+def lacking(reason: str, needed: Mapping[str, str]) -> str:
+    """The permission that the broker's user lacks, and on what.
+
+    Args:
+        reason: the broker's words, which name the resource, and from RabbitMQ 3.11 or so the permission too.
+        needed: what was tried needs these, by the sort of resource.
+    """
+    told = re.search(r"(?:(configure|write|read) )?access to (exchange|queue) '([^']*)'", reason)
+    if told is None:
+        return " or ".join(f"{permission} on the {sort}" for sort, permission in needed.items())
+    permission, sort, name = told.groups()
+    return f"{permission or needed.get(sort, 'access')} on {re.sub('^amq[.]gen-.*', 'amq.gen-…', name)}"
+
+
+def of_refusals(url: str, refusals: Mapping[str, str]) -> Finding:
+    """Permissions that the broker's user lacks, each with the words of the broker."""
+    text = f"{', '.join(refusals)} is not permitted: {next(iter(refusals.values()))}"
+    return failed("permissions", text, remedies.set_permissions(url))
+
+
+def of_refusal(url: str, reason: str, needed: Mapping[str, str]) -> Finding:
+    """One of these; see `lacking`."""
+    return of_refusals(url, {lacking(reason, needed): reason})
 
 
 def of_dead_letters(url: str, name: str, count: int) -> Finding:
@@ -165,9 +207,11 @@ def of_outbox(count: int, oldest: float | None) -> Finding:
     text = f"{count} rows wait, the oldest for {oldest:.1f} s"
     remedy = "see leader, broker and exchange: the relay publishes what waits as soon as it can"
     if oldest > VERY_OLD_ROW:
-        return failed("outbox", f"{text}: their invalidations have reached nobody by the relay", remedy)
+        return failed(
+            "outbox", f"{text}: their invalidations have reached nobody by the relay", remedy, BROKER
+        )
     if oldest > OLD_ROW:
-        return warning("outbox", text, remedy)
+        return warning("outbox", text, remedy, BROKER)
     return ok("outbox", text)
 
 
@@ -192,6 +236,7 @@ def of_leader(holder: str | None, may_lead: bool) -> Finding:
         "leader",
         f"no relay leads{here}: what a killed process left behind stays unpublished, and no tick proves anything",
         "run `cacheinval relay`, or CACHEINVAL_RELAY=auto in services with a direct connection to the database",
+        (*BROKER, *DATABASE),  # without which a relay lets go of the lead, or never takes it
     )
 
 

@@ -1,11 +1,12 @@
 """How ticks, and what instances tell of themselves, are judged: decisions only, no I/O."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cacheinval.coherence.registration import Registered
-from cacheinval.doctor.findings import Finding, failed, ok, warning
+from cacheinval.doctor.findings import BROKER, DATABASE, Finding, failed, ok, warning
 from cacheinval.verdict import remedies
+from cacheinval.verdict.reports import Report, understand
 from cacheinval.verdict.words import short
 
 __all__ = ["of_instances", "of_tick"]
@@ -21,6 +22,7 @@ def of_tick(age: float | None, waited: float, source: str | None, own_source: st
             "ticks",
             f"none within {waited:g} s: with MAX_STALENESS every instance soon reads the database each time",
             "see leader, clock and outbox: a leader ticks once everything before has been confirmed",
+            (*BROKER, *DATABASE, "clock", "leader", "outbox"),
         )
     if None not in (source, own_source) and source != own_source:
         return failed(
@@ -37,79 +39,107 @@ def of_tick(age: float | None, waited: float, source: str | None, own_source: st
     return ok("ticks", f"heard; all that was committed {max(0.0, age):.1f} s ago is on its way")
 
 
+class _Answer(NamedTuple):
+    report: Report
+    settings: Mapping[str, Any]
+    """As far as it tells them: what an older version does not is no difference."""
+    asked: float
+    arrived: float
+
+
 def of_instances(
     answered: Sequence[Mapping[str, Any]], silent: Sequence[Registered], namespace: str, max_skew: float
 ) -> list[Finding]:
     """How the instances are: who is suspect, silent, behind, or set up differently.
 
-    Each of `answered` is what it told of itself, with `asked` and `arrived`, when that was by the clock here.
+    Each of `answered` is what it told of itself, with `asked` and `arrived`, when that was by the clock here. Nothing in
+    it is believed to be as it should: what cannot be understood is a finding.
     """
-    found = [*_of_state(answered, namespace), *_of_silent(silent), *_of_differences(answered)]
-    for one in answered:
+    understood, found = list[_Answer](), list[Finding]()
+    for told in answered:
+        report = understand(told)
+        if report is None:
+            text = f"{told.get('id')} answers what cannot be understood: how it is is unknown"
+            found.append(warning("instances", text, "upgrade cacheinval here and there to the same version"))
+        else:
+            understood.append(_Answer(report, told.get("settings") or {}, told["asked"], told["arrived"]))
+    reports = [one.report for one in understood]
+    found = [*_of_state(reports, len(answered), namespace), *found]
+    found += [*_of_silent(silent), *_of_differences(understood)]
+    for one in understood:
         offset = _clock_offset(one)
         if abs(offset) > max_skew:
             found.append(
                 failed(
                     "instances",
-                    f"{one['id']}: its clock is at least {abs(offset):.3f} s {'ahead' if offset > 0 else 'behind'}",
-                    f"run a time service (chrony) on {one.get('host')} and here",
+                    f"{one.report.id}: its clock is at least {abs(offset):.3f} s {'ahead' if offset > 0 else 'behind'}",
+                    f"run a time service (chrony) on {one.report.host or 'its host'} and here",
                 )
             )
     return found
 
 
-def _of_state(answered: Sequence[Mapping[str, Any]], namespace: str) -> Iterable[Finding]:
-    ready = [one for one in answered if one["state"] == "ready"]
-    if not answered:
+def _of_state(reports: Sequence[Report], answers: int, namespace: str) -> Iterable[Finding]:
+    ready = [one for one in reports if one.state == "ready"]
+    if not answers:
         yield warning(
             "instances",
             f"none of namespace {namespace} answers",
             "start one, or correct CACHEINVAL_NAMESPACE and CACHEINVAL_BROKER_URL, which have to be the same for all",
+            BROKER,
         )
     elif ready:
         heard = "its queue and binding are there, for the question came through them"
-        yield ok("instances", f"{len(ready)} of {len(answered)} that answer are ready ({heard})")
-    for one in answered:
-        if one["state"] != "ready":
+        yield ok("instances", f"{len(ready)} of {answers} that answer are ready ({heard})")
+    for one in reports:
+        if one.state != "ready":
             yield warning(
                 "instances",
-                f"{one['id']} is {one['state']}: {one.get('reason')}",
-                f"its log says more: host {one.get('host')}, pid {one.get('pid')}",
+                f"{one.id} is {one.state}: {one.reason}",
+                f"its log says more: host {one.host or 'unknown'}, pid {one.pid}",
+                DATABASE if one.reason is not None and one.reason == one.unregistered else (*BROKER, "cache"),
             )
-        yield from (warning("instances", f"{one['id']} {text}", remedy) for text, remedy in _complaints(one))
-        if (one.get("queue_depth") or 0) > DEEP_QUEUE:
+        for text, remedy, after in _complaints(one):
+            yield warning("instances", f"{one.id} {text}", remedy, after)
+        if (one.queue_depth or 0) > DEEP_QUEUE:
             yield warning(
                 "queues",
-                f"{one['queue_depth']} messages wait for {one['id']}: it evicts more slowly than others write",
+                f"{one.queue_depth} messages wait for {one.id}: it evicts more slowly than others write",
                 "invalidate tags instead of many keys; see whether its host or its cache is overloaded",
             )
 
 
-def _complaints(one: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """What an instance says of itself that may be so although it is ready."""
-    if refused := one.get("tick_refused"):
+def _complaints(one: Report) -> Iterable[tuple[str, str, tuple[str, ...]]]:
+    """What an instance says of itself that may be so although it is ready; what to do, and after which checks."""
+    if one.tick_refused:
         yield (
-            f"believes no tick: {refused}",
+            f"believes no tick: {one.tick_refused}",
             "see clock and ticks: with MAX_STALENESS it soon reads the database each time",
+            ("clock", "ticks"),
         )
-    registration = one.get("registration") or {}
-    if registration.get("state") == "unregistered":
+    if one.unregistered:
         yield (
-            f"is not registered, and no writer waits for it: {registration.get('reason')}",
-            "see database and grants, and leave its pool a free connection",
+            f"is not registered, and no writer waits for it: {one.unregistered}",
+            f"{remedies.database(one.unregistered, one.host or 'its host')}; and leave its pool a free connection",
+            DATABASE,
         )
-    writing = one.get("writing") or {}
-    if writing.get("failing"):
-        reason = short(str(writing.get("reason")))
-        yield f"cannot write: {reason}", remedies.database(reason, one.get("host") or "its host")
-    if (one.get("publisher") or {}).get("failing"):
+    if one.writing.failing:
+        reason = short(one.writing.reason or "its log says why")
+        yield f"cannot write: {reason}", remedies.database(reason, one.host or "its host"), DATABASE
+    if one.publisher.failing:
+        reason = one.publisher.reason or "its log says why"
         yield (
-            "cannot publish: its writes wait for the relay",
-            "see broker, exchange and permissions from there",
+            f"cannot publish: {reason}; its writes wait for the relay",
+            remedies.broker(reason, one.url, one.host or "its host"),
+            BROKER,
         )
-    relay = one.get("relay") or {}
-    if relay.get("state") in ("blocked", "unready", "disconnected"):
-        yield f"cannot relay: {relay.get('reason')}", "see database, schema, grants and broker from there"
+    relay = one.relay
+    if relay is not None and relay.state == "blocked":
+        reason = relay.reason or ""
+        yield f"cannot relay: {reason}", remedies.broker(reason, one.url, one.host or "its host"), BROKER
+    if relay is not None and relay.state in ("unready", "disconnected"):
+        reason = relay.reason or ""
+        yield f"cannot relay: {reason}", remedies.database(reason, one.host or "its host"), DATABASE
 
 
 def _of_silent(silent: Sequence[Registered]) -> Iterable[Finding]:
@@ -118,18 +148,20 @@ def _of_silent(silent: Sequence[Registered]) -> Iterable[Finding]:
             "instances",
             f"{one.id} is registered and silent: it died within its lease, or its queue or binding is gone",
             f"{remedies.SILENT}. Where it lives, it subscribes anew within 3 ticks, else restart it",
+            BROKER,
         )
 
 
-def _of_differences(answered: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
-    for what, values in {
-        "version": {one["id"]: one.get("version") for one in answered},
-        "source": {one["id"]: one["source"] for one in answered if one.get("source")},
+def _of_differences(answered: Sequence[_Answer]) -> Iterable[Finding]:
+    differing: dict[str, dict[str, Any]] = {
+        "version": {one.report.id: one.report.version for one in answered},
+        "source": {one.report.id: one.report.source for one in answered if one.report.source},
         **{
-            name: {one["id"]: one["settings"].get(name) for one in answered if one.get("settings")}
+            name: {one.report.id: one.settings.get(name) for one in answered if one.settings}
             for name in ("max_staleness", "max_clock_skew", "tick_interval", "max_replica_lag")
         },
-    }.items():
+    }
+    for what, values in differing.items():
         different = sorted({str(value) for value in values.values()})
         if len(different) > 1:
             told = "; ".join(
@@ -144,9 +176,7 @@ def _of_differences(answered: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
             yield level("instances", f"they differ in {what} ({told})", remedy)
 
 
-def _clock_offset(one: Mapping[str, Any]) -> float:
+def _clock_offset(one: _Answer) -> float:
     """By how much its clock surely differs: it answered some time between the question and the arrival."""
-    now = one.get("now")
-    if now is None:
-        return 0.0
-    return float(max(0.0, now - one["arrived"]) - max(0.0, one["asked"] - now))
+    now = one.report.now
+    return 0.0 if now is None else max(0.0, now - one.arrived) - max(0.0, one.asked - now)

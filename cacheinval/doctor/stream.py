@@ -35,7 +35,7 @@ async def of_stream(channel: AbstractChannel, name: str, url: str, node: str) ->
         remedy = f"`rabbitmqctl delete_queue -p {remedies.vhost_of(url)} {name}`: instances make it as it has to be"
         return failed("stream", f"set up differently: {explain(error)}", remedy)
     except ChannelAccessRefused as error:
-        return of_refusal(url, f"configure on {name}", explain(error))
+        return of_refusal(url, explain(error), {"queue": "configure"})
     return await _of_reading(channel, name, url, node)
 
 
@@ -55,7 +55,7 @@ async def _of_reading(channel: AbstractChannel, name: str, url: str, node: str) 
             f"start the nodes that are down, for it needs most of its copies; if none is, {add} for the one at {node}",
         )
     except ChannelAccessRefused as error:
-        return of_refusal(url, f"read on {name}", explain(error))
+        return of_refusal(url, explain(error), {"queue": "read"})
     return ok("stream", f"{name} is there, and can be read")
 
 

@@ -1,6 +1,7 @@
 """What to do, by what broker and database say: the same words for the doctor, `status` and the page. Pure."""
 
 import re
+from shlex import quote
 from urllib.parse import SplitResult, unquote, urlsplit
 
 __all__ = [
@@ -42,7 +43,10 @@ def broker(reason: str, url: str, host: str = "here") -> str:
     if re.search(r"access to (?!vhost)\w+ .*refused for user", reason):
         return f"grant what is needed: {set_permissions(url)}"
     if "vhost" in reason and "inequivalent" not in reason:
-        make = f"`rabbitmqctl add_vhost {vhost_of(url)}`"
+        vhost = vhost_of(url)
+        make = f"`rabbitmqctl add_vhost {quote(vhost)}`"
+        if vhost == "/":  # which is there unless somebody has deleted it
+            return f"{set_permissions(url)}; should the default vhost have been deleted, {make} first"
         return f"correct the path of CACHEINVAL_BROKER_URL, or {make} and {set_permissions(url)}"
     if re.search(r"(?i)login|access_refused|authentication|credentials", reason):
         return (
@@ -89,8 +93,8 @@ def vhost_of(url: str) -> str:
 
 def set_permissions(url: str) -> str:
     """The command that grants what a user of cacheinval needs."""
-    user = _split(url).username or "guest"
-    return f"`rabbitmqctl set_permissions -p {vhost_of(url)} {user} '{CONFIGURE}' '{WRITE}' '{READ}'`"
+    user = unquote(_split(url).username or "guest")
+    return f"`rabbitmqctl set_permissions -p {quote(vhost_of(url))} {quote(user)} '{CONFIGURE}' '{WRITE}' '{READ}'`"
 
 
 def database(reason: str, host: str = "here") -> str:

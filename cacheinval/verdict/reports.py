@@ -79,6 +79,7 @@ class Report(msgspec.Struct):
     now: float | None = None
     watermark_age: float | None = None
     tick_refused: str | None = None
+    source: str | None = None
     registration: Any = None
     broker: Broker | None = None
     relay: Relay | None = None

@@ -72,12 +72,14 @@ async def db(settings: dict[str, Any]) -> AsyncIterator[DB]:
 
 
 async def found(settings: dict[str, Any]) -> dict[str, list[Finding]]:
-    """What the doctor finds, by check; what is not ok has a remedy."""
+    """What the doctor finds, by check; what is not ok has a remedy, or names what has."""
     findings = await examine(Settings(**settings))
     checks: dict[str, list[Finding]] = {}
     for finding in findings:
         checks.setdefault(finding.check, []).append(finding)
-        assert (finding.level == "ok") == (finding.remedy is None), finding
+        follows = re.search("; see (.*) first$", finding.text)
+        assert (finding.level == "ok" or follows is not None) == (finding.remedy is None), finding
+        assert follows is None or checks[follows[1]], finding
     return checks
 
 

@@ -48,7 +48,8 @@ def found(namespace: str) -> Found:
         for finding in await examine(settings):
             if finding.check != "settings":
                 checks.setdefault(finding.check, []).append(finding)
-            assert (finding.level == "ok") == (finding.remedy is None), finding
+            follows = finding.text.endswith((" see cache first", " see cache commands first"))
+            assert (finding.level == "ok" or follows) == (finding.remedy is None), finding
             assert "opensesame" not in f"{finding.text} {finding.remedy}"
         return checks
 

@@ -480,6 +480,16 @@ FAULTS = {
             "rabbitmqctl set_permissions -p / limited '",
         ),
     ),
+    "the user of the broker may not write": Fault(
+        permissions(".*", "^$", ".*"),
+        Words(
+            r"\Apermissions failed: write on cacheinval\.\w+\.dead, write on amq\.gen-…, write on cacheinval\.\w+, "
+            r"write on amq\.default is not permitted: ACCESS_REFUSED.*\Z",  # nothing else has a remedy
+            "^Nobody can be asked from here since .*ACCESS_REFUSED - access to exchange",
+            "shop-1 .*ACCESS_REFUSED - access to",
+            "rabbitmqctl set_permissions -p / limited '",
+        ),
+    ),
     "the user of the broker may not answer": Fault(
         permissions(".*", "^cacheinval.*|amq.gen-.*$", ".*"),
         Words(

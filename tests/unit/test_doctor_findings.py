@@ -73,6 +73,10 @@ def test_settings_that_do_not() -> None:
     [
         ("ACCESS_REFUSED - Login was refused", "rabbitmqctl authenticate_user shop"),
         ("the broker refuses the vhost: it is missing", "rabbitmqctl add_vhost prod"),
+        (
+            "ACCESS_REFUSED - write access to exchange 'x' in vhost 'prod' refused for user 'shop'",
+            "grant what is needed",
+        ),
         ("certificate verify failed: self-signed certificate", "CACHEINVAL_BROKER_CA_FILE"),
         ("Connection refused", "rabbitmq-diagnostics status"),
         ("Name or service not known", "leads to it from here"),
@@ -90,6 +94,47 @@ def test_the_permissions_that_are_recommended_are_those_of_the_definitions() -> 
     assert said.startswith("`rabbitmqctl set_permissions -p prod shop '")
     assert re.findall(r"'([^']*)'", said) == [rights["configure"], rights["write"], rights["read"]]
     assert "-p / guest " in remedies.set_permissions("amqp://broker")
+    assert "-p 'a b' 'c;d' " in remedies.set_permissions("amqp://c%3Bd:***@broker/a%20b")
+
+
+def test_the_default_vhost_is_there_unless_somebody_deleted_it() -> None:
+    said = remedies.broker("the broker refuses the vhost: it is missing", "amqp://shop:***@broker/")
+    assert said.startswith("`rabbitmqctl set_permissions -p / shop '")
+    assert said.endswith("deleted, `rabbitmqctl add_vhost /` first")
+
+
+@pytest.mark.parametrize(
+    ("reason", "permission"),
+    [
+        ("access to exchange 'cacheinval.shop.dead' in vhost '/' refused for user 'shop'", "write on cacheinval.shop.dead"),
+        ("access to queue 'amq.gen-LhZ' in vhost '/' refused for user 'shop'", "read on amq.gen-…"),
+        ("configure access to queue 'amq.gen-LhZ' in vhost '/' refused for user 'shop'", "configure on amq.gen-…"),
+        ("refused", "read on the queue or write on the exchange"),
+    ],
+)  # fmt: skip
+def test_the_permission_that_is_missing_is_the_one_that_the_broker_names(
+    reason: str, permission: str
+) -> None:
+    needed = {"queue": "read", "exchange": "write"}
+    assert findings.lacking(f"ACCESS_REFUSED - {reason}", needed) == permission
+
+
+def test_what_follows_from_another_failure_refers_to_it() -> None:
+    leader, ticks = findings.of_leader(None, True), instances.of_tick(None, 3, None, None)
+    refused = findings.of_refusals(
+        URL, {"write on cacheinval.shop": "ACCESS_REFUSED", "write on amq.default": ""}
+    )
+    clock = findings.of_clock(1.0, 0.1)
+    found = findings.causes_first([refused, clock, leader, ticks])
+    assert found[:2] == [refused, clock], "what follows from nothing stays"
+    assert refused.text.startswith(
+        "write on cacheinval.shop, write on amq.default is not permitted: ACCESS_REFUSED"
+    )
+    for one, was in zip(found[2:], (leader, ticks), strict=True):
+        assert (one.level, one.text, one.remedy) == ("failed", f"{was.text}; see permissions first", None)
+    assert findings.causes_first([leader, ticks])[0] == leader
+    assert findings.causes_first([leader, ticks])[1].text.endswith("; see leader first")
+    assert findings.causes_first([ticks]) == [ticks]
 
 
 def test_dead_letters() -> None:
@@ -224,6 +269,27 @@ def test_instances_that_are_not(more: dict[str, Any], level: str, said: str) -> 
 def test_an_older_version_tells_less_and_is_not_accused_of_it() -> None:
     older = {"id": "b", "host": "h", "state": "ready", "version": "1", "asked": 99.0, "arrived": 101.0}
     assert levels(judged(answer(), older)) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"settings": "many"},
+        {"relay": "leader"},
+        {"queue_depth": "deep"},
+        {"now": "noon"},
+        {"now": float("nan")},
+        {"registration": [], "state": None},
+        {"publisher": []},
+    ],
+)
+def test_an_odd_answer_hides_no_other(odd: dict[str, Any]) -> None:
+    found = judged(answer(), answer("b", **odd), answer("c", state="suspect", reason="cut"))
+    assert levels(found) == ["ok", "warning", "warning"]
+    assert {one.text for one in found[1:]} == {
+        "b answers what cannot be understood: how it is is unknown",
+        "c is suspect: cut",
+    }
 
 
 def test_nobody_and_who_is_silent() -> None:
