@@ -64,7 +64,8 @@ class Invalidate(_Message, tag="invalidate", frozen=True, kw_only=True):
 class Tick(_Message, tag="tick", frozen=True, kw_only=True):
     """The relay's word that everything committed before `as_of` in the database `source` has been confirmed.
 
-    `seqs` are the last confirmed numbers of other origins. A tick has no number of its own: `seq` is the last one that its
+    `schema` names the schema `cacheinval` in it: another after that was dropped, with the rows that waited in it, and made
+    again. `seqs` are the last confirmed numbers of other origins. A tick has no number of its own: `seq` is the last one that its
     origin has used, 0 for none.
     """
 
@@ -73,6 +74,7 @@ class Tick(_Message, tag="tick", frozen=True, kw_only=True):
     seq: LastSeq
     as_of: float
     source: str | None = None
+    schema: str | None = None
     seqs: dict[str, LastSeq] = {}
 
 

@@ -19,6 +19,7 @@ class _Kept(msgspec.Struct):
     checked_until: float | None  # JSON has no infinity: None stands for "not yet"
     extends: float | None
     source: str | None
+    schema: str | None = None
 
 
 class KeptProof:
@@ -51,6 +52,7 @@ class KeptProof:
             before if kept.checked_until is None else kept.checked_until,
             after if kept.extends is None else kept.extends,
             kept.source,
+            kept.schema,
         )
 
     async def keep(self, state: ProofState) -> bool:
@@ -65,7 +67,8 @@ class KeptProof:
             return False
         mark = secrets.token_hex(8)
         self._marks.add(mark)
-        known = _Kept(mark, state.seqs, _finite(state.checked_until), _finite(state.extends), state.source)
+        times = _finite(state.checked_until), _finite(state.extends)
+        known = _Kept(mark, state.seqs, *times, state.source, state.schema)
         await self._entries.write(self._name, msgspec.json.encode(known).decode(), KEPT_FOR)
         self._marks = {mark}
         return True

@@ -192,7 +192,9 @@ class Coherence:
     def proof_state(self) -> ProofState:
         """What to keep with a cache outside the process, before that is acknowledged which led to it."""
         proof = self.proof
-        return ProofState(self._numbers.latest(), proof.checked_until, proof.extends, proof.source)
+        return ProofState(
+            self._numbers.latest(), proof.checked_until, proof.extends, proof.source, proof.schema
+        )
 
     @property
     def subscribed(self) -> bool:

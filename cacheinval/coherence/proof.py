@@ -13,7 +13,9 @@ NUMBERS_TOLD_FOR = 1800.0
 """Seconds between two ticks after which the later one may leave out what was confirmed in between: the relay forgets
 channels that were silent for an hour."""
 
-Break = Literal["no tick for too long", "ticks of another database than before"]
+Break = Literal[
+    "no tick for too long", "ticks of another database than before", "the schema cacheinval was made anew"
+]
 """Why a tick tells nothing of what was missed since the one before it."""
 
 
@@ -22,13 +24,15 @@ class ProofState:
     """What must be known of a cache outside the process when its queue is resumed; kept in that cache itself.
 
     `seqs` are the last numbers of the origins heard of most recently, `checked_until` is the tick by which they were
-    last checked (-inf: none yet), `extends` since when loads may be extended, and `source` whose ticks these were.
+    last checked (-inf: none yet), `extends` since when loads may be extended, `source` whose ticks these were, and `schema`
+    of which schema there.
     """
 
     seqs: dict[str, int]
     checked_until: float
     extends: float
     source: str | None
+    schema: str | None = None
 
 
 class Proof:
@@ -52,6 +56,8 @@ class Proof:
         self.checked_until = -math.inf
         """The newest tick by whose numbers it was seen that nothing is missing."""
         self._source_before: str | None = None
+        self.schema: str | None = None
+        """Of which schema `cacheinval` the last tick was that said so: also of a subscription before this one."""
         self._awaits_source = False
         self._max_staleness = -math.inf if max_staleness is None else max_staleness
         self._max_clock_skew = max_clock_skew
@@ -81,11 +87,14 @@ class Proof:
         self.start_over()
         self.checked_until, self.extends = state.checked_until, state.extends
         self._source_before = state.source
+        self.schema = state.schema
 
     def breaks_off(self, tick: Tick) -> Break | None:
         """Why nothing can be told from `tick` about what was missed since the tick before it; None where it can."""
         if self._source_before not in (None, tick.source):
             return "ticks of another database than before"
+        if tick.schema is not None and self.schema not in (None, tick.schema):
+            return "the schema cacheinval was made anew"  # and what waited in it was told to nobody
         if self.baselined and tick.as_of - self.checked_until > NUMBERS_TOLD_FOR:
             return "no tick for too long"
         return None
@@ -121,6 +130,7 @@ class Proof:
         """All that came before `tick` has been evicted here, as far as is known."""
         self.checked_until = max(self.checked_until, tick.as_of)
         self._source_before = tick.source
+        self.schema = tick.schema or self.schema
 
     def advance(self, tick: Tick, now: float) -> None:
         """All that came before `tick` has been evicted, and no number was missing."""

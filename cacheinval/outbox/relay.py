@@ -236,7 +236,8 @@ class Relay:
         told = self._ticks.take()
         if told is None:
             return
-        look, seqs = told
+        look, confirmed = told
+        seqs = confirmed.seqs
         if len(seqs) > MOST_ORIGINS:
             if self._no_ticks != TOO_MANY_CHANNELS:
                 text = "no ticks: too many channels were opened within an hour to tell of each"
@@ -244,7 +245,7 @@ class Relay:
             self._no_ticks = TOO_MANY_CHANNELS
             await session.forget_old_origins()
             return
-        failure = await self._meanwhile(session, self._sender.tick(look.as_of, look.source, seqs))
+        failure = await self._meanwhile(session, self._sender.tick(look.as_of, look.source, confirmed))
         if failure is not None:
             # Nothing waits for the broker: nobody may ever have subscribed, or the next row says what is wrong. The age of
             # their watermarks tells those who rely on it.

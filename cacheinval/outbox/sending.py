@@ -12,6 +12,7 @@ from cacheinval import logs
 from cacheinval.errors import PublishError
 from cacheinval.messages import Invalidate, Tick, encode
 from cacheinval.outbox.batches import Batch, batches, stamped
+from cacheinval.outbox.session import Confirmed
 from cacheinval.tracing import Tracing
 
 __all__ = ["Channel", "Sender"]
@@ -98,12 +99,12 @@ class Sender:
             self._confirmed_beyond = set()
         return self._channel
 
-    async def tick(self, as_of: float, source: str, seqs: Mapping[str, int]) -> PublishError | None:
+    async def tick(self, as_of: float, source: str, confirmed: Confirmed) -> PublishError | None:
         """Says that all that was committed before `as_of` is confirmed; returns what went wrong, if anything."""
         try:
             async with asyncio.timeout(self._deadline):
                 channel = await self._opened()
-                known = {origin: seq for origin, seq in seqs.items() if origin != channel.origin}
+                known = {origin: seq for origin, seq in confirmed.seqs.items() if origin != channel.origin}
                 await channel.send(
                     encode(
                         Tick(
@@ -112,6 +113,7 @@ class Sender:
                             seq=self._seq,
                             as_of=as_of,
                             source=source,
+                            schema=confirmed.schema,
                             seqs=known,
                         )
                     )

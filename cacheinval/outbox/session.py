@@ -65,8 +65,10 @@ _LOOK = """
     SELECT cacheinval.source() AS source,
         ARRAY(SELECT id FROM cacheinval.outbox WHERE namespace = $1 LIMIT $2) AS waiting
 """
+# Also of which tables this was seen: rows of a schema that was dropped are not left either, and were not confirmed.
 _LEFT = """
-    SELECT ARRAY(SELECT id FROM cacheinval.outbox WHERE id = ANY($2::uuid[])) AS ids,
+    SELECT to_regclass('cacheinval.outbox')::oid::text AS schema,
+        ARRAY(SELECT id FROM cacheinval.outbox WHERE id = ANY($2::uuid[])) AS ids,
         ARRAY(SELECT origin FROM cacheinval.origins WHERE namespace = $1 ORDER BY origin) AS origins,
         ARRAY(SELECT seq FROM cacheinval.origins WHERE namespace = $1 ORDER BY origin) AS seqs
 """
@@ -90,6 +92,15 @@ class Look(NamedTuple):
     """Our own wall clock before and after that moment."""
     source: str
     waiting: set[UUID]
+
+
+class Confirmed(NamedTuple):
+    """What has been noted in the schema when nothing of a look was left."""
+
+    schema: str
+    """Which one it was: another after it was dropped and made again."""
+    seqs: dict[str, int]
+    """The last confirmed numbers by origin."""
 
 
 class Session:
@@ -171,11 +182,11 @@ class Session:
         assert row is not None
         return Look(as_of, (before, after), row["source"], set(row["waiting"]))
 
-    async def left(self, ids: set[UUID]) -> tuple[set[UUID], dict[str, int]]:
-        """Which of these rows nobody has deleted yet, and the last confirmed numbers by origin, in one snapshot."""
+    async def left(self, ids: set[UUID]) -> tuple[set[UUID], Confirmed]:
+        """Which of these rows nobody has deleted yet, and what is noted as confirmed, in one snapshot."""
         row = await _answer(self._others[_LEFT].fetchrow(self._namespace, list(ids)))
         assert row is not None
-        return set(row["ids"]), dict(zip(row["origins"], row["seqs"], strict=True))
+        return set(row["ids"]), Confirmed(row["schema"], dict(zip(row["origins"], row["seqs"], strict=True)))
 
     async def count(self) -> int:
         """How many rows the outbox holds, due or not; no more than `MOST_WAITING` are counted."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from uuid import UUID
 
-from cacheinval.outbox.session import MOST_WAITING, Look
+from cacheinval.outbox.session import MOST_WAITING, Confirmed, Look
 
 __all__ = ["Ticks"]
 
@@ -25,7 +25,7 @@ class Ticks:
         self._look: Look | None = None
         self.waiting: set[UUID] = set()
         """Rows seen by the look, and not yet known to be confirmed."""
-        self._seqs: dict[str, int] | None = None
+        self._confirmed: Confirmed | None = None
 
     def due(self, now: float) -> bool:
         """Whether it is time for another look; `now` in seconds of any steady clock."""
@@ -39,7 +39,7 @@ class Ticks:
         """From this look a tick will be made, unless it saw only a part of what waits."""
         self._next = now + self._interval
         if len(look.waiting) < MOST_WAITING:
-            self._look, self.waiting, self._seqs = look, set(look.waiting), None
+            self._look, self.waiting, self._confirmed = look, set(look.waiting), None
 
     def confirmed(self, ids: Iterable[UUID]) -> None:
         """These rows were published by this relay, and confirmed."""
@@ -50,15 +50,15 @@ class Ticks:
         """The rows to ask the outbox for; None where there is no look to make a tick of."""
         return None if self._look is None else self.waiting
 
-    def left(self, ids: set[UUID], seqs: dict[str, int]) -> None:
-        """Of the rows wanted these are still in the outbox, and these are the numbers noted there, seen at once."""
+    def left(self, ids: set[UUID], confirmed: Confirmed) -> None:
+        """Of the rows wanted these are still in the outbox, and this is noted beside it, seen at once."""
         self.waiting &= ids
-        self._seqs = None if self.waiting else seqs
+        self._confirmed = None if self.waiting else confirmed
 
-    def take(self) -> tuple[Look, dict[str, int]] | None:
-        """The look that may be told now, with the numbers, once: nothing that it saw is waited for any more."""
-        if self._look is None or self._seqs is None:
+    def take(self) -> tuple[Look, Confirmed] | None:
+        """The look that may be told now, with what was noted, once: nothing that it saw is waited for any more."""
+        if self._look is None or self._confirmed is None:
             return None
-        told = self._look, self._seqs
-        self._look = self._seqs = None
+        told = self._look, self._confirmed
+        self._look = self._confirmed = None
         return told

@@ -12,10 +12,11 @@ import pytest
 from actors import DELTA, KEYS, RECORD, WRITE, Writer, make_stock
 from history import Write, now
 from proxy import Proxy
-from scene import EVENTUAL, OUTBOX, Clients, Eventually, through
+from scene import EVENTUAL, OUTBOX, Clients, Eventually, has_price, price, through
 from workload import Work, Working
 
-from cacheinval import Client
+from cacheinval import Client, Settings
+from cacheinval.outbox import apply_schema
 from cacheinval.sandbox import Postgres, RabbitMQ
 from cacheinval.sandbox.processes import Guard
 
@@ -265,3 +266,50 @@ async def test_a_relay_that_is_pointed_at_a_standby(
             await work.relay()
             await eventually(lambda: reader.client.watermark_age is not None, EVENTUAL)
         await work.check()
+
+
+@pytest.mark.parametrize("max_staleness", [None, 2.0])
+async def test_a_schema_that_is_dropped_takes_the_proof_along(
+    rabbitmq: RabbitMQ,
+    database_url: str,
+    namespace: str,
+    db: DB,
+    clients: Clients,
+    eventually: Eventually,
+    max_staleness: float | None,
+) -> None:
+    """What waited in its outbox reaches nobody, so the relay's next tick must not prove that it has."""
+    settings: dict[str, Any] = {
+        "broker_url": rabbitmq.url,
+        "database_url": database_url,
+        "tick_interval": 0.2,
+        "max_staleness": max_staleness,
+    }
+    reader = await clients(**settings, instance_id="reader")
+    async with relaying(settings, namespace):
+        await eventually(lambda: reader.ready and reader.watermark_age is not None, EVENTUAL)
+        await eventually(lambda: has_price(reader, "a", 1), EVENTUAL)
+        await reads_from_its_cache(reader, eventually)
+    await db.execute("UPDATE prices SET price = 2 WHERE id = 'a'")
+    await db.execute("SELECT cacheinval.invalidate('{a}', namespace => $1)", namespace)
+    await db.execute("DROP SCHEMA cacheinval CASCADE")
+    await apply_schema(db)
+    before = reader.stats()["coherence"]["ticks"]
+    async with relaying(settings, namespace):
+        await eventually(lambda: reader.stats()["coherence"]["ticks"] > before, EVENTUAL)
+        assert (await price(reader, "a")).value == 2
+        await reads_from_its_cache(reader, eventually)
+
+
+@asynccontextmanager
+async def relaying(settings: dict[str, Any], namespace: str) -> AsyncIterator[None]:
+    more = {"namespace": namespace, "relay": "auto", "instance_id": "relay"}
+    async with Client(Settings(**settings | more), subscribe=False):
+        yield
+
+
+async def reads_from_its_cache(reader: Client, eventually: Eventually) -> None:
+    async def hits() -> bool:
+        return (await price(reader, "a")).outcome == "hit"
+
+    await eventually(hits, EVENTUAL)

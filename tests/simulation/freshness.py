@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from cacheinval.messages import Invalidate, Probe, Tick
-from cacheinval.outbox.session import Look
+from cacheinval.outbox.session import Confirmed, Look
 
 from .copying import copied
 from .explore import BrokenError
@@ -24,6 +24,7 @@ FOREVER = 1e9
 BUDGETS = (
     "writes", "slow_writes", "unknown_commits", "unrecorded", "kills", "renewals", "lost_deletes", "looks", "drops",
     "purges", "losses", "deaf", "malformed", "foreign_ticks", "failures", "clock_sets", "load_failures",
+    "schema_drops",
 )  # fmt: skip
 
 Act = Callable[["Timed"], None]
@@ -82,6 +83,7 @@ class Span:
     failures: int = 0
     clock_sets: int = 0
     load_failures: int = 0
+    schema_drops: int = 0
     ttl: int = 0
     """Seconds; 0: for ever."""
     if_error: int = 0
@@ -97,6 +99,7 @@ class Relaying:
     by_cursor: bool = False
     time_after_look: bool = False
     numbers_of_look: bool = False
+    schema_of_look: bool = False
     deletes_before_publishing: bool = False
     echo_without_evicting: bool = False
     forgets_failed_evictions: bool = False
@@ -124,6 +127,7 @@ class Relay:
     cursor: int = 0
     half_look: set[int] | None = None
     seen: dict[str, int] = field(default_factory=dict)  # the numbers at the time of the look
+    schema: int = 0  # which one it was at the time of the look
     in_hand: list[Any] = field(default_factory=list)  # a tick decided upon, and not sent yet
 
 
@@ -156,6 +160,7 @@ class Timed:
     to_publish: list[tuple[int, int | None, str, bool]] = field(default_factory=list)
     to_delete: list[tuple[int, int, str, int]] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)  # the table of origins
+    schema: int = 0  # how often it was made again
     seqs: dict[str, int] = field(default_factory=dict)
     queue: list[Any] = field(default_factory=list)
     taken: list[Any] = field(default_factory=list)  # received, and not acknowledged yet
@@ -302,6 +307,8 @@ class Timed:
             yield "another database ticks", Timed.foreign_tick
         if self.joined and left["deaf"] and self.bound:
             yield "the exchange is declared again, without the queue", Timed.become_deaf
+        if left["schema_drops"] and not self.begun and not self.invisible:  # which it would wait for
+            yield "the schema is dropped and made again", Timed.drop_schema
         if left["clock_sets"]:
             for ahead in self.span.clocks:
                 if ahead != self.wall:
@@ -461,7 +468,7 @@ class Timed:
 
     def _begin(self, relay: Relay, rows: set[Any]) -> None:
         rows = {row for row in rows if not self.relaying.by_cursor or row > relay.cursor}
-        relay.seen = dict(self.numbers)
+        relay.seen, relay.schema = dict(self.numbers), self.schema
         at = self.real + self.span.database_ahead
         relay.ticks.begin(Look(at, (at, at), SOURCE, rows), self.real - 1)
 
@@ -494,7 +501,8 @@ class Timed:
         wanted = relay.ticks.wanted
         if wanted is None:
             return None
-        relay.ticks.left(wanted & set(self.outbox), dict(self.numbers))
+        schema = relay.schema if self.relaying.schema_of_look else self.schema
+        relay.ticks.left(wanted & set(self.outbox), Confirmed(str(schema), dict(self.numbers)))
         return relay.ticks.take()
 
     def tick(self, number: int, at_once: bool = True) -> None:
@@ -502,17 +510,17 @@ class Timed:
         told = self._told(relay)
         if told is None:
             return
-        look, numbers = told
+        look, (schema, numbers) = told
         if self.relaying.numbers_of_look:
             numbers = relay.seen
         seqs = {origin: seq for origin, seq in numbers.items() if origin != relay.origin}
-        relay.in_hand.append((look.as_of, tuple(seqs.items())))
+        relay.in_hand.append((look.as_of, schema, tuple(seqs.items())))
         if at_once:
             self.send_tick(number)
 
     def send_tick(self, number: int) -> None:
         relay = self.relays[number]
-        as_of, seqs = relay.in_hand.pop()
+        as_of, schema, seqs = relay.in_hand.pop()
         self._route(
             Tick(
                 v=1,
@@ -520,9 +528,17 @@ class Timed:
                 seq=self.seqs[relay.origin],
                 as_of=as_of,
                 source=SOURCE,
+                schema=schema,
                 seqs=dict(seqs),
             )
         )
+
+    def drop_schema(self) -> None:
+        """What waits in it reaches nobody."""
+        self.left["schema_drops"] -= 1
+        self.outbox.clear()
+        self.numbers.clear()
+        self.schema += 1
 
     # The broker
 
@@ -852,7 +868,11 @@ class Timed:
     def _settled(self) -> bool:
         return not (
             self.queue or self.taken or self.to_publish or self.outbox or self.invisible or self.missing
-        ) and (self.joined and self.coherence.suspect is None)
+        ) and (self.joined and self.coherence.suspect is None and self._knows_the_schema())
+
+    def _knows_the_schema(self) -> bool:
+        """Until a tick tells, nobody knows that it was made again; Δ has to do till then."""
+        return not self.schema or bool(self.coherence.proof.schema == str(self.schema))
 
     # Comparing
 
@@ -885,7 +905,8 @@ class Timed:
             c._last_gap if span.clocks or self.now - c._last_gap < 1 else None,
             c._marker, c._marker_passed, _message_key(c._tick_passed) if c._tick_passed else None, c._subscribed, c._heard_at if span.silence else 0,
             c.proof.watermark, c.proof.until, c.proof.extends, c.proof.source, c.proof.checked_until,
-            self.kept and (tuple(self.kept.seqs.items()), self.kept.checked_until, self.kept.extends),
+            self.schema, c.proof.schema, tuple(r.schema for r in self.relays) if span.schema_drops else None,
+            self.kept and (tuple(self.kept.seqs.items()), self.kept.checked_until, self.kept.extends, self.kept.schema),
         )  # fmt: skip
 
     def _reading(self) -> Hashable:
@@ -915,7 +936,7 @@ def _label(message: Any) -> str:
 
 def _message_key(message: Any) -> Hashable:
     if isinstance(message, Tick):
-        return message.origin, message.seq, message.as_of, tuple(message.seqs.items())
+        return message.origin, message.seq, message.as_of, message.schema, tuple(message.seqs.items())
     if isinstance(message, Probe):
         return message.id
     return None if message is None else (message.origin, message.seq, message.at, message.committed_at)

@@ -217,12 +217,13 @@ DROPPED_IN_TIME = Span(staleness=0, until=3, drops=1)
 HUNG = Span(hung_loads=True, looks=1)
 RESUMED_IN_TIME = Span(staleness=0, until=3, durable=True, losses=1, looks=0)
 PUT_OFF = Span(staleness=0, until=3, malformed=2, looks=3, grace=True)
+SCHEMA_DROPPED = Span(schema_drops=1, writes=0, unrecorded=1, looks=2, staleness=0, until=4)
 SKEWED = Span(skew=1, staleness=0, ahead=-1, until=3, grace=True)
 PUT_RIGHT = Span(database_ahead=2, ahead=2, clocks=(0,), clock_sets=1, staleness=0, until=5)
 FEW_ROWS = (
     (
-        "from cacheinval.outbox.session import MOST_WAITING, Look",
-        "from cacheinval.outbox.session import Look\n\nMOST_WAITING = 1",
+        "from cacheinval.outbox.session import MOST_WAITING, Confirmed, Look",
+        "from cacheinval.outbox.session import Confirmed, Look\n\nMOST_WAITING = 1",
     ),
 )
 MANY_ROWS = Span(staleness=0, until=3, keys=("k", "l"), most_waiting=1, writes=0, unrecorded=2)
@@ -231,7 +232,9 @@ TIMED_MUTANTS = [
     TimedMutant(
         "tick sent before the confirms",
         Span(),
-        tick_changes=(("self._seqs = None if self.waiting else seqs", "self._seqs = seqs"),),
+        tick_changes=(
+            ("self._confirmed = None if self.waiting else confirmed", "self._confirmed = confirmed"),
+        ),
     ),
     TimedMutant(
         "tick from a cursor instead of a set",
@@ -372,6 +375,17 @@ TIMED_MUTANTS = [
             ("if self._source_before not in (None, tick.source):", "if False:"),
         ),
     ),
+    TimedMutant(
+        "a schema that was made again goes unnoticed",
+        SCHEMA_DROPPED,
+        (("if tick.schema is not None and self.schema not in (None, tick.schema):", "if False:"),),
+    ),
+    TimedMutant(
+        "of which schema the last tick was is forgotten",
+        SCHEMA_DROPPED,
+        (("        self.schema = tick.schema or self.schema\n", ""),),
+    ),
+    TimedMutant("the schema told as the look saw it", SCHEMA_DROPPED, relaying=Relaying(schema_of_look=True)),
     TimedMutant(
         "a tick from the future believed",
         Span(database_ahead=1, until=4),

@@ -8,7 +8,15 @@ import cacheinval.outbox.ticks as ticks
 from .changing import changed
 from .conftest import Exploring
 from .freshness import Span, timed
-from .mutants import FEW_ORIGINS, FEW_ROWS, MANY_ROWS, PUT_OFF, TIMED_MUTANTS, TimedMutant
+from .mutants import (
+    FEW_ORIGINS,
+    FEW_ROWS,
+    MANY_ROWS,
+    PUT_OFF,
+    SCHEMA_DROPPED,
+    TIMED_MUTANTS,
+    TimedMutant,
+)
 
 # With a staleness of 0 a second less has to pass before a wrong hit shows, so that more else can happen.
 SPANS = {
@@ -33,6 +41,13 @@ SPANS = {
         staleness=0, until=3, relays=2, looks=2, late_ticks=True, writes=0, unrecorded=1
     ),
     "another database's ticks": Span(foreign_ticks=1, until=4),
+    "a schema that is made again": SCHEMA_DROPPED,
+    "a schema that is made again, a queue that survives": Span(
+        schema_drops=1, writes=0, unrecorded=1, staleness=0, until=3, durable=True, losses=1
+    ),
+    "a schema that is made again, gaps put off": Span(
+        schema_drops=1, writes=0, unrecorded=1, malformed=1, looks=2, staleness=0, until=3
+    ),
     "a lost subscription": Span(losses=1, until=4),
     "a lost subscription, a message dropped": Span(staleness=0, until=3, losses=1, drops=1),
     "a queue that survives": Span(staleness=0, until=3, durable=True, losses=1),

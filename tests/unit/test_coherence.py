@@ -938,8 +938,8 @@ def test_a_gap_of_a_cache_that_outlives_the_process_is_not_put_off() -> None:
     assert coherence.gap_due_at is None
 
 
-def tick(as_of: float, seq: int = 0, source: str = "db", **seqs: int) -> Tick:
-    return Tick(v=1, origin="relay", seq=seq, as_of=as_of, source=source, seqs=seqs)
+def tick(as_of: float, seq: int = 0, source: str = "db", schema: str | None = None, **seqs: int) -> Tick:
+    return Tick(v=1, origin="relay", seq=seq, as_of=as_of, source=source, schema=schema, seqs=seqs)
 
 
 def told(coherence: Coherence, message: Message, now: float) -> Eviction | None:
@@ -985,6 +985,39 @@ def test_a_number_that_is_missing_is_a_gap_before_the_watermark_moves() -> None:
     assert coherence.proof.watermark == 0.9
     assert told(coherence, tick(10.0, writer=1), 10.1) is None  # counted once
     assert coherence.proof.watermark == 10.0
+
+
+MADE_ANEW = {"the schema cacheinval was made anew": 1}
+
+
+def test_a_schema_that_was_made_anew_is_a_gap_once() -> None:
+    """What waited in its outbox reaches nobody."""
+    coherence = proving()
+    entry = coherence.loads.begin("k", 2.0).entry("value", 1e9)
+    assert told(coherence, tick(3.0, schema="1"), 3.1) is None, "the first that says which one it is"
+    assert told(coherence, tick(4.0), 4.1) is None, "of an older relay"
+    gap = told(coherence, tick(9.0, schema="2"), 9.1)
+    assert gap is not None
+    assert gap.everything
+    assert not coherence.serving.may_serve(entry, 9.2)
+    assert told(coherence, tick(10.0, schema="2"), 10.1) is None
+    assert (coherence.counters.gap_reasons, coherence.proof.watermark) == (MADE_ANEW, 10.0)
+
+
+def test_it_is_noticed_also_where_the_subscription_was_lost_or_the_process_was_away_meanwhile() -> None:
+    coherence = proving()
+    told(coherence, tick(3.0, schema="1"), 3.1)
+    kept = coherence.proof_state()
+    coherence.evict(coherence.joined_anew(4.0), 4.0)
+    coherence.trust()
+    told(coherence, tick(5.0, schema="2"), 5.1)
+    assert coherence.counters.gap_reasons == MADE_ANEW
+    another = Coherence(max_staleness=5.0, max_clock_skew=0.1, gap_interval=0)
+    another.resumed("marker", 6.0, kept)
+    another.received(Probe(v=1, id="marker"), 6.0)
+    another.evicted(6.0)
+    told(another, tick(7.0, schema="2"), 7.1)
+    assert another.counters.gap_reasons == MADE_ANEW
 
 
 def test_the_relays_own_numbers_count_as_well() -> None:
