@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 PUBLISH_PATIENCE = 2.0  # seconds that `invalidate` waits for the broker, where the row is the safety
+HAD_ONE_BEFORE = (
+    "if this database had one before, its grants, triggers and what waited in it are gone: `cacheinval schema grant ROLE` "
+    "again, `SELECT cacheinval.track(…)` again, and then `cacheinval invalidate --all`"
+)
 SILENT_WAIT = 2.0  # seconds for which `invalidate --wait` waits without a word
 
 PACKAGE = Path(__file__).parent
@@ -367,3 +371,5 @@ async def _apply_schema(settings: "Settings") -> None:
         await client.apply_schema()
     done = "made" if made else "is up to date"
     print(f"the schema cacheinval {done} in {mask_url(settings.database_url)}")
+    if made:
+        print(HAD_ONE_BEFORE, file=sys.stderr)
