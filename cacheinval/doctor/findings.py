@@ -235,7 +235,7 @@ def of_leader(holder: str | None, may_lead: bool) -> Finding:
     return failed(
         "leader",
         f"no relay leads{here}: what a killed process left behind stays unpublished, and no tick proves anything",
-        "run `cacheinval relay`, or CACHEINVAL_RELAY=auto in services with a direct connection to the database",
+        f"{remedies.RELAY}. In services CACHEINVAL_RELAY=auto takes a direct connection to the database",
         (*BROKER, *DATABASE),  # without which a relay lets go of the lead, or never takes it
     )
 

@@ -21,7 +21,10 @@ WRITE = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*|amq\.default)$"
 READ = r"^(cacheinval\.[A-Za-z0-9_.-]+|amq\.gen-.*)$"
 """As `config/definitions.json` has them."""
 
-RELAY = "see that a relay runs (`cacheinval relay`, or CACHEINVAL_RELAY=auto) and reaches database and broker"
+RELAY = (
+    "see that a relay runs (`cacheinval relay`, or CACHEINVAL_RELAY=auto) and reaches database and broker; one that hangs "
+    "counts as none: restart a process whose /healthz does not answer"
+)
 
 SILENT = (
     "see whether its process runs, and what its log says last; its own page and /status answer without the broker, and say "
