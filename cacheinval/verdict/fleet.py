@@ -118,10 +118,13 @@ class Member:
         self.behind = False
         """Whether it had not heard a tick of which others had told already when it answered the time before."""
         self._to_hear = -inf
+        self.row_age_before = 0.0
+        """The `row_age` of the answer before."""
         self._samples: deque[tuple[float, list[int]]] = deque()
 
     def heard(self, report: Report, now: float, told: float = -inf) -> None:
         """It has answered; `told` is the newest tick of which anybody has."""
+        self.row_age_before = self.row_age
         self.report, self.heard_at = report, now
         self.behind = self._to_hear > self.reached
         self._to_hear = told
@@ -155,6 +158,24 @@ class Member:
         if self.report is None or self.heard_at is None or self.report.watermark_age is None:
             return None
         return self.report.watermark_age + now - self.heard_at
+
+    @property
+    def row_age(self) -> float:
+        """Seconds for which its relay has seen a row wait; 0 where it tells of none."""
+        relay = None if self.report is None else self.report.relay
+        return 0.0 if relay is None else relay.oldest_row_age or 0.0
+
+    @property
+    def clock_behind(self) -> float:
+        """Seconds by which its clock is behind the database's, where it is more than accepted: its tick is of its future."""
+        report = self.report
+        if (
+            report is None
+            or report.watermark_age is None
+            or -report.watermark_age <= report.settings.max_clock_skew
+        ):
+            return 0.0
+        return -report.watermark_age
 
     @property
     def tick(self) -> float | None:
@@ -380,7 +401,7 @@ class Fleet:
             return Condition.STARTING
         if report.state != "ready":
             return Condition.SUSPECT
-        if member.late() or (member.awaits_ticks and self.ticks_stopped):
+        if member.late() or member.clock_behind or (member.awaits_ticks and self.ticks_stopped):
             return Condition.UNPROVEN
         return Condition.FRESH
 

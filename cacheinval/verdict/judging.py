@@ -200,7 +200,7 @@ def _unproven(seen: Seen) -> Verdict | None:
     late = [member for member in late if seen.fleet.cut_off(member)] or late
     ages = [age for member in late if (age := member.proven_age(seen.now)) is not None]
     starts = [member.report.since for member in late if member.report and member.report.since is not None]
-    since = clock_time(seen.now - max(ages) if ages else min(starts, default=None))
+    since = clock_time(seen.now - max(0.0, *ages) if ages else min(starts, default=None))
     cause, step = causes.of_unproven(seen, late)
     if len(late) == len(seen.present):
         said = f"Nothing proves that any cache is fresh, since {since}: {cause}."
@@ -248,7 +248,11 @@ def _waiting_rows(seen: Seen) -> Verdict | None:
 
 def _waits_on(seen: Seen) -> bool:
     """A row is as old as its INSERT: that of a long transaction is old when it is committed, and gone by the next look."""
-    if seen.fleet.asking_once or any((relay.oldest_row_age or 0.0) > OLD_ROW for relay in seen.relays):
+    if seen.fleet.asking_once or any(
+        relay.reason and (relay.oldest_row_age or 0.0) > OLD_ROW for relay in seen.relays
+    ):
+        return True  # or it says itself why it waits
+    if any(min(member.row_age, member.row_age_before) > OLD_ROW for member in seen.present):
         return True
     before = seen.fleet.overview_before
     return before is not None and (before.oldest_row_age or 0.0) > OLD_ROW

@@ -135,6 +135,10 @@ def test_what_follows_from_another_failure_refers_to_it() -> None:
     assert findings.causes_first([leader, ticks])[0] == leader
     assert findings.causes_first([leader, ticks])[1].text.endswith("; see leader first")
     assert findings.causes_first([ticks]) == [ticks]
+    settled = findings.causes_first([leader, refused, ticks])
+    assert all(settled[at].text.endswith("; see permissions first") for at in (0, 2)), (
+        "not what follows itself"
+    )
 
 
 def test_dead_letters() -> None:

@@ -252,6 +252,23 @@ class TestVerdict:
             levels.append(verdict(seen).level)
         assert levels == [Level.GOOD, Level.WARNING, Level.BAD]
 
+    def test_nor_is_one_that_a_relay_sees_as_it_publishes_it(self) -> None:
+        seen = fleet(status("one"))
+        levels = []
+        for age in (None, 6.0, None, 6.0, 7.0):
+            seen.heard(status("one", relay=LEADS | {"oldest_row_age": age}), NOW)
+            levels.append(verdict(seen).level)
+        assert levels == [Level.GOOD, Level.WARNING, Level.GOOD, Level.WARNING, Level.BAD]
+
+    def test_a_tick_of_its_own_future_proves_nothing(self) -> None:
+        """A clock that was set back."""
+        said = verdict(fleet(status("one"), status("two", watermark_age=-3.0)))
+        assert said.level is Level.BAD
+        assert said.sentence.startswith("two is not proven to be fresh, since 23:59:03: ")
+        assert said.sentence.endswith(": the clock of two is at least 3.0 s behind the database's.")
+        assert "time service" in said.todo[0]
+        assert verdict(fleet(status("one"), status("two", watermark_age=-0.05))).level is Level.GOOD
+
     def test_slow_ticks_are_not_late(self) -> None:
         slow = {"watermark_age": 25.0, "settings": {"tick_interval": 10.0}}
         assert verdict(fleet(status("one", **slow))).level is Level.GOOD
