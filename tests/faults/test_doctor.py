@@ -251,6 +251,16 @@ async def test_whoever_may_not_log_in_or_names_no_vhost_is_told_so(
     assert "rabbitmqctl add_vhost nowhere" in str(finding.remedy)
 
 
+async def test_a_database_that_is_away_is_one_finding_to_which_the_others_refer(
+    settings: dict[str, Any], healthy: Healthy
+) -> None:
+    await healthy()
+    checks = await found(settings | {"database_url": "postgresql://127.0.0.1:1/nowhere"})
+    with_remedy = [one for findings in checks.values() for one in findings if one.remedy is not None]
+    assert [(one.check, one.level) for one in with_remedy] == [("database", "failed")]
+    assert only(checks, "not checked").text.endswith("; see database first")
+
+
 async def test_the_schema_is_missing_or_newer(settings: dict[str, Any], db: DB) -> None:
     await db.execute("INSERT INTO cacheinval.schema_version (version) VALUES (99)")
     assert "upgrade cacheinval here" in str(only(await found(settings), "schema").remedy)
