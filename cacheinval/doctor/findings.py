@@ -136,7 +136,8 @@ def lacking(reason: str, needed: Mapping[str, str]) -> str:
 
 def of_refusals(url: str, refusals: Mapping[str, str]) -> Finding:
     """Permissions that the broker's user lacks, each with the words of the broker."""
-    text = f"{', '.join(refusals)} is not permitted: {next(iter(refusals.values()))}"
+    verb = "is" if len(refusals) == 1 else "are"
+    text = f"{', '.join(refusals)} {verb} not permitted: {next(iter(refusals.values()))}"
     return failed("permissions", text, remedies.set_permissions(url))
 
 

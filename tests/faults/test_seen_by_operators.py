@@ -494,7 +494,7 @@ FAULTS = {
         permissions(".*", "^$", ".*"),
         Words(
             r"\Apermissions failed: write on cacheinval\.\w+\.dead, write on amq\.gen-…, write on cacheinval\.\w+, "
-            r"write on amq\.default is not permitted: ACCESS_REFUSED.*\Z",  # nothing else has a remedy
+            r"write on amq\.default are not permitted: ACCESS_REFUSED.*\Z",  # nothing else has a remedy
             "^Nobody can be asked from here since .*ACCESS_REFUSED - access to exchange",
             "shop-1 .*ACCESS_REFUSED - access to",
             "rabbitmqctl set_permissions -p / limited '",

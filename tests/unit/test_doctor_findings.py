@@ -128,7 +128,7 @@ def test_what_follows_from_another_failure_refers_to_it() -> None:
     found = findings.causes_first([refused, clock, leader, ticks])
     assert found[:2] == [refused, clock], "what follows from nothing stays"
     assert refused.text.startswith(
-        "write on cacheinval.shop, write on amq.default is not permitted: ACCESS_REFUSED"
+        "write on cacheinval.shop, write on amq.default are not permitted: ACCESS_REFUSED"
     )
     for one, was in zip(found[2:], (leader, ticks), strict=True):
         assert (one.level, one.text, one.remedy) == ("failed", f"{was.text}; see permissions first", None)
