@@ -367,9 +367,12 @@ async def _apply_schema(settings: "Settings") -> None:
     from cacheinval.settings import mask_url
 
     async with Client(settings.model_copy(update={"relay": "off"}), subscribe=False) as client:
-        made = await client.pool.fetchval("SELECT to_regclass('cacheinval.outbox') IS NULL", timeout=10)
+        made, has_tables = await client.pool.fetchval(
+            "SELECT ARRAY[to_regclass('cacheinval.outbox') IS NULL, EXISTS (SELECT FROM pg_stat_user_tables)]",
+            timeout=10,
+        )
         await client.apply_schema()
     done = "made" if made else "is up to date"
     print(f"the schema cacheinval {done} in {mask_url(settings.database_url)}")
-    if made:
+    if made and has_tables:  # whose triggers may be gone
         print(HAD_ONE_BEFORE, file=sys.stderr)
