@@ -93,7 +93,11 @@ class Scene:
     async def doctor(self) -> str:
         """What the doctor finds, but what is well."""
         found = await examine(Settings(**self.settings))
-        return "\n".join(f"{one.check} {one.level}: {one.text} → {one.remedy}" for one in found if one.remedy)
+        return "\n".join(
+            f"{one.check} {one.level}: {one.text}" + (f" → {one.remedy}" if one.remedy else "")
+            for one in found
+            if one.level != "ok"
+        )
 
     async def status(self) -> str:
         """What `cacheinval status` prints; where nobody can be asked, it ends with an error besides."""
@@ -493,8 +497,8 @@ FAULTS = {
     "the user of the broker may not write": Fault(
         permissions(".*", "^$", ".*"),
         Words(
-            r"\Apermissions failed: write on cacheinval\.\w+\.dead, write on amq\.gen-…, write on cacheinval\.\w+, "
-            r"write on amq\.default are not permitted: ACCESS_REFUSED.*\Z",  # nothing else has a remedy
+            r"\A[^→]*permissions failed: write on cacheinval\.\w+\.dead, write on amq\.gen-…, write on cacheinval\.\w+, "
+            r"write on amq\.default are not permitted: ACCESS_REFUSED[^→]*→[^→]*\Z",  # nothing else has a remedy
             "^Nobody can be asked from here since .*ACCESS_REFUSED - access to exchange",
             "shop-1 .*ACCESS_REFUSED - access to",
             "rabbitmqctl set_permissions -p / limited '",
