@@ -499,7 +499,7 @@ FAULTS = {
         Words(
             r"\A[^→]*permissions failed: write on cacheinval\.\w+\.dead, write on amq\.gen-…, write on cacheinval\.\w+, "
             r"write on amq\.default are not permitted: ACCESS_REFUSED[^→]*→[^→]*\Z",  # nothing else has a remedy
-            "^Nobody can be asked from here since .*ACCESS_REFUSED - access to exchange",
+            "^Nobody can be asked from here: .*ACCESS_REFUSED - access to exchange",
             "shop-1 .*ACCESS_REFUSED - access to",
             "rabbitmqctl set_permissions -p / limited '",
         ),
