@@ -14,6 +14,7 @@ from cacheinval.coherence import Eviction, WriteOutcome, outcome_of_error, owed_
 from cacheinval.coherence.receipts import Question
 from cacheinval.errors import DatabaseError
 from cacheinval.outbox import Checkout, Checkouts, Outbox, Row, combine, leaves_session
+from cacheinval.outbox.pool import STATEMENT_TIMEOUT
 from cacheinval.publisher import Publisher, Unpublished
 from cacheinval.transactions import Invalidations, Transaction
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Writes"]
 
-COMMIT_TIMEOUT = 30.0
+COMMIT_TIMEOUT = STATEMENT_TIMEOUT  # which connections of our own pool have for each statement
 ROLLBACK_TIMEOUT = 5.0
 
 

@@ -287,6 +287,7 @@ class Coherence:
         # Before the watermark may move.
         missing = self._numbers.missing_before_tick(numbers, baselined=self.proof.baselined)
         break_ = self.proof.breaks_off(tick)
+        self.proof.heard(tick)
         if break_ is not None:
             self.proof.start_over()
             self._tick_passed = tick  # the first one of what begins with this gap

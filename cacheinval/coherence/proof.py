@@ -99,6 +99,10 @@ class Proof:
             return "no tick for too long"
         return None
 
+    def heard(self, tick: Tick) -> None:
+        """`breaks_off` has been asked about `tick`: the next one is compared to it, also where both came in one batch."""
+        self.schema = tick.schema or self.schema
+
     def await_source(self) -> None:
         """The instance has a database of its own, and does not know yet which one: until `trust_only` nothing proves."""
         self._awaits_source = True
@@ -130,7 +134,6 @@ class Proof:
         """All that came before `tick` has been evicted here, as far as is known."""
         self.checked_until = max(self.checked_until, tick.as_of)
         self._source_before = tick.source
-        self.schema = tick.schema or self.schema
 
     def advance(self, tick: Tick, now: float) -> None:
         """All that came before `tick` has been evicted, and no number was missing."""

@@ -87,7 +87,7 @@ class Checkout:
         return self
 
     def within(self, seconds: float) -> AbstractAsyncContextManager[object]:
-        """A deadline for one statement; it adds nothing where the pool is ours, whose connections have one for each."""
+        """A deadline for one statement, where the pool is borrowed: of ours each has one (`STATEMENT_TIMEOUT`) by itself."""
         return asyncio.timeout(seconds) if self._leave_as_it_was is None else _NO_DEADLINE
 
     def spare_reset(self) -> None:

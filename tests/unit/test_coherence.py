@@ -1004,6 +1004,25 @@ def test_a_schema_that_was_made_anew_is_a_gap_once() -> None:
     assert (coherence.counters.gap_reasons, coherence.proof.watermark) == (MADE_ANEW, 10.0)
 
 
+@pytest.mark.parametrize("known", [None, "1"])
+def test_ticks_of_one_batch_are_compared_with_each_other(known: str | None) -> None:
+    """As they come after a process was stopped, or in a queue that is resumed."""
+    coherence = proving()
+    if known is not None:
+        told(coherence, tick(3.0, schema=known), 3.1)
+    entry = coherence.loads.begin("k", 3.5).entry("value", 1e9)
+    assert coherence.received(tick(4.0, schema="1"), 9.0) is None
+    gap = coherence.received(tick(8.0, schema="2"), 9.0)
+    assert gap is not None
+    assert gap.everything
+    assert coherence.received(tick(9.0, schema="2"), 9.0) is None
+    coherence.evict(gap, 9.0)
+    coherence.evicted(9.0)
+    assert coherence.counters.gap_reasons == MADE_ANEW
+    assert coherence.gap_due_at is None
+    assert not coherence.serving.may_serve(entry, 9.1)
+
+
 def test_it_is_noticed_also_where_the_subscription_was_lost_or_the_process_was_away_meanwhile() -> None:
     coherence = proving()
     told(coherence, tick(3.0, schema="1"), 3.1)
