@@ -143,6 +143,7 @@ class Instance:
         self._marker_sent_at = 0.0
         self._gap_put_off = asyncio.Event()
         self._failing = 0  # evictions that are being retried
+        self._answered: set[Delivery] = set()  # before their turn
         self.trusted = asyncio.Event()
         """Set while what is cached can be relied on."""
         self.ever_joined = False
@@ -200,6 +201,7 @@ class Instance:
 
     def lost(self, reason: str) -> None:
         """See `bus.Receiver.lost`."""
+        self._answered.clear()
         self._coherence.lost(reason)
         self._note_trust()
 
@@ -249,6 +251,21 @@ class Instance:
             self._coherence.position.forget()  # as in `receive`
             raise
 
+    def overhear(self, deliveries: Sequence[Delivery]) -> None:
+        """See `bus.Receiver.overhear`: while nothing can be evicted nothing is received either, which is no silence, and
+        whoever asks how it is is to learn of it."""
+        if not self._failing:
+            return
+        self._coherence.heard(self._clock.now())
+        for delivery in deliveries:
+            if not delivery.reply_to:
+                continue
+            with suppress(MalformedMessageError):  # which is said when its turn comes
+                message = decode(delivery.body)
+                if isinstance(message, Ask):
+                    self._answered.add(delivery)
+                    self._answer(delivery, message)
+
     def _judge(self, deliveries: Sequence[Delivery]) -> "_Batch":
         """What the rules make of these; from here to the eviction nothing is awaited."""
         self._heard.set()
@@ -293,7 +310,9 @@ class Instance:
                 offset=delivery.offset,
             )
             return None, str(error)
-        if isinstance(message, Ask | Audit) and delivery.reply_to:
+        if self._answered and delivery in self._answered:
+            self._answered.discard(delivery)
+        elif isinstance(message, Ask | Audit) and delivery.reply_to:
             self._answer(delivery, message)
         return message, None
 

@@ -15,6 +15,7 @@ class Recorder:
         self.position: int | None = None
         self.begun: list[Delivery] = []
         self.bodies: list[bytes] = []
+        self.overheard: list[bytes] = []
         self.failure: Exception | None = None
         self.joining = asyncio.Event()
         self.open = asyncio.Event()  # while it is not set, `receive` waits
@@ -46,6 +47,9 @@ class Recorder:
             raise self.failure
         self.bodies += [delivery.body for delivery in deliveries]
         return [self._judge(delivery.body) for delivery in deliveries]
+
+    def overhear(self, deliveries: Sequence[Delivery]) -> None:
+        self.overheard += [delivery.body for delivery in deliveries]
 
     def receive_now(self, deliveries: Sequence[Delivery]) -> None:
         """It may have to wait."""

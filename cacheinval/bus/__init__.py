@@ -54,6 +54,9 @@ class Receiver(Protocol):
         """The same as `receive`, at once; None where that cannot be done, and then nothing has been done. It is not called
         while `joined` or `receive` is under way."""
 
+    def overhear(self, deliveries: Sequence[Delivery]) -> None:
+        """These have arrived, and wait for what is under way; `receive` is given them when that is done."""
+
 
 class Channel(Protocol):
     """One publishing channel: what is sent arrives in order, or not at all."""

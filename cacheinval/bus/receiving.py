@@ -84,9 +84,8 @@ class Reception:
         return self._ended.result() if self._ended.done() else None
 
     def put(self, delivery: Delivery) -> None:
-        """Takes what arrived; nothing else happens here."""
-        self._waiting.append(delivery)
-        self._something.set()
+        """Takes what arrived, to be received later."""
+        self._keep([delivery])
 
     def take(self, deliveries: list[Delivery]) -> None:
         """Takes what arrived, and has it received at once where nothing is in hand and the receiver need not wait."""
@@ -99,8 +98,13 @@ class Reception:
             except Exception as error:
                 self._fail(error)
                 return
+        self._keep(deliveries)
+
+    def _keep(self, deliveries: list[Delivery]) -> None:
         self._waiting += deliveries
         self._something.set()
+        if not self._idle and not self._ended.done():
+            self._receiver.overhear(deliveries)
 
     def end(self, reason: str, *, finish: bool = False) -> None:
         """Ends this for `reason`, unless it has ended; `finish` lets the receiver finish what it has in hand."""

@@ -308,6 +308,10 @@ class Coherence:
 
     # Gaps
 
+    def heard(self, now: float) -> None:
+        """Something has arrived, so the subscription is alive; it waits, and nothing that it says is done yet."""
+        self._heard_at = now
+
     def silent(self, now: float, limit: float) -> bool:
         """Whether nothing has arrived for `limit` seconds, although the subscription stands: anything may be missing."""
         return self._subscribed and now - self._heard_at > limit

@@ -40,8 +40,8 @@ class Trust:
 
     @property
     def suspect(self) -> str | None:
-        """Why this instance may have missed something, or None."""
-        return next(iter(self.doubts.values()), None)
+        """Why this instance may have missed something, or None: what it cannot evict explains all else."""
+        return self.doubts.get("eviction") or next(iter(self.doubts.values()), None)
 
     def doubt(self, about: Matter, reason: str) -> None:
         """From now on this instance is suspect, until `settle` is called for the same matter."""

@@ -359,13 +359,13 @@ class BrokerSeen:
                     warning("queues", text, f"restart {one.id}: it makes its queue, and starts empty")
                 )
             else:
-                text = (
-                    f"{name} holds {queue.message_count} messages and has {queue.consumer_count} consumers: {one.id} "
-                    "catches up when it is back"
-                )
-                found.append(
-                    warning("queues", text, f"start {one.id} within 24 h of its end, or it starts empty")
-                )
+                if queue.consumer_count:
+                    text = f"{name} is consumed, so {one.id} runs and does not answer"
+                    step = f"see the log of {one.id}: it hangs, or its cache cannot evict"
+                else:
+                    text = f"{name} holds {queue.message_count} messages: {one.id} catches up when it is back"
+                    step = f"start {one.id} within 24 h of its end, or it starts empty"
+                found.append(warning("queues", text, step))
                 await channel.close()
         return found
 

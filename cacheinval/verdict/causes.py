@@ -19,14 +19,14 @@ def of_suspect(report: Report) -> list[str]:
     broker = report.broker
     if broker is not None and broker.consumer == "standby":
         return ["Another process uses this CACHEINVAL_INSTANCE_ID: stop one of them, or name it otherwise."]
+    if reason.startswith("eviction failed") or "not evicted within" in reason:
+        return [f"See that the cache server of {report.id} runs and can be reached from {host}."]
     if report.unsubscribed is not None:
         return [
             remedies.broker(report.unsubscribed, report.url, host),
-            "It joins again by itself, and starts empty.",
+            f"It joins again by itself, and {_then(report)}.",
             DOCTOR_THERE,
         ]
-    if reason.startswith("eviction failed"):
-        return [f"See that the cache server of {report.id} runs and can be reached from {report.host}."]
     if reason == report.unregistered:
         return [
             remedies.database(reason, host),
@@ -34,13 +34,17 @@ def of_suspect(report: Report) -> list[str]:
         ]
     if reason.startswith("silence: a probe"):
         return [
-            "It subscribes anew by itself within seconds, and starts empty. If it does so again and again: see that nobody "
-            "deletes the exchange, and that the network drops nothing silently.",
+            f"It subscribes anew by itself within seconds, and {_then(report)}. If it does so again and again: see that "
+            "nobody deletes the exchange, and that the network drops nothing silently.",
             DOCTOR_THERE,
         ]
     if reason.startswith(("catching up", "new subscription")):
         return [f"Nothing, unless it takes long: {report.id} is working through its queue."]
     return [remedies.broker(reason, report.url, host), DOCTOR_THERE]
+
+
+def _then(report: Report) -> str:
+    return "catches up from its queue" if report.cache.outside else "starts empty"
 
 
 def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
@@ -60,7 +64,7 @@ def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
         return f"the clock of {slow.id} is at least {slow.clock_behind:.1f} s behind the database's", step
     if any(map(seen.fleet.cut_off, late)):
         who = "it" if len(late) == 1 else "them"
-        step = "see its log, and its connection in RabbitMQ's management; restarting it is always safe: it starts empty"
+        step = "see its log, and its connection in RabbitMQ's management; restarting it is always safe"
         return f"ticks do not reach {who}", step
     if len(late) < len(seen.present) and not seen.fleet.ticks_stopped:
         return "no tick had come when asked last", "nothing, unless it stays so: ticks come again"

@@ -164,7 +164,7 @@ def _silent(seen: Seen) -> Verdict | None:
         detail,
         _steps(
             remedies.SILENT,
-            "If it runs, look at its connection in RabbitMQ's management; restarting it is always safe: it starts empty.",
+            "If it runs, look at its connection in RabbitMQ's management; restarting it is always safe.",
             causes.DOCTOR_THERE,
         ),
     )

@@ -43,6 +43,15 @@ class Gap(msgspec.Struct):
     reason: str = ""
 
 
+class Cache(msgspec.Struct):
+    url: str = "memory://"
+
+    @property
+    def outside(self) -> bool:
+        """Whether it outlives the process, as its queue then does."""
+        return not self.url.startswith("memory:")
+
+
 class Shared(msgspec.Struct):
     max_staleness: float | None = None
     max_clock_skew: float = 0.1
@@ -89,6 +98,7 @@ class Report(msgspec.Struct):
     queue_depth: int | None = None
     hit_ratio: float | None = None
     last_gap: Gap | None = None
+    cache: Cache = msgspec.field(default_factory=Cache)
     settings: Shared = msgspec.field(default_factory=Shared)
     counters: Counts = msgspec.field(default_factory=Counts)
     evictions: Recent | None = None

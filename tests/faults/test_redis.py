@@ -106,6 +106,7 @@ class HeldBus:
 
         class Held:
             renewing, joined, lost = receiver.renewing, receiver.joined, receiver.lost
+            overhear = receiver.overhear
 
             async def receive(self, deliveries: Sequence[Delivery]) -> list[str | None]:
                 held.held += len(deliveries)

@@ -19,7 +19,7 @@ from aio_pika import ExchangeType
 from clocks import WrongClock, shifted
 from scene import EVENTUAL, Clients, Eventually, Program, Programs, operating
 
-from cacheinval import Client, Settings, cli, status_command
+from cacheinval import Client, Settings, cli, receiver, status_command
 from cacheinval.bus import receiving
 from cacheinval.doctor import broker, examine
 from cacheinval.errors import DatabaseError, PublishError
@@ -628,3 +628,29 @@ async def test_what_makes_itself_good_is_told_as_the_last_gap(
     await scene.is_well()
     for told in (await scene.status(), await scene.page()):
         assert re.search(rf"ago.*({reason})", told), told
+
+
+async def test_a_cache_server_that_is_away_is_named_for_as_long_as_it_is(
+    scene: Scene, own_redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also once the eviction was given up and the queue is read again, and nothing else is taken for the cause."""
+    monkeypatch.setattr(receiver, "RETRY_LIMIT", 2.0)
+    scene.settings["cache_url"] = own_redis.url
+    await scene.begin(cache_url=own_redis.url)
+    client = scene.seen_from
+    assert client is not None
+    await own_redis.kill()
+    await client.invalidate("k")
+    cause = r"eviction failed: the redis cache failed|not evicted within 2 s: the redis cache failed"
+    words = Words(
+        "cache failed: .*connect", f"shop-1 .*({cause})", f"shop-1 .*({cause})", "cache server|cache failed"
+    )
+    await scene.sees(words)
+    given_up = client.status()["broker"]["since"]
+    await scene.eventually(lambda: client.status()["broker"]["since"] != given_up, EVENTUAL)
+    await scene.sees(words)
+    for _ in range(5):
+        told = await scene.status()
+        assert "silence" not in told, told
+    await own_redis.start()
+    await scene.is_well()

@@ -251,6 +251,46 @@ async def test_a_marker_that_could_not_be_published_is_published_later(
     assert instance.trusted.is_set()
 
 
+async def test_who_asks_while_nothing_can_be_evicted_is_answered_once_and_at_once(
+    joined: House, eventually: Eventually
+) -> None:
+    """Behind the eviction the question would wait for as long, and nobody would learn why."""
+    instance, asked = joined.instance, Delivery(encode(Ask(v=1)), reply_to="here")
+    instance.overhear([asked])
+    assert not joined.asked, "it has its turn in a moment"
+    joined.caches[0].down = True
+    receiving = asyncio.create_task(instance.receive([invalidate("a")]))
+    await eventually(lambda: not instance.trusted.is_set())
+    joined.clock.time += 100
+    others = [Delivery(b"{"), invalidate("b"), Delivery(encode(Ask(v=1))), asked]
+    instance.overhear(others)
+    assert joined.asked == [asked]
+    assert not joined.coherence.silent(joined.clock.time, 3), "that it cannot evict is no silence"
+    assert joined.coherence.suspect == "eviction failed: the cache is down"
+    joined.caches[0].down = False
+    await receiving
+    await instance.receive(others)
+    assert joined.asked == [asked]
+    await instance.receive([asked])
+    assert joined.asked == [asked, asked]
+
+
+async def test_what_was_answered_before_its_turn_is_forgotten_with_the_subscription(
+    joined: House, eventually: Eventually
+) -> None:
+    asked = Delivery(encode(Ask(v=1)), reply_to="here")
+    joined.caches[0].down = True
+    receiving = asyncio.create_task(joined.instance.receive([invalidate("a")]))
+    await eventually(lambda: not joined.instance.trusted.is_set())
+    joined.instance.overhear([asked])
+    receiving.cancel()
+    await asyncio.wait({receiving})
+    joined.instance.lost("closed")
+    joined.caches[0].down = False
+    await joined.instance.receive([asked])
+    assert joined.asked == [asked, asked]
+
+
 async def test_silence_in_an_alarm_is_a_doubt_and_no_reason_to_subscribe_anew() -> None:
     subscribed_anew: list[str] = []
 

@@ -104,3 +104,21 @@ async def test_a_failure_at_once_ends_it_and_settles_nothing(scene: Scene, event
     scene.take(b"2")
     assert not scene.receiver.bodies
     assert not scene.settled
+
+
+async def test_what_waits_is_overheard_and_what_need_not_wait_is_not(
+    scene: Scene, eventually: Eventually
+) -> None:
+    receiver = scene.receiver
+    await eventually(lambda: receiver.ready)
+    await eventually(lambda: scene.reception._idle)
+    scene.take(b"1")
+    receiver.waits = True
+    receiver.open.clear()
+    scene.take(b"2")
+    await eventually(lambda: receiver.begun)
+    scene.take(b"3")
+    scene.reception.put(Delivery(b"4"))
+    assert receiver.overheard == [b"3", b"4"]
+    receiver.open.set()
+    await eventually(lambda: scene.settled == 4)
