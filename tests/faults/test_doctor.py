@@ -216,7 +216,7 @@ async def test_a_queue_is_deleted_while_its_instance_is_up_and_while_it_is_away(
         queue = await operator.declare_queue(f"cacheinval.{settings['namespace']}.shop-2", durable=True)
         try:
             finding = only(await found(settings), "queues")
-            assert "holds 0 messages and has 0 consumers" in finding.text
+            assert "holds 0 messages: " in finding.text
         finally:
             await queue.delete()
 

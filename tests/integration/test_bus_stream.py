@@ -8,7 +8,7 @@ from typing import Any
 
 import aio_pika
 import pytest
-from aio_pika.abc import AbstractChannel
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from buses import Buses, Subscribe, stop
 from proxy import Proxy
 from recorder import Recorder
@@ -401,12 +401,12 @@ async def test_malformed_messages_are_gaps_and_stay_in_the_stream(
     found: list[bytes] = []
     reader = await operator.declare_queue(f"cacheinval.{namespace}.stream", passive=True)
     await operator.set_qos(10)
-    await reader.consume(lambda message: _note(found, message.body), arguments={"x-stream-offset": 1})
+
+    async def note(message: AbstractIncomingMessage) -> None:
+        found.append(message.body)
+
+    await reader.consume(note, arguments={"x-stream-offset": 1})
     await eventually(lambda: b"nonsense" in found)
-
-
-async def _note(found: list[bytes], body: bytes) -> None:
-    found.append(body)
 
 
 # Retention
