@@ -6,8 +6,9 @@ from importlib.resources import files
 
 from cacheinval.latencies import BUCKETS
 from cacheinval.page.markup import NOTHING, Html, html, joined, milliseconds, seconds
-from cacheinval.verdict.fleet import Condition, Fate, Fleet, Lag, Member
+from cacheinval.verdict.fleet import Condition, Fate, Fleet
 from cacheinval.verdict.judging import Level, Verdict, judge
+from cacheinval.verdict.member import Lag, Member
 from cacheinval.verdict.reports import Identity, Report
 from cacheinval.verdict.words import clock_time, plural
 from cacheinval.verdict.writes import Line

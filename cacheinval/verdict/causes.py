@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cacheinval.verdict import remedies
-from cacheinval.verdict.fleet import Member
+from cacheinval.verdict.member import Member
 from cacheinval.verdict.reports import Relay, Report
 from cacheinval.verdict.seen import Seen
 from cacheinval.verdict.words import short
@@ -56,12 +56,6 @@ def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
     if wrong is not None and wrong.report is not None:
         step = f"run a time service (chrony) on {wrong.report.host or 'its host'} and here"
         return f"the clock of {wrong.id} is at least {wrong.ahead:.0f} s ahead of this one", step
-    slow = next((member for member in late if member.clock_behind), None)
-    if slow is not None and slow.report is not None:
-        step = (
-            f"run a time service (chrony) on {slow.report.host or 'its host'} and on the host of the database"
-        )
-        return f"the clock of {slow.id} is at least {slow.clock_behind:.1f} s behind the database's", step
     if any(map(seen.fleet.cut_off, late)):
         who = "it" if len(late) == 1 else "them"
         step = "see its log, and its connection in RabbitMQ's management; restarting it is always safe"

@@ -1,21 +1,17 @@
 """The fleet as one process sees it: who answers, who should, and what each has told; no I/O, no clock."""
 
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
-from itertools import accumulate
 from math import inf
 from typing import Any
 
 from cacheinval.coherence.registration import Registered
-from cacheinval.latencies import BUCKETS
 from cacheinval.overview import Overview
-from cacheinval.recent import Recent
+from cacheinval.verdict.member import Member
 from cacheinval.verdict.reports import Identity, Report, understand
 from cacheinval.verdict.writes import Line, Writes
 
-__all__ = ["Condition", "Fate", "Fleet", "Lag", "Member"]
+__all__ = ["Condition", "Fate", "Fleet"]
 
 SILENT_AFTER = 3.5
 """Seconds without an answer, at about one question a second."""
@@ -26,21 +22,10 @@ FORGOTTEN_AFTER = 60.0
 FORGOTTEN_UNKNOWN_AFTER = 3600.0  # where no registry tells who has left from who hangs
 """Seconds for which one that has left, or of which nothing is heard and nobody knows, is shown."""
 
-LATE_TICKS, LATE = 3, 2.0
-"""Ticks and seconds beyond which nobody proves freshness any more."""
-
-SAME_TICK = 0.001
-"""Seconds by which what two tell of one tick may differ: an age is a difference of large numbers."""
-
 LATE_AFTER = 2.5
 """Seconds without a word of its eviction after which a write is late somewhere."""
 
-CLOCK_SET = 5.0
-"""Seconds that an answer is older than the one before it only where a clock was set back: answers may overtake others."""
-
-WINDOW, SAMPLE_EVERY = 60.0, 5.0
 MOST_MEMBERS = 1_000
-NUMBER_OF_BUCKETS = len(BUCKETS) + 1
 
 
 class Condition(StrEnum):
@@ -63,158 +48,6 @@ class Fate(StrEnum):
     PENDING = "pending"  # it has not been asked since, most likely
     LATE = "late"
     UNKNOWN = "unknown"  # it was not there yet, or no more, or has evicted more than it could tell
-
-
-class Lag:
-    """How long evictions took, from their commits, within the last minute: counts by the buckets of the metrics."""
-
-    def __init__(self, counts: Sequence[int] = (0,) * NUMBER_OF_BUCKETS, seconds: float = 0.0) -> None:
-        self.counts = tuple(counts)
-        self.seconds = seconds
-        """For how long was counted."""
-
-    @property
-    def total(self) -> int:
-        """How many evictions were counted."""
-        return sum(self.counts)
-
-    def below(self, part: float) -> float | None:
-        """The upper bound, in seconds, of the bucket that holds this quantile; infinite for the last; None of nothing."""
-        if not self.total:
-            return None
-        at = bisect_left(list(accumulate(self.counts)), part * self.total)
-        return BUCKETS[at] if at < len(BUCKETS) else inf
-
-    def __add__(self, other: "Lag") -> "Lag":
-        counts = [one + two for one, two in zip(self.counts, other.counts, strict=True)]
-        return Lag(counts, max(self.seconds, other.seconds))
-
-
-class Member:
-    """One instance.
-
-    Args:
-        session: as it is registered; None if it does not tell.
-    """
-
-    def __init__(self, identity: Identity, session: str | None, now: float) -> None:
-        self.identity = identity
-        self.id = identity[0]
-        self.session = session
-        self.seen_at = now
-        """When it was heard of first."""
-        self.heard_at: float | None = None
-        self.registered = False
-        self.succeeded = False
-        """Whether another process has begun to answer in its place."""
-        self.report: Report | None = None
-        self.told_since: float | None = None
-        self.told_until = -inf
-        """By its clock: between these it has told what it evicted."""
-        self.untold_from = self.untold_until = -inf
-        """By its clock: but between these it may have evicted more."""
-        self.dropped_at = -inf
-        """By its clock: when it dropped everything, last."""
-        self.behind = False
-        """Whether it had not heard a tick of which others had told already when it answered the time before."""
-        self._to_hear = -inf
-        self.row_age_before = 0.0
-        """The `row_age` of the answer before."""
-        self._samples: deque[tuple[float, list[int]]] = deque()
-
-    def heard(self, report: Report, now: float, told: float = -inf) -> None:
-        """It has answered; `told` is the newest tick of which anybody has."""
-        self.row_age_before = self.row_age
-        self.report, self.heard_at = report, now
-        self.behind = self._to_hear > self.reached
-        self._to_hear = told
-        counts = report.counters.receiver.latencies
-        if len(counts) != NUMBER_OF_BUCKETS:
-            return
-        if self._samples and any(new < old for new, old in zip(counts, self._samples[-1][1], strict=True)):
-            self._samples.clear()  # it has started anew
-        while len(self._samples) > 1 and self._samples[1][0] <= now - WINDOW:
-            self._samples.popleft()
-        if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < SAMPLE_EVERY:
-            self._samples.pop()
-        self._samples.append((now, counts))
-
-    @property
-    def lag(self) -> Lag:
-        """Of its evictions within the last minute, or since it was heard first."""
-        if not self._samples:
-            return Lag()
-        (began, before), (ended, after) = self._samples[0], self._samples[-1]
-        return Lag([new - old for new, old in zip(after, before, strict=True)], ended - began)
-
-    @property
-    def ahead(self) -> float:
-        """Seconds by which its clock is at least ahead of the one here."""
-        now = None if self.report is None else self.report.now
-        return max(0.0, now - self.heard_at) if now is not None and self.heard_at is not None else 0.0
-
-    def proven_age(self, now: float) -> float | None:
-        """Seconds since the moment up to which it is proven to have evicted everything."""
-        if self.report is None or self.heard_at is None or self.report.watermark_age is None:
-            return None
-        return self.report.watermark_age + now - self.heard_at
-
-    @property
-    def row_age(self) -> float:
-        """Seconds for which its relay has seen a row wait; 0 where it tells of none."""
-        relay = None if self.report is None else self.report.relay
-        return 0.0 if relay is None else relay.oldest_row_age or 0.0
-
-    @property
-    def clock_behind(self) -> float:
-        """Seconds by which its clock is behind the database's, where it is more than accepted: its tick is of its future."""
-        report = self.report
-        if (
-            report is None
-            or report.watermark_age is None
-            or -report.watermark_age <= report.settings.max_clock_skew
-        ):
-            return 0.0
-        return -report.watermark_age
-
-    @property
-    def tick(self) -> float | None:
-        """The newest tick that it had heard, by the clock of the database: its age and its time are by one clock."""
-        report = self.report
-        if report is None or report.watermark_age is None or self.heard_at is None:
-            return None
-        return (self.heard_at if report.now is None else report.now) - report.watermark_age
-
-    @property
-    def reached(self) -> float:
-        """No later tick had reached it when it answered; where none has, since it subscribed."""
-        if self.tick is not None:
-            return self.tick + SAME_TICK
-        since = None if self.report is None else self.report.since
-        return inf if self.report is None or since is None else since + self.report.settings.max_clock_skew
-
-    @property
-    def awaits_ticks(self) -> bool:
-        """Whether its freshness is to be proven: without a database nothing need ever be."""
-        report = self.report
-        return report is not None and (
-            report.watermark_age is not None or report.relay is not None or report.registration is not None
-        )
-
-    @property
-    def unproven_for(self) -> float:
-        """Seconds for which nobody had proven its freshness when it answered."""
-        report = self.report
-        if report is None or not self.awaits_ticks:
-            return 0.0
-        if report.watermark_age is not None:
-            return report.watermark_age
-        return 0.0 if report.since is None else (self.heard_at or 0.0) - report.since
-
-    def late(self, *, by_clock_here: bool = False) -> bool:
-        """Whether that is longer than a few ticks take: by its clock, or by both where its own is ahead of the one here."""
-        interval = 0.0 if self.report is None else self.report.settings.tick_interval
-        return self.unproven_for - (self.ahead if by_clock_here else 0.0) > LATE_TICKS * interval + LATE
 
 
 class Fleet:
@@ -267,29 +100,9 @@ class Fleet:
         member.heard(report, now, self._newest_told)
         self._newest_told = max(self._newest_told, -inf if member.tick is None else member.tick)
         self._stopped = None
-        recent = report.evictions
-        if recent is not None:
-            report.evictions = None
-            self._told(member, recent)
-
-    def _told(self, member: Member, recent: Recent) -> None:
-        if recent.until < member.told_until - CLOCK_SET:
-            member.told_until = recent.since
-        for evicted in recent.told:
-            if evicted.at > member.told_until or member.untold_from < evicted.at < member.untold_until:
-                self.writes.told(member.identity, evicted)
-                if evicted.all:
-                    member.dropped_at = max(member.dropped_at, evicted.at)
-        if member.told_since is None:
-            member.told_since = recent.since
-        elif recent.since > member.told_until:
-            if member.untold_until == -inf:
-                member.untold_from = member.told_until
-            member.untold_until = recent.since
-        elif recent.since < member.untold_until:
-            # One that has slept answers what it was asked meanwhile, the narrowest question first.
-            member.untold_until = recent.since if recent.since > member.untold_from else -inf
-        member.told_until = max(member.told_until, recent.until)
+        recent, report.evictions = report.evictions, None
+        for evicted in [] if recent is None else member.told(recent):
+            self.writes.told(member.identity, evicted)
 
     def asked(self, problem: str | None, now: float) -> None:
         """Everybody was asked; or could not be, and why."""
@@ -401,7 +214,7 @@ class Fleet:
             return Condition.STARTING
         if report.state != "ready":
             return Condition.SUSPECT
-        if member.late() or member.clock_behind or (member.awaits_ticks and self.ticks_stopped):
+        if member.late() or (member.awaits_ticks and self.ticks_stopped):
             return Condition.UNPROVEN
         return Condition.FRESH
 
@@ -436,10 +249,7 @@ class Fleet:
         """What has become of a write there."""
         if member.identity in line.evicted:
             return Fate.EVICTED
-        report = member.report
-        if report is None or member.told_since is None or (report.started_at or 0.0) > line.at:
-            return Fate.UNKNOWN
-        if line.at <= max(member.told_since, member.untold_until):
+        if not member.could_tell(line.at):
             return Fate.UNKNOWN
         if self._left(member) and line.at > (member.heard_at or 0.0):
             return Fate.UNKNOWN

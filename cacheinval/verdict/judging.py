@@ -200,7 +200,7 @@ def _unproven(seen: Seen) -> Verdict | None:
     late = [member for member in late if seen.fleet.cut_off(member)] or late
     ages = [age for member in late if (age := member.proven_age(seen.now)) is not None]
     starts = [member.report.since for member in late if member.report and member.report.since is not None]
-    since = clock_time(seen.now - max(0.0, *ages) if ages else min(starts, default=None))
+    since = clock_time(seen.now - max(ages) if ages else min(starts, default=None))
     cause, step = causes.of_unproven(seen, late)
     if len(late) == len(seen.present):
         said = f"Nothing proves that any cache is fresh, since {since}: {cause}."

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from cacheinval.verdict.fleet import Condition, Fleet, Member
+from cacheinval.verdict.fleet import Condition, Fleet
+from cacheinval.verdict.member import Member
 from cacheinval.verdict.reports import Relay, Report
 from cacheinval.verdict.words import named
 

@@ -27,7 +27,7 @@ from cacheinval.outbox import apply_schema, relay
 from cacheinval.outbox.grants import grants
 from cacheinval.page import Page, watching
 from cacheinval.sandbox import RabbitMQ, Redis
-from cacheinval.verdict import fleet
+from cacheinval.verdict import member
 
 pytest_plugins = ("scene",)
 
@@ -46,7 +46,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is right because it was waited for: whoever looks too early looks again."""
     monkeypatch.setattr(broker, "ANSWERS_WITHIN", 0.3)
     monkeypatch.setattr(status_command, "ANSWER_WITHIN", 0.3)
-    monkeypatch.setattr(fleet, "LATE", 0.5)
+    monkeypatch.setattr(member, "LATE", 0.5)
     monkeypatch.setattr(watching, "INTERVAL", 0.3)
     monkeypatch.setattr(watching, "COUNT_EVERY", 0.3)
     monkeypatch.setattr(relay, "PAUSES", (0.2, 0.4))
