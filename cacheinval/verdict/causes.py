@@ -49,19 +49,21 @@ def _then(report: Report) -> str:
 
 def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
     """Why no tick proves anything to those, and what to do about it."""
-    refusing = next((m.report for m in late if m.report and m.report.tick_refused), None)
-    if refusing is not None:
-        return _refused(refusing)
-    wrong = next((member for member in late if member.report and _clock_is_ahead(member)), None)
-    if wrong is not None and wrong.report is not None:
-        step = f"run a time service (chrony) on {wrong.report.host or 'its host'} and here"
-        return f"the clock of {wrong.id} is at least {wrong.ahead:.0f} s ahead of this one", step
-    if any(map(seen.fleet.cut_off, late)):
+    stopped = seen.fleet.ticks_stopped
+    for is_so, told in ((_refuses, _of_refusing), (_clock_is_ahead, _of_clock_ahead)):
+        those = [member for member in late if is_so(member)]
+        if those and (len(those) == len(late) or not stopped):  # else it explains nothing of the others
+            return told(those[0])
+    if any(map(seen.fleet.cut_off, late)) and not stopped:
         who = "it" if len(late) == 1 else "them"
         step = "see its log, and its connection in RabbitMQ's management; restarting it is always safe"
         return f"ticks do not reach {who}", step
-    if len(late) < len(seen.present) and not seen.fleet.ticks_stopped:
+    if len(late) < len(seen.present) and not stopped:
         return "no tick had come when asked last", "nothing, unless it stays so: ticks come again"
+    return _of_no_ticks(seen)
+
+
+def _of_no_ticks(seen: Seen) -> tuple[str, str]:
     troubled = next((relay for relay in seen.relays if relay.no_ticks), None)
     if troubled is not None and troubled.no_ticks is not None:
         return f"the relay sends no ticks: {troubled.no_ticks}", _way_of_ticks(seen, troubled.no_ticks)
@@ -76,18 +78,30 @@ def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
     return "no relay sends ticks", remedies.RELAY
 
 
-def _refused(report: Report) -> tuple[str, str]:
-    reason, host = report.tick_refused or "", report.host or "its host"
+def _refuses(member: Member) -> bool:
+    return member.report is not None and bool(member.report.tick_refused)
+
+
+def _of_refusing(member: Member) -> tuple[str, str]:
+    assert member.report is not None
+    reason = member.report.tick_refused or ""
     if "database" in reason:
         step = "give each database a namespace of its own (CACHEINVAL_NAMESPACE), and all instances of one the same database"
         return f"ticks are refused: {reason}", step
-    step = f"run a time service (chrony) on {host} and on the host of the database"
+    step = (
+        f"run a time service (chrony) on {member.report.host or 'its host'} and on the host of the database"
+    )
     return f"ticks are refused: {reason.partition(', by ')[0]}", step
 
 
 def _clock_is_ahead(member: Member) -> bool:
-    report = member.report
-    return report is not None and member.ahead > report.settings.max_clock_skew + 1
+    return member.report is not None and member.ahead > member.report.settings.max_clock_skew + 1
+
+
+def _of_clock_ahead(member: Member) -> tuple[str, str]:
+    assert member.report is not None
+    step = f"run a time service (chrony) on {member.report.host or 'its host'} and here"
+    return f"the clock of {member.id} is at least {member.ahead:.0f} s ahead of this one", step
 
 
 def _way_of_ticks(seen: Seen, reason: str) -> str:

@@ -197,12 +197,15 @@ def _unproven(seen: Seen) -> Verdict | None:
     late = seen.those(Condition.UNPROVEN)
     if not late:
         return None
-    late = [member for member in late if seen.fleet.cut_off(member)] or late
+    if not seen.fleet.ticks_stopped:
+        late = [member for member in late if seen.fleet.cut_off(member)] or late
     ages = [age for member in late if (age := member.proven_age(seen.now)) is not None]
     starts = [member.report.since for member in late if member.report and member.report.since is not None]
-    since = clock_time(seen.now - max(ages) if ages else min(starts, default=None))
+    nobody = len(late) == len(seen.present)
+    unproven_for = (min if nobody else max)(ages, default=0.0)  # of nobody not before the last of them
+    since = clock_time(seen.now - unproven_for if ages else min(starts, default=None))
     cause, step = causes.of_unproven(seen, late)
-    if len(late) == len(seen.present):
+    if nobody:
         said = f"Nothing proves that any cache is fresh, since {since}: {cause}."
     else:
         verb = "is" if len(late) == 1 else "are"

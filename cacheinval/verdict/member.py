@@ -72,7 +72,7 @@ class Member:
         """By its clock: when it dropped everything, last."""
         self._told_since: float | None = None
         self._told_until = -inf  # by its clock: between these it has told what it evicted
-        self._untold_from = self._untold_until = -inf  # by its clock: but between these it may have evicted more
+        self._untold_from = self._untold_until = -inf  # but between these it may have evicted more
         self.behind = False
         """Whether it had not heard a tick of which others had told already when it answered the time before."""
         self._to_hear = -inf

@@ -584,6 +584,29 @@ class TestTicks:
             assert said.startswith("two is not proven to be fresh") == late
             assert said.endswith(": ticks do not reach it.") == late
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"tick_refused": "a tick from the future, by 60.0 s"},
+            {"now": NOW + 100.0, "watermark_age": 100.0},
+        ],
+        ids=["cut off", "refusing", "wrong clock"],
+    )
+    def test_what_is_wrong_with_one_hides_no_relay_that_stops_for_all(self, fields: dict[str, Any]) -> None:
+        ticking, said = Ticking(), list[str]()
+        ticking.tick(0, "two")
+        for at in range(20):
+            if at < 10:
+                ticking.tick(at, "one")
+            ticking.answers("two", at + 0.1, **fields)
+            ticking.answers("one", at + 0.3)
+            ticking.seen.looked(Overview(led=at < 10), NOW + at + 0.3)
+            said.append(ticking.said(at + 0.4))
+        assert said[9].startswith("two is not proven to be fresh, since")
+        since = clock_time(NOW + 9)
+        assert said[19] == f"Nothing proves that any cache is fresh, since {since}: no relay leads."
+
     def test_the_first_tick_after_a_relay_was_gone_accuses_nobody_who_answered_before_it(self) -> None:
         ticking = Ticking()
         ticking.tick(0)
