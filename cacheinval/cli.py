@@ -25,8 +25,8 @@ __all__ = ["app", "main"]
 
 PUBLISH_PATIENCE = 2.0  # seconds that `invalidate` waits for the broker, where the row is the safety
 HAD_ONE_BEFORE = (
-    "if this database had one before, its grants, triggers and what waited in it are gone: `cacheinval schema grant ROLE` "
-    "again, `SELECT cacheinval.track(…)` again, and then `cacheinval invalidate --all`"
+    "only if it was there before: `cacheinval schema grant ROLE` and `SELECT cacheinval.track(…)` again, then "
+    "`cacheinval invalidate --all`"
 )
 SILENT_WAIT = 2.0  # seconds for which `invalidate --wait` waits without a word
 
@@ -86,6 +86,14 @@ def _settings() -> "Settings":
     for warning in unknown_variables():
         _say(f"warning: {warning}")
     return Settings()
+
+
+def _settings_for_asking() -> "Settings":
+    from cacheinval.settings import refuse_memory
+
+    settings = _settings()
+    refuse_memory(settings)
+    return settings
 
 
 def _version(wanted: bool) -> None:
@@ -160,7 +168,7 @@ def status(
 ) -> None:
     """Ask every live instance how it is."""
     try:
-        _run(_status(_settings(), interval if watch else None, as_json))
+        _run(_status(_settings_for_asking(), interval if watch else None, as_json))
     except KeyboardInterrupt:
         if not watch:
             raise
@@ -185,7 +193,7 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Have every live instance compare some of its cached entries with their source."""
-    _run(_audit(_settings(), sample, delay, wait, as_json))
+    _run(_audit(_settings_for_asking(), sample, delay, wait, as_json))
 
 
 @app.command(epilog=_read_on("When `doctor` is red", OPERATING))
@@ -327,7 +335,8 @@ async def _status(settings: "Settings", interval: float | None, as_json: bool) -
 
     async with Client(settings.model_copy(update={"relay": "off"}), subscribe=False) as client:
         if interval is None:
-            await status_command.status(client, as_json=as_json)
+            if not await status_command.status(client, as_json=as_json):
+                raise typer.Exit(1)
         else:
             await status_command.watch(client, interval, as_json=as_json)
 

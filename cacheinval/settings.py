@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cacheinval.errors import ConfigurationError
 
-__all__ = ["Settings", "addresses", "mask_url", "unknown_variables"]
+__all__ = ["Settings", "addresses", "mask_url", "refuse_memory", "unknown_variables"]
 
 PREFIX = "CACHEINVAL_"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -328,6 +328,18 @@ def unknown_variables() -> list[str]:
             hint = f"; did you mean {PREFIX}{close[0]}?" if close else ""
             warnings.append(f"{variable} is not a setting{hint}")
     return warnings
+
+
+def refuse_memory(settings: Settings) -> None:
+    """For what speaks to other processes alone.
+
+    Raises:
+        ConfigurationError: the broker is within this process.
+    """
+    if settings.broker_url.startswith("memory:"):
+        raise ConfigurationError(
+            "CACHEINVAL_BROKER_URL=memory://: accepted: amqp://…, amqps://… (nobody hears what one process tells itself)"
+        )
 
 
 def _secrets_dir() -> str | None:

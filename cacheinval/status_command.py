@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cacheinval.client import Client
-from cacheinval.errors import CacheinvalError, DatabaseError, PublishError
+from cacheinval.errors import DatabaseError, PublishError
 from cacheinval.fleet import known_by_name, silent_registered
 from cacheinval.overview import Overview
 from cacheinval.verdict import Fleet, Level, Verdict, judge
@@ -34,19 +34,14 @@ UNITS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 Instances = Sequence[Mapping[str, Any]]
 
 
-async def status(client: Client, *, as_json: bool) -> None:
-    """Asks once, and prints the verdict and what is answered.
-
-    Raises:
-        CacheinvalError: nobody can be asked.
-    """
+async def status(client: Client, *, as_json: bool) -> bool:
+    """Asks once, and prints the verdict and what is answered; returns whether anybody could be asked."""
     look = await _look(client, Fleet(None, patience=0.0), ANSWER_WITHIN)
     if as_json:
         print(json.dumps(look.as_json(), ensure_ascii=False, indent=2))
     else:
         _console().print(look.shown())
-    if look.problem is not None:
-        raise look.problem
+    return look.problem is None
 
 
 async def watch(client: Client, interval: float, *, as_json: bool) -> None:
@@ -86,14 +81,14 @@ class _Look:
 
     instances: Instances
     verdict: Verdict
-    problem: CacheinvalError | None
+    problem: str | None
     """Why nobody can be asked."""
 
     def as_json(self) -> dict[str, Any]:
         return {
             "verdict": asdict(self.verdict),
             "instances": None if self.problem is not None else self.instances,
-            "problem": None if self.problem is None else str(self.problem),
+            "problem": self.problem,
         }
 
     def shown(self) -> RenderableType:
@@ -111,13 +106,13 @@ async def _look(client: Client, fleet: Fleet, wait: float) -> _Look:
     except PublishError as error:
         answered = []
         if "no exchange" not in str(error):  # else nobody has ever subscribed
-            problem = error
+            problem = str(error)
     answered_at = time.time()
     overview = await _overview(client)
     now = time.time()
     here = understand(client.status())
     assert here is not None, "a process understands itself"
-    fleet.asked(None if problem is None else str(problem), began)
+    fleet.asked(problem, began)
     if overview is not None:
         fleet.looked(overview, began)
     for one in answered:
@@ -139,7 +134,7 @@ def _unheard(overview: Overview, answered: Instances, fleet: Fleet, now: float) 
         elif one.id in silent:
             found.append(known_by_name(one, "silent", "does not answer"))
         else:
-            found.append(known_by_name(one, "unknown", "has not answered yet"))
+            found.append(known_by_name(one, "unknown", "has not answered just now"))
     return found
 
 

@@ -25,7 +25,7 @@ from cacheinval.products import (
     ProductService,
 )
 from cacheinval.products import repository as products
-from cacheinval.settings import Settings
+from cacheinval.settings import Settings, refuse_memory
 
 try:
     import uvicorn
@@ -77,10 +77,7 @@ def relay(settings: Settings) -> int:
         raise ConfigurationError(
             "CACHEINVAL_DATABASE_URL=: accepted: postgresql://… (the outbox is in a database)"
         )
-    if settings.broker_url.startswith("memory:"):
-        raise ConfigurationError(
-            "CACHEINVAL_BROKER_URL=memory://: accepted: amqp://…, amqps://… (nobody hears what one process tells itself)"
-        )
+    refuse_memory(settings)
     return _run(_relay, settings)
 
 

@@ -28,8 +28,8 @@ def check(settings: Settings, pool: "Pool | None", *, subscribe: bool) -> None:
     """
     if subscribe and settings.cache_is_external and "instance_id" not in settings.model_fields_set:
         raise ConfigurationError(
-            "CACHEINVAL_INSTANCE_ID=: accepted: a name that stays the same over restarts, as CACHEINVAL_CACHE_URL "
-            "names a cache outside the process"
+            "CACHEINVAL_INSTANCE_ID is not set: accepted: a name that stays the same over restarts, as "
+            "CACHEINVAL_CACHE_URL names a cache outside the process"
         )
     if pool is not None and settings.relay == "auto" and pool.get_max_size() < 2:
         raise ConfigurationError(

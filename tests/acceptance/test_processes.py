@@ -440,7 +440,8 @@ class TestConfiguration:
             said += process.said
         for command in (["status"], ["invalidate", "a"], ["schema", "apply"]):
             code, out, err = await run(*command, **settings | wrong | {"log_level": "INFO"})
-            assert (code, bool(out), len(err.splitlines())) == (1, command == ["status"], 1), err
+            said_in_out = command == ["status"]
+            assert (code, bool(out), len(err.splitlines())) == (1, said_in_out, 0 if said_in_out else 1), err
             said += out + err
         # With a password that is right, nothing fails, and nothing shows it either.
         right = f"postgresql://postgres:t0psecret@{database.hostname}:{database.port}{database.path}"
@@ -560,8 +561,7 @@ class TestCommands:
 
     async def test_status_needs_the_broker(self) -> None:
         code, out, err = await run("status", broker_url=NO_BROKER)
-        assert (code, len(err.splitlines())) == (1, 1)
-        assert "the broker cannot be reached" in err
+        assert (code, err, out.count("the broker cannot be reached")) == (1, "", 1)
         assert "See that RabbitMQ runs" in out
 
     async def test_the_schema_is_applied_once(self, settings: dict[str, object]) -> None:
@@ -578,7 +578,7 @@ class TestCommands:
         await fetchval(settings["database_url"], "CREATE TABLE orders (id int)")
         code, out, err = await run("schema", "apply", **settings)
         assert (code, out.split(" in ")[0]) == (0, "the schema cacheinval made")
-        assert re.match("if this database had one before, .*schema grant.*track.*invalidate --all", err)
+        assert re.match("only if it was there before: .*schema grant.*track.*invalidate --all", err)
         # It touches only its own schema: the table of the reference application is not its business.
         assert await fetchval(settings["database_url"], "SELECT to_regclass('products')") is None
 

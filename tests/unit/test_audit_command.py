@@ -10,7 +10,7 @@ import pytest
 from waiting import Eventually
 
 import cacheinval.client.parts as parts
-from cacheinval import AuditReport, Client, Settings, audit_command, messages
+from cacheinval import AuditReport, Client, Settings, audit_command, cli, messages
 from cacheinval import audit as auditing
 from cacheinval.audit import AuditAnswer
 from cacheinval.audit_command import audit
@@ -359,19 +359,13 @@ async def test_on_a_terminal_it_shows_how_it_goes(
 
 
 class TestCommand:
-    def test_without_instances_it_fails(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], namespace: str
+    async def test_without_instances_it_fails(
+        self, capsys: pytest.CaptureFixture[str], namespace: str
     ) -> None:
-        for name, value in {"BROKER_URL": "memory://", "DATABASE_URL": "", "NAMESPACE": namespace}.items():
-            monkeypatch.setenv(f"CACHEINVAL_{name}", value)
-        for arguments, printed in ([], ""), (["--json"], '"instances": []'):
-            monkeypatch.setattr(sys, "argv", ["cacheinval", "audit", *arguments])
-            with pytest.raises(SystemExit) as exit_:
-                main()
-            assert exit_.value.code == 1
-            captured = capsys.readouterr()
-            assert captured.err == f"cacheinval: no instance of namespace {namespace} answers\n"
-            assert printed in captured.out
+        for as_json, printed in (False, ""), (True, '"instances": []'):
+            with pytest.raises(CacheinvalError, match=f"^no instance of namespace {namespace} answers$"):
+                await cli._audit(settings(namespace, "nobody"), 100, None, None, as_json=as_json)
+            assert printed in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         "arguments",

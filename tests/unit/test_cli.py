@@ -189,6 +189,15 @@ class TestErrors:
         assert ended(monkeypatch, "serve") == 1
         assert capsys.readouterr().err == "cacheinval: serve needs fastapi: pip install 'cacheinval[http]'\n"
 
+    @pytest.mark.parametrize("command", ["status", "audit"])
+    def test_who_asks_others_needs_a_broker_that_others_hear(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+    ) -> None:
+        assert ended(monkeypatch, command) == 2
+        out, err = capsys.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert err.startswith("cacheinval: CACHEINVAL_BROKER_URL=memory://: accepted: amqp://…, amqps://… (")
+
 
 class TestProcesses:
     @pytest.mark.parametrize("command", ["serve", "worker", "relay"])
