@@ -39,6 +39,7 @@ _COMPLETE = """
         AND to_regclass('cacheinval.instances') IS NOT NULL
         AND to_regprocedure('cacheinval.invalidate(text[], bigint[], text[], text)') IS NOT NULL
         AND to_regprocedure('cacheinval.untrack(regclass)') IS NOT NULL
+        AND to_regclass('cacheinval.forgettable') IS NOT NULL
         AND to_regprocedure('cacheinval.tracking()') IS NOT NULL
 """
 

@@ -24,7 +24,8 @@ CATALOG = """
         JOIN pg_class ON pg_class.oid = attrelid
         WHERE relnamespace = 'cacheinval'::regnamespace AND relkind = 'r' AND attnum > 0 AND NOT attisdropped
     UNION ALL SELECT 'table', relname, coalesce(reloptions::text, '') || coalesce(relacl::text, '')
-        FROM pg_class WHERE relnamespace = 'cacheinval'::regnamespace AND relkind = 'r'
+            || CASE relkind WHEN 'v' THEN pg_get_viewdef(oid) ELSE '' END
+        FROM pg_class WHERE relnamespace = 'cacheinval'::regnamespace AND relkind IN ('r', 'v')
     UNION ALL SELECT 'constraint', conname, pg_get_constraintdef(oid)
         FROM pg_constraint WHERE connamespace = 'cacheinval'::regnamespace
     UNION ALL SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'cacheinval'

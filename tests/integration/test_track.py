@@ -559,7 +559,7 @@ async def test_only_the_owner_may_hide_that_triggers_are_gone(db: Connection, ro
     gone = [("items", 0)]
     for owner in ("postgres", role):
         await db.execute(f"ALTER TABLE items OWNER TO {owner}; SET SESSION AUTHORIZATION {role}")
-        await db.execute("SELECT cacheinval.forget_tracked('items')")
+        await db.execute("DELETE FROM cacheinval.forgettable")
         if owner != role:
             with pytest.raises(
                 asyncpg.InsufficientPrivilegeError, match=r"must be owner of table public\.items"
@@ -568,6 +568,18 @@ async def test_only_the_owner_may_hide_that_triggers_are_gone(db: Connection, ro
         await db.execute("RESET SESSION AUTHORIZATION")
         left = await db.fetch("SELECT relation::text, triggers FROM cacheinval.tracking()")
         assert [tuple(row) for row in left] == ([] if owner == role else gone)
+
+
+async def test_who_may_untrack_by_the_rights_of_a_function_leaves_nothing_noted(
+    db: Connection, role: str
+) -> None:
+    """Such as a migration's, which others may run: whose session it is says nothing."""
+    await track(db, "'items', '{id}'")
+    await db.execute(
+        "CREATE FUNCTION public.end_it() RETURNS void LANGUAGE sql SECURITY DEFINER AS $$ SELECT cacheinval.untrack('items') $$"
+    )
+    await db.execute(f"SET SESSION AUTHORIZATION {role}; SELECT public.end_it(); RESET SESSION AUTHORIZATION")
+    assert await db.fetch("SELECT relation FROM cacheinval.tracking()") == []
 
 
 async def test_columns_whose_text_runs_code_lend_nobody_rights(db: Connection, role: str) -> None:

@@ -413,17 +413,17 @@ CREATE OR REPLACE FUNCTION cacheinval.note_tracked(target regclass) RETURNS void
         ON CONFLICT DO NOTHING
 $$;
 
--- Forgets what has no trigger any more. That its triggers are gone may be an accident, which nobody but the table's owner may
--- hide. It runs as its owner, so that who calls it can only be told by the session.
-CREATE OR REPLACE FUNCTION cacheinval.forget_tracked(target regclass) RETURNS void
-    LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    DELETE FROM cacheinval.tracked AS noted
-        WHERE noted.target IN (SELECT cacheinval.with_children(forget_tracked.target)) AND NOT EXISTS (
-            SELECT FROM pg_trigger WHERE tgrelid = noted.target AND tgfoid = 'cacheinval.record_change()'::regprocedure
+-- What has no trigger any more, as its table's owner sees it: that its triggers are gone may be an accident, which nobody else
+-- may hide. In a view whoever asks is the current user, also one whose rights a function lends, whatever the session is.
+CREATE OR REPLACE VIEW cacheinval.forgettable AS
+    SELECT noted.target FROM cacheinval.tracked AS noted
+    WHERE NOT EXISTS (
+            SELECT FROM pg_catalog.pg_trigger
+            WHERE tgrelid = noted.target AND tgfoid = 'cacheinval.record_change()'::regprocedure
         ) AND NOT EXISTS (
-            SELECT FROM pg_class WHERE oid = noted.target AND NOT pg_has_role(session_user, relowner, 'MEMBER')
-        )
-$$;
+            SELECT FROM pg_catalog.pg_class
+            WHERE pg_class.oid = noted.target AND NOT pg_catalog.pg_has_role(current_user, relowner, 'USAGE')
+        );
 
 -- Every table that is tracked, or was and has not been untracked, with its parts; `triggers` are those of its four that work.
 CREATE OR REPLACE FUNCTION cacheinval.tracking() RETURNS TABLE (relation regclass, attached_later boolean, triggers bigint)
@@ -523,7 +523,8 @@ BEGIN
     LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', name, member);
     END LOOP;
-    PERFORM cacheinval.forget_tracked(target);
+    DELETE FROM cacheinval.forgettable AS noted
+        WHERE noted.target IN (SELECT cacheinval.with_children(untrack.target));
 EXCEPTION WHEN lock_not_available THEN
     RAISE EXCEPTION '% is in use by a transaction that did not end within 3 s', target
         USING ERRCODE = 'lock_not_available', HINT = 'Nothing was changed: try again.';
@@ -537,7 +538,7 @@ GRANT EXECUTE ON FUNCTION cacheinval.record_change() TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cacheinval.track(regclass, text, name, text[], text) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cacheinval.untrack(regclass) TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cacheinval.note_tracked(regclass) TO PUBLIC;
-GRANT EXECUTE ON FUNCTION cacheinval.forget_tracked(regclass) TO PUBLIC;
+GRANT SELECT, DELETE ON cacheinval.forgettable TO PUBLIC;
 GRANT EXECUTE ON FUNCTION cacheinval.tracking() TO PUBLIC;
 
 COMMENT ON FUNCTION cacheinval.track(regclass, text, name, text[], text) IS
