@@ -23,7 +23,7 @@ from cacheinval.bus.wire import Connection
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
-    BROKER,
+    BROKER_HERE,
     Finding,
     failed,
     lacking,
@@ -108,7 +108,7 @@ class BrokerSeen:
             self._not_checked(4)
             return None
         if not self.listens:
-            self._checks.add(warning("not checked", "round trip, ticks", None, BROKER))
+            self._checks.add(warning("not checked", "round trip, ticks", None, BROKER_HERE))
         _, tick = await asyncio.gather(
             self._checks.run("instances", ANSWERS_WITHIN + 2 * CONNECT_WITHIN, self._ask),
             self._tick() if self.listens else _none(),
@@ -116,7 +116,7 @@ class BrokerSeen:
         return tick
 
     def _not_checked(self, start: int) -> None:
-        self._checks.add(warning("not checked", ", ".join(DEPENDENT[start:]), None, BROKER))
+        self._checks.add(warning("not checked", ", ".join(DEPENDENT[start:]), None, BROKER_HERE))
 
     def _is_refused(self, error: ChannelAccessRefused, needed: Mapping[str, str]) -> None:
         reason = explain(error)
@@ -329,7 +329,9 @@ class BrokerSeen:
         except Exception as error:
             reason = explain(error)
             remedy = remedies.broker(reason, self._url)
-            return [failed("instances", f"they cannot be asked: {reason}", remedy, (*BROKER, "round trip"))]
+            return [
+                failed("instances", f"they cannot be asked: {reason}", remedy, (*BROKER_HERE, "round trip"))
+            ]
         finally:
             await bus.close()
         told = ((status_in(body), arrived) for body, arrived in zip(bodies, arrivals, strict=True))

@@ -10,7 +10,7 @@ import asyncpg
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import (
-    DATABASE,
+    DATABASE_HERE,
     VERY_OLD_ROW,
     Finding,
     failed,
@@ -85,7 +85,7 @@ class DatabaseSeen:
             await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
             await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
         else:
-            self._checks.add(warning("not checked", "outbox, tracked tables", None, DATABASE))
+            self._checks.add(warning("not checked", "outbox, tracked tables", None, DATABASE_HERE))
         await self._checks.run("leader", ANSWER_WITHIN, self._leader)
         await self._checks.run("registered instances", ANSWER_WITHIN, self._registered)
 
@@ -176,5 +176,5 @@ class DatabaseSeen:
         try:
             self.registered = await instances.registered()
         except DatabaseError as error:
-            return [warning("registered instances", str(error), remedies.database(str(error)), DATABASE)]
+            return [warning("registered instances", str(error), remedies.database(str(error)), DATABASE_HERE)]
         return []

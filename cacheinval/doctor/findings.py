@@ -9,16 +9,28 @@ from cacheinval.outbox.grants import Right, quoted
 from cacheinval.settings import Settings
 from cacheinval.verdict import remedies
 
-__all__ = ["BROKER", "DATABASE", "Finding", "causes_first", "failed", "ok", "warning"]
+__all__ = [
+    "BROKER",
+    "BROKER_HERE",
+    "DATABASE",
+    "DATABASE_HERE",
+    "Finding",
+    "causes_first",
+    "failed",
+    "ok",
+    "warning",
+]
 
 Level = Literal["ok", "warning", "failed"]
 
 OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
 
 
-BROKER = ("broker", "exchange", "permissions", "alarms")
-DATABASE = ("database", "schema", "grants")
-"""Checks without which broker or database cannot be used."""
+BROKER, DATABASE = ("broker", "exchange", "alarms"), ("database", "schema")
+"""Checks without which nobody can use broker or database."""
+
+BROKER_HERE, DATABASE_HERE = (*BROKER, "permissions"), (*DATABASE, "grants")
+"""Those without which they cannot be used from here: others may be permitted what whoever looks is not."""
 
 
 @dataclass(frozen=True, slots=True)

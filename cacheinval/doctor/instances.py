@@ -4,7 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cacheinval.coherence.registration import Registered
-from cacheinval.doctor.findings import BROKER, DATABASE, Finding, failed, ok, warning
+from cacheinval.doctor.findings import (
+    BROKER,
+    BROKER_HERE,
+    DATABASE,
+    DATABASE_HERE,
+    Finding,
+    failed,
+    ok,
+    warning,
+)
 from cacheinval.verdict import remedies
 from cacheinval.verdict.reports import Report, understand
 from cacheinval.verdict.words import short
@@ -22,7 +31,7 @@ def of_tick(age: float | None, waited: float, source: str | None, own_source: st
             "ticks",
             f"none within {waited:g} s: with MAX_STALENESS every instance soon reads the database each time",
             "see leader, clock and outbox: a leader ticks once everything before has been confirmed",
-            (*BROKER, *DATABASE, "clock", "leader", "outbox"),
+            (*BROKER_HERE, *DATABASE_HERE, "clock", "leader", "outbox"),
         )
     if None not in (source, own_source) and source != own_source:
         return failed(
@@ -86,7 +95,7 @@ def _of_state(reports: Sequence[Report], answers: int, namespace: str) -> Iterab
             "instances",
             f"none of namespace {namespace} answers",
             "start one, or correct CACHEINVAL_NAMESPACE and CACHEINVAL_BROKER_URL, which have to be the same for all",
-            BROKER,
+            BROKER_HERE,
         )
     elif ready:
         heard = "its queue and binding are there, for the question came through them"

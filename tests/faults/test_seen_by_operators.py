@@ -588,6 +588,17 @@ async def test_the_commands_say_so_and_fail(scene: Scene, own_rabbitmq: RabbitMQ
             )
 
 
+async def test_what_the_operator_may_not_do_hides_nothing_of_the_fleet(scene: Scene) -> None:
+    instance = await scene.instance(instance_id="shop-1", relay="off")  # so that no relay leads
+    await scene.eventually(lambda: instance.ready, EVENTUAL)
+    await set_permissions(scene.rabbitmq, ".*", "^$", ".*", first=ADD_USER)
+    scene.finally_.push_async_callback(scene.rabbitmq.ctl, "delete_user", "limited")
+    scene.settings["broker_url"] = scene.rabbitmq.url.replace("guest:guest", "limited:limited")
+    told = await scene.doctor()
+    assert re.search("^permissions failed: write on ", told, re.MULTILINE), told
+    assert re.search("^leader failed: no relay leads.* → see that a relay runs", told, re.MULTILINE), told
+
+
 # What makes itself good
 
 

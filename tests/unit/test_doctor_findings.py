@@ -14,7 +14,7 @@ from cacheinval.coherence.registration import Registered
 from cacheinval.doctor import checking, findings, instances
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import Finding, ok
-from cacheinval.outbox.grants import NEEDED, grants
+from cacheinval.outbox.grants import NEEDED, Right, grants
 from cacheinval.verdict import remedies
 
 URL = "amqp://shop:secret@broker/prod"
@@ -125,20 +125,49 @@ def test_what_follows_from_another_failure_refers_to_it() -> None:
         URL, {"write on cacheinval.shop": "ACCESS_REFUSED", "write on amq.default": ""}
     )
     clock = findings.of_clock(1.0, 0.1)
-    found = findings.causes_first([refused, clock, leader, ticks])
-    assert found[:2] == [refused, clock], "what follows from nothing stays"
     assert refused.text.startswith(
         "write on cacheinval.shop, write on amq.default are not permitted: ACCESS_REFUSED"
     )
-    for one, was in zip(found[2:], (leader, ticks), strict=True):
-        assert (one.level, one.text, one.remedy) == ("failed", f"{was.text}; see permissions first", None)
+    *others, follows = findings.causes_first([refused, clock, ticks])
+    assert others == [refused, clock], "what follows from nothing stays"
+    assert (follows.level, follows.text, follows.remedy) == (
+        "failed",
+        f"{ticks.text}; see permissions first",
+        None,
+    )
     assert findings.causes_first([leader, ticks])[0] == leader
     assert findings.causes_first([leader, ticks])[1].text.endswith("; see leader first")
     assert findings.causes_first([ticks]) == [ticks]
-    settled = findings.causes_first([leader, refused, ticks])
-    assert all(settled[at].text.endswith("; see permissions first") for at in (0, 2)), (
-        "not what follows itself"
-    )
+    away = findings.of_unreachable_broker(URL, "refused")
+    settled = findings.causes_first([leader, away, ticks])
+    assert all(settled[at].text.endswith("; see broker first") for at in (0, 2)), "not what follows itself"
+
+
+def test_what_whoever_looks_may_not_do_explains_nothing_of_the_others() -> None:
+    lacking = [
+        findings.of_refusals(URL, {"write on cacheinval.shop": "ACCESS_REFUSED"}),
+        *findings.of_rights("shop", [Right("TABLE", "cacheinval.outbox", ("INSERT",))]),
+    ]
+    said = [
+        {"state": "suspect", "reason": "cut"},
+        {"registration": {"state": "unregistered", "reason": "lapsed", "session": "x"}},
+        {"writing": {"failing": True}},
+        {"publisher": {"failing": True}},
+        {"relay": {"state": "blocked"}},
+        {"relay": {"state": "unready"}},
+    ]
+    theirs = [
+        findings.of_leader(None, True),
+        findings.of_outbox(3, 10.0),
+        findings.of_outbox(3, 100.0),
+        *judged(
+            answer(),
+            *(answer(f"b{at}", **one) for at, one in enumerate(said)),
+            silent=(Registered("z", "s", None),),
+        ),
+    ]
+    assert len(theirs) == 3 + 1 + len(said) + 1
+    assert findings.causes_first([*lacking, *theirs]) == [*lacking, *theirs]
 
 
 def test_dead_letters() -> None:
