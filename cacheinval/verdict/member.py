@@ -86,9 +86,10 @@ class Member:
         self.report, self.heard_at = report, now
         self.behind = self._to_hear > self.reached
         self._to_hear = told
-        counts = report.counters.receiver.latencies
-        if len(counts) != NUMBER_OF_BUCKETS:
-            return
+        if len(report.counters.receiver.latencies) == NUMBER_OF_BUCKETS:
+            self._sample(report.counters.receiver.latencies, now)
+
+    def _sample(self, counts: list[int], now: float) -> None:
         if self._samples and any(new < old for new, old in zip(counts, self._samples[-1][1], strict=True)):
             self._samples.clear()  # it has started anew
         while len(self._samples) > 1 and self._samples[1][0] <= now - WINDOW:
