@@ -157,7 +157,7 @@ class Publisher:
         self._failing_since: float | None = None
         self.problem: str | None = None
         """Why the last publish failed, if it did."""
-        self._retry_at = 0.0
+        self._probing: asyncio.Task[None] | None = None
         self._pause = BACKOFF_FIRST
         self._waiting: list[Unpublished] = []
         self._waiting_size = 0
@@ -203,9 +203,7 @@ class Publisher:
         batch: list[Unpublished] = []
         try:
             while True:
-                if self._failing_since is not None and not await self._has_work_before_retry():
-                    await self._retry()
-                    continue
+                self._see_to_probing()
                 await self._work.wait()
                 if now() > ended + NEAR:
                     gather = 0.0
@@ -227,6 +225,7 @@ class Publisher:
             for one in left:
                 self._leave(one, "stopped")
             self._idle.set()
+            await self._stop_probing()
             await self._drop_channel()
 
     async def delete_confirmed(self) -> None:
@@ -281,39 +280,60 @@ class Publisher:
             self._flushing.clear()
         return True
 
-    async def _has_work_before_retry(self) -> bool:
-        try:
-            async with asyncio.timeout_at(self._retry_at):
-                await self._work.wait()
-        except TimeoutError:
-            return False
-        return True
+    # While publishing fails. All this runs beside the queue: no write waits for a broker that hangs.
 
-    async def _retry(self) -> None:
-        """Publishes what every receiver ignores: that it is confirmed says that the next write will be, too."""
+    def _see_to_probing(self) -> None:
+        """Has it go on for as long as publishing fails; whatever has ended it is a defect, and raised here."""
+        if self._probing is not None and self._probing.done():
+            ended, self._probing = self._probing, None
+            ended.result()
+        if self._failing_since is not None and self._probing is None:
+            self._probing = asyncio.create_task(self._probe_until_confirmed())
+            self._probing.add_done_callback(lambda _: self._work.set())
+
+    async def _probe_until_confirmed(self) -> None:
+        while self._failing_since is not None:
+            await asyncio.sleep(self._pause * random.uniform(0.5, 1))
+            self._pause = min(self._pause * 2, BACKOFF_MOST)
+            try:
+                async with asyncio.timeout(self._timeout):
+                    channel = await self._open_probed()
+            except (PublishError, TimeoutError) as error:
+                self.problem = self._described(error)
+            else:
+                self._channel, self._seq = channel, 0
+                self._works()
+
+    async def _open_probed(self) -> Channel:
+        """A channel on which was confirmed what every receiver ignores: that says that the next write will be, too."""
+        channel = await self._open_channel()
         try:
-            async with asyncio.timeout(self._timeout):
-                channel = self._channel = await self._open_channel()
-                self._seq = 0
-                await channel.send(encode(Probe(v=1, id=secrets.token_hex(8))))
-        except (PublishError, TimeoutError) as error:
-            await self._failed([], self._described(error))
-        else:
-            self._works()
+            await channel.send(encode(Probe(v=1, id=secrets.token_hex(8))))
+        except BaseException:
+            await channel.close()
+            raise
+        return channel
+
+    async def _stop_probing(self) -> None:
+        probing, self._probing = self._probing, None
+        if probing is not None:
+            probing.cancel()
+            await asyncio.wait({probing})
 
     async def _publish(self, batch: list[Unpublished]) -> None:
-        loop = asyncio.get_running_loop()
-        if self._channel is None and loop.time() < self._retry_at:
-            with_rows = [one for one in batch if one.confirmed is None]
-            for one in with_rows:
-                self._leave(one, "the broker cannot be reached")
+        if self._failing_since is not None:
+            for one in batch:
+                if one.confirmed is None:
+                    self._leave(one, "the broker cannot be reached")
             batch = [one for one in batch if one.confirmed is not None]
             if not batch:
                 return
+        loop = asyncio.get_running_loop()
         began = loop.time()
         try:
             self._sending = True
             async with asyncio.timeout(self._timeout):
+                await self._stop_probing()  # this tries itself, and at once
                 await self._send(batch)
         except (PublishError, TimeoutError) as error:
             # A channel keeps the same time, and says so itself.
@@ -413,12 +433,9 @@ class Publisher:
 
     async def _failed(self, batch: list[Unpublished], reason: str) -> None:
         self.problem = reason
-        loop = asyncio.get_running_loop()
         if self._failing_since is None:
-            self._failing_since = loop.time()
+            self._failing_since = asyncio.get_running_loop().time()
             logs.event(log, logging.ERROR, "publishing failed", reason=reason)
-        self._retry_at = loop.time() + self._pause * random.uniform(0.5, 1)
-        self._pause = min(self._pause * 2, BACKOFF_MOST)
         for one in batch:
             self._leave(one, reason)
         await self._drop_channel()

@@ -17,11 +17,12 @@ from cacheinval.publisher import Publisher, Unpublished
 
 @dataclass
 class Broker:
-    """Opens channels, and notes what each has sent; while `confirms` is not set, it confirms nothing."""
+    """Opens channels, while `opens` is set, and notes what each has sent; while `confirms` is not set, it confirms nothing."""
 
     sent: list[Invalidate] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     beats: list[Beat] = field(default_factory=list)
+    opens: asyncio.Event = field(default_factory=asyncio.Event)
     confirms: asyncio.Event = field(default_factory=asyncio.Event)
     refuses: bool = False
     fails: bool = False
@@ -37,6 +38,7 @@ class Broker:
         self.attempts += 1
         if self.refuses:
             raise PublishError("no broker there")
+        await self.opens.wait()
         self.channels.append(Channel(self, f"origin{len(self.channels)}"))
         return self.channels[-1]
 
@@ -77,6 +79,7 @@ class Channel:
 @pytest.fixture
 async def broker() -> Broker:
     broker = Broker()
+    broker.opens.set()
     broker.confirms.set()
     return broker
 
@@ -330,13 +333,9 @@ async def test_a_new_channel_is_a_new_origin_that_counts_from_one(
     publisher.submit(write("b"))
     assert await publisher.flush(5)
     broker.fails = False
-
-    async def published() -> bool:
-        publisher.submit(write("c", rows=1))
-        await publisher.flush(5)
-        return not publisher.failing
-
-    await eventually(published)
+    await eventually(lambda: not publisher.failing)
+    publisher.submit(write("c", rows=1))
+    assert await publisher.flush(5)
     *before, last = [(message.origin, message.seq) for message in broker.sent]
     assert before == [("origin0", 1), ("origin0", 2)]
     assert last == (broker.channels[-1].origin, 1)
@@ -405,25 +404,54 @@ async def test_while_it_fails_it_tries_less_and_less_often(
     assert pauses[:5] == [0.01, 0.02, 0.04, 0.05, 0.05]
 
 
-async def test_a_write_that_comes_while_it_tries_goes_out_after_that(
-    make: Make, broker: Broker, eventually: Eventually
+@pytest.mark.parametrize("how", ["no channel", "no confirm"])
+async def test_while_a_probe_hangs_writes_are_left_at_once(
+    make: Make, broker: Broker, eventually: Eventually, how: str
 ) -> None:
-    publisher = await make()
-    broker.fails = True
+    publisher = await make(timeout=600.0)
+    publisher._asking = asking = Asking()
+    broker.refuses = True
     publisher.submit(write("a", rows=1))
-    assert await publisher.flush(5)
-    await eventually(lambda: broker.probes)
-    broker.confirms.clear()
-    broker.fails = False
-    known = len(broker.probes)
-    await eventually(lambda: len(broker.probes) > known)
-    later = write("b", rows=1)
+    await eventually(lambda: publisher.failing)
+    hangs = broker.opens if how == "no channel" else broker.confirms
+    hangs.clear()
+    broker.refuses = False
+    known = broker.attempts
+    await eventually(lambda: broker.attempts > known)
+    for question in ("q", "r"):
+        publisher.submit(write("b", rows=1, question=question))
+        assert await publisher.flush(60)
+    assert asking.given_up == dict.fromkeys(("q", "r"), "the broker cannot be reached")
+    assert publisher.counters.left_to_relay == 3
+    assert publisher.failing
+
+    hangs.set()
+    await eventually(lambda: not publisher.failing)
+    later = write("c", rows=1)
     publisher.submit(later)
-    broker.confirms.set()
-    assert await publisher.flush(5)
-    assert broker.sent[-1].keys == ["b"]
+    assert await publisher.flush(60)
+    assert [(message.keys, message.origin, message.seq) for message in broker.sent] == [(["c"], "origin0", 1)]
     assert broker.deleted == later.rows
-    assert not publisher.failing
+    assert broker.attempts == known + 1, "one probe, and its channel"
+
+
+async def test_a_defect_of_its_probe_ends_it_and_when_it_is_started_again_it_probes_on(
+    broker: Broker, coherence: Coherence, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 0.01)
+    publisher = Publisher(broker.open_channel, None, coherence, 60.0)
+    running = asyncio.create_task(publisher.run())
+    broker.refuses = True
+    publisher.submit(write("a"))
+    await eventually(lambda: publisher.failing)
+    publisher._open_channel = None  # type: ignore[assignment]
+    await asyncio.wait([running], timeout=60)
+    assert isinstance(running.exception(), TypeError)
+    publisher._open_channel, broker.refuses = broker.open_channel, False
+    running = asyncio.create_task(publisher.run())
+    await eventually(lambda: not publisher.failing)
+    running.cancel()
+    await asyncio.wait([running])
 
 
 async def test_who_stops_while_it_tries_leaves_no_channel_open(
@@ -438,13 +466,11 @@ async def test_who_stops_while_it_tries_leaves_no_channel_open(
     broker.confirms.clear()
     broker.refuses = False
     await eventually(lambda: broker.probes)
-    publisher.submit(write("b"))
-    left = publisher.counters.left_to_relay
     running.cancel()
     await asyncio.wait([running])
     assert running.cancelled()
     assert [channel.closed for channel in broker.channels] == [True]
-    assert publisher.counters.left_to_relay == left + 1
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 async def test_a_channel_on_which_nothing_was_published_yet_has_no_number_to_say_again(
@@ -452,7 +478,15 @@ async def test_a_channel_on_which_nothing_was_published_yet_has_no_number_to_say
 ) -> None:
     monkeypatch.setattr(publishing, "BACKOFF_FIRST", 0.01)
     monkeypatch.setattr(publishing, "BEATS", 1_000_000)
-    publisher = Publisher(broker.open_channel, None, coherence, 60.0, tick_interval=0.005)
+    looks, sleep = 0, asyncio.sleep
+
+    async def count(delay: float) -> None:
+        nonlocal looks
+        looks += delay == publisher._tick_interval
+        await sleep(delay)
+
+    monkeypatch.setattr(asyncio, "sleep", count)
+    publisher = Publisher(broker.open_channel, None, coherence, 60.0, tick_interval=0.004)
     tasks = [asyncio.create_task(run()) for run in (publisher.run, publisher.beat)]
     publisher.submit(write("a"))
     await eventually(lambda: broker.beats)
@@ -461,7 +495,8 @@ async def test_a_channel_on_which_nothing_was_published_yet_has_no_number_to_say
     await eventually(lambda: publisher.failing)
     broker.fails = False
     await eventually(lambda: not publisher.failing)
-    await asyncio.sleep(0.1)  # in which it would beat, if ever
+    known = looks
+    await eventually(lambda: looks >= known + 2)  # it has looked whether to beat
     publisher.submit(write("c"))
     await eventually(lambda: broker.beats[-1].origin != "origin0")
     assert {beat.seq for beat in broker.beats} == {1}
@@ -548,6 +583,26 @@ async def test_who_waits_for_the_confirm_is_told_why_it_failed_and_each_time_tri
     await asyncio.wait_for(confirmed, 5)
     assert not publisher.failing
     assert publisher.counters.left_to_relay == 0
+
+
+async def test_who_waits_for_the_confirm_tries_though_a_probe_hangs(
+    make: Make, broker: Broker, eventually: Eventually
+) -> None:
+    publisher = await make(timeout=600.0)
+    broker.refuses = True
+    publisher.submit(write("a", rows=1))
+    await eventually(lambda: publisher.failing)
+    broker.confirms.clear()
+    broker.refuses = False
+    await eventually(lambda: broker.probes)
+    broker.confirms = asyncio.Event()
+    broker.confirms.set()  # of what is sent from now on
+    confirmed = asyncio.get_running_loop().create_future()
+    publisher.submit(write("b", confirmed=confirmed))
+    await asyncio.wait_for(confirmed, 60)
+    assert not publisher.failing
+    assert [channel.closed for channel in broker.channels] == [True, False]
+    assert (broker.sent[-1].origin, broker.sent[-1].seq) == ("origin1", 1)
 
 
 async def test_who_waits_when_it_stops_is_told(
