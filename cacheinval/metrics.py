@@ -170,7 +170,7 @@ def _gauges(status: Mapping[str, Any]) -> dict[str, tuple[float | None, str]]:
         "broker_subscribed": (broker.get("consumer") == "connected", "Whether the subscription stands."),
         "writing_failing": (
             status["writing"]["failing"],
-            "Whether the outbox refused the last write that says what it makes stale.",
+            "Whether the outbox refuses each write that says what it makes stale.",
         ),
         "publisher_failing": (publisher["failing"], "Whether the last publish failed."),
         "publisher_waiting": (publisher["waiting"], "Writes that wait to be published."),

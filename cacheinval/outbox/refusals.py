@@ -1,4 +1,4 @@
-"""Finding out that the outbox takes rows again, where nobody writes any."""
+"""Finding out whether the outbox refuses rows, where something makes one think so, and that it takes them again."""
 
 import asyncio
 import random
@@ -11,18 +11,21 @@ from cacheinval.outbox.writing import Executor, Outbox
 
 __all__ = ["find_out"]
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 10.0  # seconds
+PAUSE = (
+    1.0  # seconds at most: however many writes fail, by however many tables and roles, it asks no more often
+)
 ANSWER_WITHIN = 10.0
 
 
-async def find_out(outbox: Outbox, database: Callable[[], Executor]) -> None:
-    """Asks again and again, while `outbox` refuses rows, whether it would take one; runs until cancelled."""
+async def find_out(outbox: Outbox, pool: Callable[[], Executor]) -> None:
+    """Asks, at once and then again and again while it is suspected, whether `outbox` refuses rows; runs until cancelled.
+
+    Args:
+        pool: gives the client's own, whose role is meant.
+    """
     while True:
-        await outbox.refusing.wait()
-        pause = SHORTEST_PAUSE
-        while outbox.refused is not None:
-            await asyncio.sleep(pause * random.uniform(0.5, 1))
-            pause = min(2 * pause, LONGEST_PAUSE)
-            with suppress(DatabaseError, *LOST):
-                async with asyncio.timeout(ANSWER_WITHIN):
-                    await outbox.ask(database())
+        await outbox.suspected.wait()
+        with suppress(DatabaseError, *LOST):
+            async with asyncio.timeout(ANSWER_WITHIN):
+                await outbox.ask(pool())
+        await asyncio.sleep(PAUSE * random.uniform(0.5, 1))

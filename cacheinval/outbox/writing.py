@@ -94,7 +94,7 @@ class Refusal(NamedTuple):
     """Why the outbox takes no rows, and since when: each write that says what it makes stale fails by that."""
 
     since: float
-    """Seconds since 1970."""
+    """Seconds since 1970, when it was found out."""
     reason: str
 
 
@@ -113,9 +113,10 @@ class Outbox:
         self.tracing: Tracing | None = None
         """With it rows bear the context of the span in which they are made."""
         self.refused: Refusal | None = None
-        """Whether it refused the last row that was to be written."""
-        self.refusing = asyncio.Event()
-        """Set while it does."""
+        """Whether it would refuse a row of the client itself; only `ask` finds that out."""
+        self.suspected = asyncio.Event()
+        """Set while that has to be asked: a write failed, though maybe by a table of the caller's that is called the same, or
+        for another role's want of a grant."""
 
     def rows(
         self,
@@ -172,42 +173,48 @@ class Outbox:
             if problem is None:
                 raise
             raise problem from error
-        if rows and self.refused is not None:
-            self.took_rows()
 
     def explain(self, error: asyncpg.PostgresError) -> DatabaseError | None:
-        """As the function `explain`, of a statement that was to write a row; that it was refused is noted."""
+        """As the function `explain`, of a statement that was to write a row; whether it was refused will be asked."""
         problem = explain(error)
         if problem is not None:
-            if self.refused is None:
-                logs.event(log, logging.ERROR, "the outbox refuses what is written", reason=problem)
-            self.refused = Refusal(self.refused.since if self.refused else time.time(), str(problem))
-            self.refusing.set()
+            self.suspected.set()
         return problem
 
     def took_rows(self) -> None:
-        """It is known to refuse them no more."""
-        self.refused = None
-        self.refusing.clear()
-        logs.event(log, logging.INFO, "the outbox takes what is written")
+        """It is known to refuse them no more, since the client has written one."""
+        self.suspected.clear()
+        self._takes()
 
-    async def ask(self, executor: Executor) -> None:
-        """Notes whether it would take a row. None is written: to explain a statement, the server looks at all that it names,
-        and at what the role may do.
+    async def ask(self, pool: Executor) -> None:
+        """Notes whether it would take a row of the client. None is written: to explain a statement, the server looks at all
+        that it names, and at what the role may do.
 
         Raises:
-            DatabaseError: it would not.
+            DatabaseError: it would not. That, or no answer, has to be asked again.
         """
+        self.suspected.clear()  # what is suspected from here on may be newer than the answer
         (row,) = self.rows(["key"], versions=[1], tags=["tag"], publish_here=True)
         try:
-            await executor.execute(f"EXPLAIN {row.insert.sql()}", *row.arguments)
-        except asyncpg.PostgresError as error:
-            problem = self.explain(error)
+            await pool.execute(f"EXPLAIN {row.insert.sql()}", *row.arguments)
+        except BaseException as error:
+            self.suspected.set()
+            problem = explain(error, ours=True) if isinstance(error, asyncpg.PostgresError) else None
             if problem is None:
                 raise
+            self._refuses(str(problem))
             raise problem from error
         if self.refused is not None:
-            self.took_rows()
+            self._takes()
+
+    def _refuses(self, reason: str) -> None:
+        if self.refused is None:
+            logs.event(log, logging.ERROR, "the outbox refuses what is written", reason=reason)
+        self.refused = Refusal(self.refused.since if self.refused else time.time(), reason)
+
+    def _takes(self) -> None:
+        self.refused = None
+        logs.event(log, logging.INFO, "the outbox takes what is written")
 
     async def delete(
         self,

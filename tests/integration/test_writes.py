@@ -992,6 +992,7 @@ async def test_without_the_schema_nothing_is_changed(
             await client.record(bare, "k")
         assert await number(bare) == 0
         assert await outcome(client) == "hit"
+        await eventually(lambda: client.status()["writing"]["failing"])
         assert "cacheinval schema apply" in client.status()["writing"]["reason"]
         await client.apply_schema()
         await client.apply_schema()
@@ -1026,6 +1027,14 @@ async def recorded(client: Client) -> None:
         await client.record(connection, "k")
 
 
+WELL = {"failing": False, "since": None, "reason": None}
+REFUSES, TAKES = "the outbox refuses what is written", "the outbox takes what is written"
+
+
+def said_of_the_outbox(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line.split(" reason=")[0] for line in caplog.messages if line.startswith("the outbox")]
+
+
 WAYS_TO_WRITE = (
     one_statement,
     in_a_transaction,
@@ -1043,20 +1052,20 @@ async def test_a_refusal_of_the_outbox_is_told_until_it_takes_a_row(
     namespace: str,
     writes_so: Callable[[Client], Awaitable[None]],
     caplog: pytest.LogCaptureFixture,
+    eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(refusals, "SHORTEST_PAUSE", 600.0)
+    monkeypatch.setattr(refusals, "PAUSE", 600.0)
     caplog.set_level("INFO")
-    well = {"failing": False, "since": None, "reason": None}
     await writes_so(limited)
-    assert limited.status()["writing"] == well
+    assert limited.status()["writing"] == WELL
     await db.execute(f"REVOKE INSERT ON cacheinval.outbox FROM {namespace}")
     began = time.time()
     for _ in range(2):
         with pytest.raises((DatabaseError, asyncpg.InFailedSQLTransactionError)):
             await writes_so(limited)
+    await eventually(lambda: limited.status()["writing"]["failing"])
     refused = limited.status()["writing"]
-    assert refused["failing"]
     assert began <= refused["since"] <= time.time()
     assert refused["reason"].startswith("permission denied for table outbox")
     async with limited.transaction() as tx:
@@ -1064,9 +1073,27 @@ async def test_a_refusal_of_the_outbox_is_told_until_it_takes_a_row(
     assert limited.status()["writing"] == refused, "what names nothing says nothing of the outbox"
     await db.execute(f"GRANT INSERT ON cacheinval.outbox TO {namespace}")
     await writes_so(limited)
-    assert limited.status()["writing"] == well
-    said = [line.split(" reason=")[0] for line in caplog.messages if line.startswith("the outbox")]
-    assert said == ["the outbox refuses what is written", "the outbox takes what is written"]
+    if writes_so is recorded:  # whose commit is not seen here
+        await limited._outbox.ask(limited.pool)
+    assert limited.status()["writing"] == WELL
+    assert said_of_the_outbox(caplog) == [REFUSES, TAKES]
+
+
+@pytest.fixture
+def answers(limited: Client, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each time that the client has asked whether it could write: whether it could. It asks often."""
+    monkeypatch.setattr(refusals, "PAUSE", 0.02)
+    answers: list[bool] = []
+    ask = limited._outbox.ask
+
+    async def note(pool: Any) -> None:
+        try:
+            await ask(pool)
+        finally:
+            answers.append(limited._outbox.refused is None)
+
+    monkeypatch.setattr(limited._outbox, "ask", note)
+    return answers
 
 
 @pytest.mark.parametrize(
@@ -1082,40 +1109,30 @@ async def test_an_instance_that_writes_no_more_finds_out_that_it_could(
     limited: Client,
     db: asyncpg.Connection,
     namespace: str,
+    answers: list[bool],
     eventually: Eventually,
-    monkeypatch: pytest.MonkeyPatch,
     fault: str,
     remedy: str,
 ) -> None:
-    monkeypatch.setattr(refusals, "SHORTEST_PAUSE", 0.02)
-    asked = 0
-    ask = limited._outbox.ask
-
-    async def count(executor: Any) -> None:
-        nonlocal asked
-        asked += 1
-        await ask(executor)
-
-    monkeypatch.setattr(limited._outbox, "ask", count)
     for _ in range(2):
         await db.execute(fault.format(namespace))
         with pytest.raises(DatabaseError):
             await limited.execute(UPDATE, "a", invalidate=["k"], tags=["t"])
-        refused, known = limited.status()["writing"], asked
-        await eventually(lambda known=known: asked >= known + 3)
+        await eventually(lambda: limited.status()["writing"]["failing"])
+        refused, known = limited.status()["writing"], len(answers)
+        await eventually(lambda known=known: len(answers) >= known + 3)
         assert limited.status()["writing"] == refused
         await db.execute(remedy.format(namespace))
         await eventually(lambda: not limited.status()["writing"]["failing"])
     assert (await number(db), await rows(db)) == (0, 0)
-    known = asked
+    known = len(answers)
     await limited.execute(UPDATE, "a", invalidate=["k"], tags=["t"])
-    assert asked == known, "nobody asks where all is well"
+    assert len(answers) == known, "nobody asks where all is well"
 
 
 async def test_a_client_that_asks_whether_it_could_write_ends_all_the_same(
     settings: Settings, bare: asyncpg.Connection, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refusals, "SHORTEST_PAUSE", 0.02)
     asking: list[asyncio.Task[Any]] = []
 
     async def hang(executor: Any) -> None:
@@ -1147,6 +1164,49 @@ async def test_errors_of_a_statement_are_no_refusal_of_the_outbox(
             async with limited.transaction() as tx:
                 await tx.execute(query, invalidate=["k"])
     assert not limited.status()["writing"]["failing"]
+
+
+@pytest.mark.parametrize("query", ["UPDATE outbox SET nope = 1", "INSERT INTO outbox VALUES (1)"])
+async def test_errors_of_a_table_that_is_called_the_same_are_no_refusal_of_the_outbox(
+    limited: Client,
+    db: asyncpg.Connection,
+    answers: list[bool],
+    eventually: Eventually,
+    caplog: pytest.LogCaptureFixture,
+    query: str,
+) -> None:
+    await db.execute("CREATE TABLE public.outbox (id int)")  # which the role may not write, either
+    with pytest.raises(DatabaseError):
+        await limited.execute(query, invalidate=["k"])
+    assert limited.status()["writing"] == WELL
+    await eventually(lambda: answers == [True])
+    assert limited.status()["writing"] == WELL
+    assert said_of_the_outbox(caplog) == []
+
+
+async def test_what_another_role_may_or_may_not_write_says_nothing_of_the_clients_own(
+    limited: Client,
+    db: asyncpg.Connection,
+    namespace: str,
+    answers: list[bool],
+    eventually: Eventually,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    await db.execute("SET ROLE pg_monitor")
+    with pytest.raises(DatabaseError, match="permission denied for table outbox"):
+        await limited.record(db, "k")
+    await db.execute("RESET ROLE")
+    assert limited.status()["writing"] == WELL
+    await eventually(lambda: answers == [True])
+    assert limited.status()["writing"] == WELL
+    await db.execute(f"REVOKE INSERT ON cacheinval.outbox FROM {namespace}")
+    with pytest.raises(DatabaseError):
+        await limited.invalidate("k")
+    await eventually(lambda: limited.status()["writing"]["failing"])
+    await limited.record(db, "k")
+    assert limited.status()["writing"]["failing"]
+    assert said_of_the_outbox(caplog) == [REFUSES]
 
 
 async def test_a_broker_that_is_down_neither_fails_nor_delays_a_write(
