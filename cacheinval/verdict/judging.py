@@ -231,7 +231,7 @@ def _cannot_write(seen: Seen) -> Verdict | None:
     return Verdict(
         Level.BAD,
         f"{seen.named(failing)} cannot write since {clock_time(since)}: {reason}.",
-        "Each write that says what it makes stale fails, and changes nothing. It asks again by itself, every few seconds.",
+        "Each write that says what it makes stale fails, and changes nothing. It asks again by itself each second.",
         _steps(remedies.database(reason, reports[0].host or "its host"), causes.DOCTOR_THERE),
     )
 
