@@ -156,7 +156,7 @@ class BrokerSeen:
             return failed(
                 "exchange",
                 f"{name} is no durable fanout: {explain(error)}",
-                "delete it, at best while nothing else uses it: instances declare it as it has to be",
+                remedies.delete("exchange", name, remedies.vhost_of(self._url)),
             )
         except ChannelAccessRefused as error:
             return of_refusal(self._url, explain(error), {"exchange": "configure"})

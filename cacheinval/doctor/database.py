@@ -33,6 +33,7 @@ from cacheinval.outbox.pool import connect
 from cacheinval.outbox.schema import OLDEST_SERVER
 from cacheinval.settings import Settings, mask_url
 from cacheinval.verdict import remedies
+from cacheinval.verdict.words import short
 
 __all__ = ["DatabaseSeen"]
 
@@ -70,6 +71,7 @@ class DatabaseSeen:
         self._settings = settings
         self._checks = checks
         self._connection: Any = None
+        self._role = ""  # that it works as
         self.source: str | None = None
         self.registered: list[Registered] = []
 
@@ -114,8 +116,8 @@ class DatabaseSeen:
                 f"{url} is a standby: it takes no writes, and no relay works there",
                 "CACHEINVAL_DATABASE_URL has to lead to the primary: name its host, or a name that follows it",
             )
-        role = await self._connection.fetchval("SELECT current_user")
-        return ok("database", f"PostgreSQL {major} at {url}, role {role}")
+        self._role = await self._connection.fetchval("SELECT current_user")
+        return ok("database", f"PostgreSQL {major} at {url}, role {self._role}")
 
     async def _clock(self) -> Finding:
         best: tuple[float, float] | None = None
@@ -129,24 +131,20 @@ class DatabaseSeen:
         return of_clock(best[1], self._settings.max_clock_skew)
 
     async def _schema(self) -> Finding:
-        if await self._connection.fetchval("SELECT to_regclass('cacheinval.schema_version') IS NULL"):
-            return of_schema(None, SCHEMA_VERSION)
         try:
+            if await self._connection.fetchval("SELECT to_regclass('cacheinval.schema_version') IS NULL"):
+                return of_schema(None, SCHEMA_VERSION)
             version = await self._connection.fetchval("SELECT max(version) FROM cacheinval.schema_version")
-        except asyncpg.InsufficientPrivilegeError:
-            return warning(
-                "schema",
-                "it is there; its version may not be read",
-                "GRANT SELECT ON cacheinval.schema_version TO this role (see grants)",
-            )
+        except asyncpg.InsufficientPrivilegeError as error:
+            text = f"it is there; its version may not be read: {error.args[0]}"
+            return warning("schema", text, remedies.grant(self._role), ("grants",))
         return of_schema(version, SCHEMA_VERSION)
 
     async def _grants(self) -> list[Finding]:
-        role = await self._connection.fetchval("SELECT current_user")
-        missing = await lacking(self._connection, role)
+        missing = await lacking(self._connection, self._role)
         if not missing:
             self.source = await self._connection.fetchval("SELECT cacheinval.source()")
-        return of_rights(role, missing)
+        return of_rights(self._role, missing)
 
     async def _outbox(self) -> Sequence[Finding]:
         own = self._settings.namespace
@@ -176,5 +174,6 @@ class DatabaseSeen:
         try:
             self.registered = await instances.registered()
         except DatabaseError as error:
-            return [warning("registered instances", str(error), remedies.database(str(error)), DATABASE_HERE)]
+            remedy = remedies.database(str(error), role=self._role)
+            return [warning("registered instances", short(str(error)), remedy, DATABASE_HERE)]
         return []

@@ -207,7 +207,7 @@ def of_rights(role: str, missing: Sequence[Right]) -> list[Finding]:
         failed(
             "grants",
             f"role {role} lacks {', '.join(right.privileges)} on {right.name}",
-            f"`cacheinval schema grant {role}` as the schema's owner, or {right.grant(quoted(role))}",
+            f"{remedies.grant(role)}, or {right.grant(quoted(role))}",
         )
         for right in missing
     ]

@@ -65,8 +65,12 @@ def quoted(role: str) -> str:
 
 
 async def lacking(connection: "AnyConnection", role: str) -> list[Right]:
-    """What `role` needs and has not."""
-    rights = [await right.lacking(connection, role) for right in NEEDED]
+    """What `role` needs and has not; without the schema nothing else, of which nobody is told then whether it is there."""
+    schema, *within = NEEDED
+    missing = await schema.lacking(connection, role)
+    if missing is not None:
+        return [missing]
+    rights = [await right.lacking(connection, role) for right in within]
     return [right for right in rights if right is not None]
 
 

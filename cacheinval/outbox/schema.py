@@ -87,7 +87,7 @@ async def apply_schema(connection: "AnyConnection") -> None:
         raise DatabaseError(
             f"role {role} may not apply the schema cacheinval: {_text(error)}. Needed: CREATE on the database for the "
             "first time (GRANT CREATE ON DATABASE …), later the role that owns the schema; or let that role run "
-            "`cacheinval schema apply`, and GRANT SELECT ON cacheinval.schema_version to this one"
+            f"`cacheinval schema apply` and `cacheinval schema grant {role}`"
         ) from error
     except asyncpg.LockNotAvailableError as error:
         raise DatabaseError(

@@ -259,9 +259,8 @@ def explain(error: asyncpg.PostgresError, *, ours: bool = False) -> DatabaseErro
         return SchemaMissingError()
     if error.sqlstate == "42501" and _names(_OURS if ours else _WRITTEN, text):
         return DatabaseError(
-            f"{text}; a role that writes or publishes the outbox needs: "
-            "GRANT SELECT, INSERT, DELETE ON cacheinval.outbox TO …; "
-            "GRANT SELECT, INSERT, UPDATE, DELETE ON cacheinval.origins, cacheinval.instances TO …"
+            f"{text}; a role that writes or publishes the outbox needs what `cacheinval schema grant ROLE` gives "
+            "(with `--print` it shows the SQL)"
         )
     return None
 

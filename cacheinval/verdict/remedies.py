@@ -12,6 +12,8 @@ __all__ = [
     "WRITE",
     "broker",
     "database",
+    "delete",
+    "grant",
     "set_permissions",
     "vhost_of",
 ]
@@ -56,6 +58,13 @@ def broker(reason: str, url: str, host: str = "here") -> str:
             f"correct user and password in CACHEINVAL_BROKER_URL (guest logs in from the broker's own host only); "
             f"`rabbitmqctl authenticate_user {user}` tries them, `rabbitmqctl change_password {user}` sets a new one"
         )
+    if re.search(r"WRONG_VERSION_NUMBER|PACKET_LENGTH_TOO_LONG|RECORD_LAYER_FAILURE", reason):
+        return (
+            "that port speaks no TLS: name the port that does in CACHEINVAL_BROKER_URL (5671 by default), or use amqp:// "
+            "where the way there is safe"
+        )
+    if "reset" in reason and re.match(r"amqp://[^/]*:5671\b", url):
+        return "that port speaks TLS by default: use amqps:// in CACHEINVAL_BROKER_URL"
     if re.search(r"(?i)certificate|ssl|tls", reason):
         return (
             "name the authority that signed the broker's certificate in CACHEINVAL_BROKER_CA_FILE, and, where the broker "
@@ -66,10 +75,9 @@ def broker(reason: str, url: str, host: str = "here") -> str:
             "`rabbitmq-diagnostics alarms` says which (memory or disk): free some. Writes go on meanwhile, their rows "
             "wait"
         )
-    if "inequivalent" in reason or "not a durable fanout" in reason:
-        return (
-            "delete what it names, at best while nothing else uses it: instances declare it as it has to be"
-        )
+    named = re.search(r"inequivalent arg .* for (exchange|queue) '([^']*)' in vhost '(.*?)'(?:: |$)", reason)
+    if named is not None:
+        return delete(*named.groups())
     if "home node" in reason:
         return "start that node; `rabbitmqctl cluster_status` at another one says how they see it"
     if "is missing" in reason:
@@ -80,6 +88,21 @@ def broker(reason: str, url: str, host: str = "here") -> str:
             "`rabbitmq-diagnostics alarms`)"
         )
     return f"see that RabbitMQ runs (`rabbitmq-diagnostics status`), and that CACHEINVAL_BROKER_URL leads to it from {host}"
+
+
+def delete(sort: str, name: str, vhost: str) -> str:
+    """What to do about an exchange or a queue of another kind."""
+    command = f"rabbitmqctl delete_queue -p {quote(vhost)} {quote(name)}"
+    if sort == "exchange":  # for which there is none; this one, unlike rabbitmqadmin, needs no plugin
+        resource = f"rabbit_misc:r({_binary(vhost)}, exchange, {_binary(name)})"
+        command = "rabbitmqctl eval " + quote(f'rabbit_exchange:delete({resource}, false, <<"operator">>).')
+    return f"`{command}` deletes it, at best while nothing else uses it: instances declare it as it has to be"
+
+
+def _binary(text: str) -> str:
+    """As Erlang writes it."""
+    escaped = text.replace("\\", r"\\").replace('"', r"\"")
+    return f'<<"{escaped}">>' if text.isascii() else f'<<"{escaped}"/utf8>>'
 
 
 def _split(url: str) -> SplitResult:
@@ -100,14 +123,26 @@ def set_permissions(url: str) -> str:
     return f"`rabbitmqctl set_permissions -p {quote(vhost_of(url))} {quote(user)} '{CONFIGURE}' '{WRITE}' '{READ}'`"
 
 
-def database(reason: str, host: str = "here") -> str:
-    """What to do where the database cannot be used; `reason` is what it says, or the system."""
+def grant(role: str) -> str:
+    """The command that grants what a role needs that is a client, a worker or a relay."""
+    return f"`cacheinval schema grant {quote(role)}` as the schema's owner (with `--print` it shows the SQL)"
+
+
+def database(reason: str, host: str = "here", role: str | None = None) -> str:
+    """What to do where the database cannot be used.
+
+    Args:
+        reason: why, in the words of database or system.
+        host: from where.
+        role: as whom; None where that is not known.
+    """
     if "schema apply" in reason:
         return "run `cacheinval schema apply` as the role that owns the schema, or is to"
     if "permission denied" in reason or "GRANT " in reason:
+        if role is not None:
+            return f"run {grant(role)}"
         return (
-            "run `cacheinval schema grant ROLE` as the schema's owner, for the role of CACHEINVAL_DATABASE_URL; "
-            "`cacheinval doctor` says what it lacks"
+            f"run {grant('ROLE')}, for the role of CACHEINVAL_DATABASE_URL; `cacheinval doctor` says what it lacks"
         )
     if "clock" in reason:
         return TIME_SERVICE

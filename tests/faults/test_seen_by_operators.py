@@ -4,6 +4,7 @@ import asyncio
 import html
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -241,7 +242,8 @@ async def exchange_of_another_type(scene: Scene) -> AsyncIterator[None]:
         await operator.exchange_delete(name)
         await operator.declare_exchange(name, ExchangeType.DIRECT, durable=True)
         yield
-        await operator.exchange_delete(name)
+        (pasted,) = re.findall("`(rabbitmqctl eval .*?)` deletes it", await scene.doctor())
+        assert await scene.rabbitmq.ctl(*shlex.split(pasted)[1:]) == "ok\n"
 
 
 def relay_gone(stop: signal.Signals) -> Cause:
@@ -368,6 +370,14 @@ def revoked(right: str) -> Cause:
 
 
 @asynccontextmanager
+async def usage_revoked(scene: Scene) -> AsyncIterator[None]:
+    """That of everybody, too."""
+    await scene.db.execute("REVOKE USAGE ON SCHEMA cacheinval FROM PUBLIC")
+    async with revoked("USAGE ON SCHEMA cacheinval")(scene):
+        yield
+
+
+@asynccontextmanager
 async def writing_revoked(scene: Scene) -> AsyncIterator[None]:
     """It writes once, and when that is granted no more: it finds out by itself."""
     async with revoked("INSERT ON cacheinval.outbox")(scene):
@@ -434,7 +444,7 @@ FAULTS = {
             "exchange failed: .* is no durable fanout",
             "^Nobody can be asked from here: .* is not a durable fanout: PRECONDITION_FAILED",
             "shop-1 may be stale since .*: the broker refuses it .PRECONDITION_FAILED",
-            "at best while nothing else uses it",
+            r"`?rabbitmqctl eval 'rabbit_exchange:delete\(.*'`? deletes it, at best while nothing else uses it",
         ),
     ),
     "the relay is stopped": Fault(relay_gone(signal.SIGTERM), NO_RELAY),
@@ -529,6 +539,16 @@ FAULTS = {
             "grants failed: role limited_.* lacks SELECT, INSERT, DELETE on cacheinval.outbox",
             "^Nothing proves .*permission denied for table outbox",
             "Nothing proves .*permission denied for table outbox",
+            "cacheinval schema grant",
+        ),
+    ),
+    "the role may not use the schema": Fault(
+        usage_revoked,
+        Words(
+            r"\A[^→]*grants failed: role limited_\w+ lacks USAGE on cacheinval → `cacheinval schema grant limited_\w+`"
+            r"[^→]*\Z",  # nothing else has a remedy
+            "^Nothing proves .*permission denied for schema cacheinval",
+            "Nothing proves .*permission denied for schema cacheinval",
             "cacheinval schema grant",
         ),
     ),

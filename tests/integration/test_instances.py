@@ -179,9 +179,7 @@ class TestProblems:
         await db.execute("CREATE ROLE nobody_of_instances")
         try:
             await db.execute("SET ROLE nobody_of_instances")
-            with pytest.raises(
-                DatabaseError, match=r"GRANT .* ON cacheinval\.origins, cacheinval\.instances TO"
-            ):
+            with pytest.raises(DatabaseError, match="needs what `cacheinval schema grant ROLE` gives"):
                 await since(instances)
             await db.execute("RESET ROLE")
             await db.execute(

@@ -12,6 +12,7 @@ import asyncpg
 import pytest
 
 from cacheinval import Client, Settings
+from cacheinval.outbox.grants import grants
 from cacheinval.sandbox import RabbitMQ
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,8 @@ async def test_the_first_example_prints_what_it_says(
 async def test_the_grants_are_what_a_client_needs(
     rabbitmq: RabbitMQ, database_url: str, namespace: str, eventually: Callable[..., Awaitable[object]]
 ) -> None:
-    (grants,) = re.findall(r"^```sql\n(GRANT .*?)^```", README, re.MULTILINE | re.DOTALL)
+    (statements,) = re.findall(r"^```sql\n(GRANT .*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert statements.splitlines() == grants("shop"), "as `schema grant shop --print` has them"
     role = f"shop_{namespace}"
     async with Client(Settings(broker_url="memory://", database_url=database_url, relay="off")) as owner:
         await owner.apply_schema()
@@ -63,7 +65,7 @@ async def test_the_grants_are_what_a_client_needs(
         )
         await owner.pool.execute(f"GRANT SELECT, UPDATE ON prices TO {role}")
         try:
-            await owner.pool.execute(re.sub(r"\bshop\b", role, grants))
+            await owner.pool.execute(re.sub(r"\bshop\b", role, statements))
             url = re.sub(r"//[^@]+@", f"//{role}@", database_url)
             settings = Settings(
                 broker_url=rabbitmq.url, database_url=url, namespace=namespace, max_staleness=5

@@ -57,7 +57,8 @@ def verdict(seen: Fleet, now: float = NOW) -> Verdict:
 URL = "amqp://shop:***@broker/prod"
 REFUSED = "ACCESS_REFUSED - access to exchange 'cacheinval.shop' in vhost 'prod' refused for user 'shop'"
 NOT_GRANTED = (
-    "permission denied for table outbox; a role that writes or publishes the outbox needs: GRANT SELECT"
+    "permission denied for table outbox; a role that writes or publishes the outbox needs what "
+    "`cacheinval schema grant ROLE` gives (with `--print` it shows the SQL)"
 )
 SUSPECT = {"state": "suspect", "reason": "Connection reset", "since": NOW - 20}
 
