@@ -21,6 +21,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SECRET_PARAMETER = re.compile(
     r"(?i)\b(password|passwd|pwd|secret|token|sslpassword)(\s*=\s*)('[^']*'?|[^&#\s]*)"
 )
+_PORT = re.compile(r"[^/?#]*://(?:[^/?#]*@)?[^/?#@]*:([0-9]+)(?=[/?#]|$)")
+_BOUNDS = {  # of a number, in the words of its schema and in those of the errors
+    "exclusiveMinimum": "greater than",
+    "minimum": "greater than or equal to",
+    "maximum": "less than or equal to",
+}
 
 
 def mask_url(url: str) -> str:
@@ -78,13 +84,16 @@ def _url(*schemes: str, empty: bool = False) -> Callable[[str], str]:
                 and "://" in url
                 and (parts.scheme == "memory" or bool(parts.hostname) or names_socket(parts))
             )
-            _ = parts.port  # raises where the port is no number
+            usable &= parts.port != 0  # raises where the port is none
         except ValueError:
             usable = False
         if not usable:
+            number = _PORT.match(url)
+            beyond = number is not None and not 1 <= float(number[1]) <= 65535
+            port = ", with a port of 1 to 65535" if beyond else ""
             cut = "@" in url and "@" not in url.partition("://")[2].partition("#")[0].partition("?")[0]
             encode = "; in a user or password # and ? are written as %23 and %3F" if cut else ""
-            raise ValueError(f"accepted: {accepted}{encode}")
+            raise ValueError(f"accepted: {accepted}{port}{encode}")
         return url
 
     return check
@@ -352,6 +361,7 @@ def _secrets_dir() -> str | None:
 def _explain(problem: Any, values: dict[str, Any]) -> str:
     text = problem["msg"].removeprefix("Value error, ")
     text = text.replace("Input should be ", "accepted: ").partition(", unable to parse")[0]
+    text = text.partition(", got a number with")[0]
     if not problem["loc"]:  # from the validator of the whole: it names its field itself
         name, _, rest = text.partition("=")
         return f"{PREFIX}{name.upper()}={rest}"
@@ -363,4 +373,13 @@ def _explain(problem: Any, values: dict[str, Any]) -> str:
     shown = mask_url(value) if isinstance(value, str) else repr(value)
     if not shown.isprintable():
         shown = repr(shown)  # it is to be one line
-    return f"{PREFIX}{name.upper()}={shown}: {text}"
+    return f"{PREFIX}{name.upper()}={shown}: {text}{_range(name) if 'accepted: a valid ' in text else ''}"
+
+
+def _range(name: str) -> str:
+    """Within which that number has to be."""
+    told = Settings.model_json_schema()["properties"][name]
+    bounds = {
+        key: bound for one in (told, *told.get("anyOf", ())) for key, bound in one.items() if key in _BOUNDS
+    }
+    return "".join(f", {words} {bounds[key]}" for key, words in _BOUNDS.items() if key in bounds)

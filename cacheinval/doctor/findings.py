@@ -66,7 +66,11 @@ def causes_first(found: Sequence[Finding]) -> list[Finding]:
 
     def settled(one: Finding) -> Finding:
         cause = next((check for check in causes if check in one.after), None)
-        return one if cause is None else replace(one, text=f"{one.text}; see {cause} first", remedy=None)
+        return (
+            one
+            if cause is None
+            else replace(one, text=f"{one.text.rstrip('.')}; see {cause} first", remedy=None)
+        )
 
     return [settled(one) for one in found]
 

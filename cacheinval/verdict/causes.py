@@ -72,7 +72,7 @@ def _of_no_ticks(seen: Seen) -> tuple[str, str]:
         return f"no relay sends ticks, one is {stuck.state}: {short(stuck.reason or '')}", _way(seen, stuck)
     if seen.fleet.database_problem is not None:
         problem = seen.fleet.database_problem
-        return f"no relay sends ticks, and {short(problem)}", remedies.database(problem)
+        return f"no relay sends ticks: {short(problem)}", remedies.database(problem)
     if not seen.led:
         return "no relay leads", remedies.RELAY
     return "no relay sends ticks", remedies.RELAY

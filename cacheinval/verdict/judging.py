@@ -70,7 +70,7 @@ def _suspect(seen: Seen) -> Verdict | None:
         detail = f"Meanwhile they {_meanwhile(laxest, many=True)}."
     if seen.fleet.problem is not None and len(seen.fleet) > len(suspect):
         others = plural(len(seen.fleet) - len(suspect), "other instance")
-        detail += f" {others} cannot be asked from here: while the broker is away, expect the same of each."
+        detail += f" {others} cannot be asked from here: expect the same of each until they can."
     return Verdict(
         Level.BAD, said, detail, _steps(*(step for report in reports for step in causes.of_suspect(report)))
     )

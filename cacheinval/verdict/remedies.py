@@ -141,9 +141,7 @@ def database(reason: str, host: str = "here", role: str | None = None) -> str:
     if "permission denied" in reason or "GRANT " in reason:
         if role is not None:
             return f"run {grant(role)}"
-        return (
-            f"run {grant('ROLE')}, for the role of CACHEINVAL_DATABASE_URL; `cacheinval doctor` says what it lacks"
-        )
+        return f"run {grant('ROLE')}, for the role of CACHEINVAL_DATABASE_URL; `cacheinval doctor` says what it lacks"
     if "clock" in reason:
         return TIME_SERVICE
     if re.search(r"standby|recovery|read-only", reason):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,11 @@ def test_settings_that_do_not() -> None:
             "ACCESS_REFUSED - write access to exchange 'x' in vhost 'prod' refused for user 'shop'",
             "grant what is needed",
         ),
-        ("certificate verify failed: self-signed certificate", "CACHEINVAL_BROKER_CA_FILE"),
+        ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", "CACHEINVAL_BROKER_CA_FILE"),
+        (
+            "[SSL: WRONG_VERSION_NUMBER] wrong version number",
+            "that port speaks no TLS: name the port that does",
+        ),
         ("Connection refused", "rabbitmq-diagnostics status"),
         ("Name or service not known", "leads to it from here"),
     ],
@@ -86,6 +91,36 @@ def test_each_reason_why_the_broker_cannot_be_reached_has_its_way(reason: str, r
     found = findings.of_unreachable_broker(URL.replace("secret", "***"), reason)
     assert found.level == "failed"
     assert remedy in str(found.remedy)
+
+
+def test_a_port_that_speaks_tls_is_recognised_by_its_number() -> None:
+    reset = "Server connection reset: Connection reset by peer"
+    assert "use amqps://" in remedies.broker(reset, "amqp://shop:***@broker:5671/")
+    assert "use amqps://" in remedies.broker(reset, "amqp://shop:***@one:5671,two:5671/")
+    for url in ("amqp://shop:***@broker:5672/", "amqps://shop:***@broker:5671/"):
+        assert "rabbitmq-diagnostics status" in remedies.broker(reset, url)
+
+
+@pytest.mark.parametrize(
+    ("vhost", "in_erlang"),
+    [
+        ("/", '<<"/">>'),
+        ("it's", '<<"it\'s">>'),
+        ('a"b\\c', r'<<"a\"b\\c">>'),
+        ("größe $x", '<<"größe $x"/utf8>>'),
+    ],
+)
+def test_what_is_of_another_type_is_deleted_by_a_command_that_can_be_pasted(
+    vhost: str, in_erlang: str
+) -> None:
+    inequivalent = (
+        f"PRECONDITION_FAILED - inequivalent arg 'type' for %s in vhost '{vhost}': received 'fanout'"
+    )
+    said = remedies.broker(inequivalent % "exchange 'cacheinval.x'", URL)
+    expression = f'rabbit_exchange:delete(rabbit_misc:r({in_erlang}, exchange, <<"cacheinval.x">>), false, <<"operator">>).'
+    assert shlex.split(said.split("`")[1]) == ["rabbitmqctl", "eval", expression]
+    said = remedies.broker(inequivalent % "queue 'cacheinval.x.one'", URL)
+    assert shlex.split(said.split("`")[1]) == ["rabbitmqctl", "delete_queue", "-p", vhost, "cacheinval.x.one"]
 
 
 def test_the_permissions_that_are_recommended_are_those_of_the_definitions() -> None:
