@@ -21,6 +21,7 @@ from cacheinval.overview import Overview
 from cacheinval.verdict import Fleet, Level, Verdict, judge
 from cacheinval.verdict.fleet import SILENT_AFTER, Condition
 from cacheinval.verdict.reports import understand
+from cacheinval.verdict.words import cut
 
 __all__ = ["status", "watch"]
 
@@ -87,7 +88,7 @@ class _Look:
     def as_json(self) -> dict[str, Any]:
         return {
             "verdict": asdict(self.verdict),
-            "instances": None if self.problem is not None else self.instances,
+            "instances": None if self.problem is not None and not self.instances else self.instances,
             "problem": self.problem,
         }
 
@@ -216,7 +217,7 @@ def _last_gap(instance: Mapping[str, Any]) -> str:
         when = f"{ago(instance['now'] - gap['at'])} ago"
     except (KeyError, TypeError, ValueError, OverflowError):
         when = "at an unknown time"
-    return f"{when}: {gap.get('reason')}"
+    return f"{when}: {cut(str(gap.get('reason')))}"
 
 
 def ago(seconds: float) -> str:

@@ -147,7 +147,7 @@ class BrokerSeen:
             return failed(
                 "exchange",
                 f"{name} is missing: nobody has subscribed since it went, and nothing can be published",
-                "start an instance, which declares it; one that runs does so within 3 ticks. Is CACHEINVAL_NAMESPACE right?",
+                remedies.NO_EXCHANGE,
             )
         try:
             # It is there, so that this makes nothing, and only compares.

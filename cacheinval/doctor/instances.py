@@ -73,7 +73,7 @@ def of_instances(
         else:
             understood.append(_Answer(report, told.get("settings") or {}, told["asked"], told["arrived"]))
     reports = [one.report for one in understood]
-    found = [*_of_state(reports, len(answered), namespace), *found]
+    found = [*_of_state(reports, len(answered), namespace, len(silent)), *found]
     found += [*_of_silent(silent), *_of_differences(understood)]
     for one in understood:
         offset = _clock_offset(one)
@@ -88,9 +88,16 @@ def of_instances(
     return found
 
 
-def _of_state(reports: Sequence[Report], answers: int, namespace: str) -> Iterable[Finding]:
+def _of_state(reports: Sequence[Report], answers: int, namespace: str, silent: int) -> Iterable[Finding]:
     ready = [one for one in reports if one.state == "ready"]
-    if not answers:
+    if silent and not answers:
+        yield failed(
+            "instances",
+            f"nobody answers, of {silent} registered: the broker or the virtual host here may be another than theirs",
+            "compare CACHEINVAL_BROKER_URL here with theirs; if it is the same, see each",
+            BROKER,
+        )
+    elif not answers:
         yield warning(
             "instances",
             f"none of namespace {namespace} answers",

@@ -10,7 +10,7 @@ from cacheinval.verdict.fleet import Condition, Fate, Fleet
 from cacheinval.verdict.judging import Level, Verdict, judge
 from cacheinval.verdict.member import Lag, Member
 from cacheinval.verdict.reports import Identity, Report
-from cacheinval.verdict.words import clock_time, plural
+from cacheinval.verdict.words import clock_time, cut, plural
 from cacheinval.verdict.writes import Line
 
 __all__ = ["View", "draw", "unsure", "whole"]
@@ -282,7 +282,7 @@ def _gap(report: Report, now: float) -> Html:
     return html(
         "{age} ago<small><bdi>{reason}</bdi></small>",
         age=seconds(now - report.last_gap.at),
-        reason=report.last_gap.reason[:120],
+        reason=cut(report.last_gap.reason),
     )
 
 

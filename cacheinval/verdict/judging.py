@@ -142,14 +142,17 @@ def _silent(seen: Seen) -> Verdict | None:
     silent = seen.those(Condition.SILENT)
     if not silent:
         return None
-    first = silent[0]
+    first, elsewhere, compare = silent[0], "", list[str]()
+    if _nobody_was_heard(seen):
+        elsewhere = f"this process may use another broker or virtual host than {'it' if len(silent) == 1 else 'they'}; else "
+        compare = [f"Compare CACHEINVAL_BROKER_URL here with that of {first.id}."]
     if len(silent) == 1:
         since = first.seen_at if first.heard_at is None else first.heard_at
         once = seen.fleet.asking_once
         does_not = "does not answer" if once else f"has not answered since {clock_time(since)}"
-        said = f"{first.id} {does_not}: it may be stale, cut off, or gone."
+        said = f"{first.id} {does_not}: {elsewhere}it may be stale, cut off, or gone."
     else:
-        said = f"{seen.named(silent)} do not answer: they may be stale, cut off, or gone."
+        said = f"{seen.named(silent)} do not answer: {elsewhere}they may be stale, cut off, or gone."
     registered = [member for member in silent if member.registered]
     if registered:
         which = "It is" if len(silent) == 1 else f"{len(registered)} of them are"
@@ -163,11 +166,18 @@ def _silent(seen: Seen) -> Verdict | None:
         said,
         detail,
         _steps(
+            *compare,
             remedies.SILENT,
             "If it runs, look at its connection in RabbitMQ's management; restarting it is always safe.",
             causes.DOCTOR_THERE,
         ),
     )
+
+
+def _nobody_was_heard(seen: Seen) -> bool:
+    """Whether nobody but the one that looks has ever answered."""
+    others = [member for member in seen.present if member.id != seen.fleet.own]
+    return not seen.fleet.odd(seen.now) and all(member.heard_at is None for member in others)
 
 
 def _nobody(seen: Seen) -> Verdict | None:

@@ -6,6 +6,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 __all__ = [
     "CONFIGURE",
+    "NO_EXCHANGE",
     "READ",
     "RELAY",
     "TIME_SERVICE",
@@ -31,6 +32,11 @@ RELAY = (
 SILENT = (
     "see whether its process runs, and what its log says last; its own page and /status answer without the broker, and say "
     "so where it may not subscribe or answer"
+)
+
+NO_EXCHANGE = (
+    "start an instance, which declares it; one that runs does so within 3 ticks. Are CACHEINVAL_BROKER_URL, with its virtual "
+    "host, and CACHEINVAL_NAMESPACE those of the instances?"
 )
 
 TIME_SERVICE = "run a time service (chrony) on both; CACHEINVAL_MAX_CLOCK_SKEW says what is accepted"
@@ -81,7 +87,7 @@ def broker(reason: str, url: str, host: str = "here") -> str:
     if "home node" in reason:
         return "start that node; `rabbitmqctl cluster_status` at another one says how they see it"
     if "is missing" in reason:
-        return "start an instance, which declares it; one that runs does so within 3 ticks. Is CACHEINVAL_NAMESPACE right?"
+        return NO_EXCHANGE
     if re.search(r"within [\d.]+ s|no sign of life", reason):
         return (
             "see whether the broker is overloaded, frozen or blocked by an alarm (`rabbitmq-diagnostics status`, "

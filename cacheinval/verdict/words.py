@@ -4,10 +4,13 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-__all__ = ["clock_time", "named", "plural", "sentence", "short"]
+__all__ = ["clock_time", "cut", "named", "plural", "sentence", "short"]
 
 MOST_NAMED = 3
 """Instances that a sentence names."""
+
+MOST_OF_A_CELL = 120
+"""Characters of what somebody else says, in a table."""
 
 
 def plural(number: int, noun: str) -> str:
@@ -25,6 +28,11 @@ def named(names: Sequence[str], of: int) -> str:
 def short(reason: str) -> str:
     """`reason` without what it says to do, which is said elsewhere, and without a full stop."""
     return reason.partition("; a role that ")[0].rstrip(".")
+
+
+def cut(text: str) -> str:
+    """`text`, or as much of it as has room in a table."""
+    return text if len(text) <= MOST_OF_A_CELL else f"{text[: MOST_OF_A_CELL - 1]}…"
 
 
 def sentence(phrase: str) -> str:

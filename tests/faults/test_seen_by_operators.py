@@ -491,7 +491,7 @@ FAULTS = {
         permissions(".*", ".*", "^amq.gen-.*$"),
         Words(
             "permissions failed: read on cacheinval.*ACCESS_REFUSED",
-            "^shop-1 does not answer: it may",
+            "^shop-1 does not answer: this process may use another broker",
             "shop-1 may be stale since .*: the broker refuses it .ACCESS_REFUSED - access to exchange",
             "rabbitmqctl set_permissions -p / limited '|own page",
         ),
@@ -519,7 +519,7 @@ FAULTS = {
         permissions(".*", "^cacheinval.*|amq.gen-.*$", ".*"),
         Words(
             "permissions failed: write on amq.default .*ACCESS_REFUSED",
-            "^shop-1 does not answer: it may",
+            "^shop-1 does not answer: this process may use another broker",
             "shop-1 cannot answer who asks how it is: .*ACCESS_REFUSED - access to exchange 'amq.default'",
             "rabbitmqctl set_permissions -p / limited '|its own page .*say so where it may not",
         ),

@@ -365,6 +365,10 @@ def test_nobody_and_who_is_silent() -> None:
     found = judged(answer(), silent=(Registered("b", "s", None),))
     assert levels(found) == ["ok", "failed"]
     assert found[1].text.startswith("b is registered and silent")
+    found = judged(silent=(Registered("a", "s", None), Registered("b", "s", None)))
+    assert levels(found) == ["failed"] * 3
+    assert found[0].text.startswith("nobody answers, of 2 registered: the broker or the virtual host here")
+    assert found[1].text.startswith("a is registered and silent")
 
 
 # Running them

@@ -208,7 +208,7 @@ class TestVerdict:
         ("fields", "seen", "cause", "step"),
         [
             ({}, Overview(led=False), "no relay leads", "`cacheinval relay`"),
-            ({}, "refused", "no relay sends ticks, and refused", "Postgres runs"),
+            ({}, "refused", "no relay sends ticks: refused", "Postgres runs"),
             ({"relay": LEADS | {"state": "unready", "reason": str(SchemaMissingError())}}, None,
              "one is unready: The schema", "`cacheinval schema apply`"),
             ({"relay": LEADS | {"state": "unready", "reason": NOT_GRANTED}}, None,
@@ -340,6 +340,19 @@ class TestVerdict:
         seen = fleet(status("one"))
         seen.looked(Overview(offset=offset), NOW)
         assert said in verdict(seen).sentence
+
+    def test_a_page_that_hears_nobody_else_may_be_elsewhere(self) -> None:
+        """Not one that has heard them before."""
+        alone, known = fleet(status("one")), fleet(status("one"), status("two"), status("three"))
+        registered = [Registered(id_, "", None) for id_ in ("one", "two", "three")]
+        for seen in (alone, known):
+            seen.registry(registered, NOW)
+            seen.heard(status("one"), NOW + 8)
+            seen.asked(None, NOW + 8)
+            said = verdict(seen, NOW + 8)
+            elsewhere = "this process may use another broker or virtual host than they" in said.sentence
+            assert (elsewhere, "CACHEINVAL_BROKER_URL" in said.todo[0]) == ((seen is alone),) * 2
+            assert said.sentence.startswith("three, two (2 of 3 instances) do not answer: ")
 
     def test_a_single_look_waits_for_nobody(self) -> None:
         once = Fleet(None, patience=0.0)

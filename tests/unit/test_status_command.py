@@ -257,7 +257,42 @@ async def test_nobody_and_a_broker_that_is_away(client: Client, asked: Asked, sa
     assert "How it is with 1 instance is unknown." in told
     assert "→ See that RabbitMQ runs" in told
     told_as_json = json.loads("{" + rest)
-    assert (told_as_json["instances"], told_as_json["verdict"]["level"]) == (None, "bad")
+    assert told_as_json["verdict"]["level"] == "bad"
+    (one_told,) = told_as_json["instances"]
+    assert (one_told["id"], one_told["state"], one_told["reason"]) == ("shop-0", "not asked", NOT_ASKED)
+    asked.overview = DatabaseError("refused")
+    with pytest.raises(PublishError):
+        await status(client, as_json=True)
+    assert json.loads(said()[0])["instances"] is None, "of nobody anything is known"
+
+
+async def test_what_others_say_at_length_is_cut_in_the_table_alone(
+    client: Client, asked: Asked, said: Said
+) -> None:
+    gap = {"at": 865.0, "reason": "subscription lost: " + 250 * "x"}
+    asked.answers = [READY | {"last_gap": gap}]
+    await status(client, as_json=False)
+    assert table(said()[0])[1].rstrip().endswith(f"2 min ago: subscription lost: {100 * 'x'}…")
+    await status(client, as_json=True)
+    assert json.loads(said()[0])["instances"][0]["last_gap"] == gap
+
+
+async def test_where_nobody_answers_whoever_asks_may_be_elsewhere(
+    client: Client, asked: Asked, said: Said
+) -> None:
+    registered = [Registered("shop-0", "a", None), Registered("shop-1", "b", None)]
+    asked.overview = Overview(registered, registered)
+    await status(client, as_json=False)
+    said_first = said()[0].splitlines()
+    assert said_first[0] == (
+        "shop-0, shop-1 (2 of 2 instances) do not answer: this process may use another broker or virtual host than they; "
+        "else they may be stale, cut off, or gone."
+    )
+    assert said_first[2] == "→ Compare CACHEINVAL_BROKER_URL here with that of shop-0."
+    assert said_first[3].startswith("→ See whether its process runs")
+    asked.answers = [READY | {"registration": {"session": "b"}}]
+    await status(client, as_json=False)
+    assert said()[0].startswith("shop-0 does not answer: it may be stale")
 
 
 async def test_watching_knows_of_those_that_answer_no_more(
