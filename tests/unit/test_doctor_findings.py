@@ -173,6 +173,8 @@ def test_what_follows_from_another_failure_refers_to_it() -> None:
     assert findings.causes_first([leader, ticks])[0] == leader
     assert findings.causes_first([leader, ticks])[1].text.endswith("; see leader first")
     assert findings.causes_first([ticks]) == [ticks]
+    sentence = findings.warning("ticks", "None.", "wait", ("leader",))
+    assert findings.causes_first([leader, sentence])[1].text == "None; see leader first"
     away = findings.of_unreachable_broker(URL, "refused")
     settled = findings.causes_first([leader, away, ticks])
     assert all(settled[at].text.endswith("; see broker first") for at in (0, 2)), "not what follows itself"

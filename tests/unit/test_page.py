@@ -131,7 +131,10 @@ class TestVerdict:
         seen.heard(status("one", **SUSPECT), NOW + 9)
         said = verdict(seen, NOW + 9)
         assert said.sentence.startswith("one may be stale since")
-        assert "2 other instances cannot be asked from here" in said.detail
+        assert (
+            "2 other instances cannot be asked from here: expect the same of each until they can."
+            in said.detail
+        )
 
     def test_only_asking_fails(self) -> None:
         seen = fleet(status("one"), status("two"))
