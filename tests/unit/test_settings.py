@@ -105,6 +105,14 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CACHEINVAL_SECRETS_DIR", str(tmp_path))
 
 
+def test_a_fraction_where_none_can_be_is_refused_with_the_range() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(prefetch=1.5)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "CACHEINVAL_PREFETCH=1.5: accepted: a valid integer, greater than or equal to 1, less than or equal to 65535"
+    )
+
+
 @pytest.mark.parametrize(("name", "value", "accepted"), WRONG)
 def test_a_wrong_value_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, accepted: str

@@ -290,6 +290,9 @@ async def test_where_nobody_answers_whoever_asks_may_be_elsewhere(
     )
     assert said_first[2] == "→ Compare CACHEINVAL_BROKER_URL here with that of shop-0."
     assert said_first[3].startswith("→ See whether its process runs")
+    asked.answers = [{"id": "shop-9", "state": ["of another version"]}]
+    await status(client, as_json=False)
+    assert said()[0].startswith("shop-0, shop-1 (2 of 2 instances) do not answer: they may be stale")
     asked.answers = [READY | {"registration": {"session": "b"}}]
     await status(client, as_json=False)
     assert said()[0].startswith("shop-0 does not answer: it may be stale")
