@@ -95,7 +95,7 @@ def _of_state(reports: Sequence[Report], answers: int, namespace: str, silent: i
             "instances",
             f"nobody answers, of {silent} registered: the broker or the virtual host here may be another than theirs",
             "compare CACHEINVAL_BROKER_URL here with theirs; if it is the same, see each",
-            BROKER,
+            BROKER_HERE,
         )
     elif not answers:
         yield warning(
@@ -135,7 +135,7 @@ def _complaints(one: Report) -> Iterable[tuple[str, str, tuple[str, ...]]]:
         )
     if one.unregistered:
         yield (
-            f"is not registered, and no writer waits for it: {one.unregistered}",
+            f"is not registered, and no writer waits for it: {short(one.unregistered)}",
             f"{remedies.database(one.unregistered, one.host or 'its host')}; and leave its pool a free connection",
             DATABASE,
         )
@@ -155,7 +155,7 @@ def _complaints(one: Report) -> Iterable[tuple[str, str, tuple[str, ...]]]:
         yield f"cannot relay: {reason}", remedies.broker(reason, one.url, one.host or "its host"), BROKER
     if relay is not None and relay.state in ("unready", "disconnected"):
         reason = relay.reason or ""
-        yield f"cannot relay: {reason}", remedies.database(reason, one.host or "its host"), DATABASE
+        yield f"cannot relay: {short(reason)}", remedies.database(reason, one.host or "its host"), DATABASE
 
 
 def _of_silent(silent: Sequence[Registered]) -> Iterable[Finding]:
