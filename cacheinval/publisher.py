@@ -154,7 +154,6 @@ class Publisher:
         self._channel: Channel | None = None
         self._listening: Channel | None = None
         self._seq = 0
-        self._failing_since: float | None = None
         self.problem: str | None = None
         """Why the last publish failed, if it did."""
         self._probing: asyncio.Task[None] | None = None
@@ -174,7 +173,7 @@ class Publisher:
     @property
     def failing(self) -> bool:
         """Whether the last publish failed; the outbox then waits for the relay."""
-        return self._failing_since is not None
+        return self.problem is not None
 
     @property
     def waiting(self) -> int:
@@ -287,12 +286,12 @@ class Publisher:
         if self._probing is not None and self._probing.done():
             ended, self._probing = self._probing, None
             ended.result()
-        if self._failing_since is not None and self._probing is None:
+        if self.failing and self._probing is None:
             self._probing = asyncio.create_task(self._probe_until_confirmed())
             self._probing.add_done_callback(lambda _: self._work.set())
 
     async def _probe_until_confirmed(self) -> None:
-        while self._failing_since is not None:
+        while self.failing:
             await asyncio.sleep(self._pause * random.uniform(0.5, 1))
             self._pause = min(self._pause * 2, BACKOFF_MOST)
             try:
@@ -321,7 +320,7 @@ class Publisher:
             await asyncio.wait({probing})
 
     async def _publish(self, batch: list[Unpublished]) -> None:
-        if self._failing_since is not None:
+        if self.failing:
             for one in batch:
                 if one.confirmed is None:
                     self._leave(one, "the broker cannot be reached")
@@ -412,8 +411,8 @@ class Publisher:
         return str(error) or f"no confirm within {self._timeout:g} s"
 
     def _works(self) -> None:
-        if self._failing_since is not None:
-            self._failing_since = self.problem = None
+        if self.failing:
+            self.problem = None
             logs.event(log, logging.INFO, "publishing again")
         self._pause = BACKOFF_FIRST
 
@@ -432,10 +431,9 @@ class Publisher:
             self._rows_to_delete.set()
 
     async def _failed(self, batch: list[Unpublished], reason: str) -> None:
-        self.problem = reason
-        if self._failing_since is None:
-            self._failing_since = asyncio.get_running_loop().time()
+        if not self.failing:
             logs.event(log, logging.ERROR, "publishing failed", reason=reason)
+        self.problem = reason
         for one in batch:
             self._leave(one, reason)
         await self._drop_channel()

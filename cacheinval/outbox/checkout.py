@@ -47,9 +47,9 @@ class Checkouts:
 
 
 class Checkout:
-    """A connection, while this is entered, which raises:
+    """A connection, while this is entered.
 
-    Raises:
+    Raises, as it is entered:
         NoDatabaseError: there is no database.
         TimeoutError: no connection in time, or no answer to BEGIN.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from cacheinval.errors import DatabaseError
-from cacheinval.outbox.session import LOST
+from cacheinval.outbox.instances import answer
 from cacheinval.outbox.writing import Executor, Outbox
 
 __all__ = ["find_out"]
@@ -25,7 +25,6 @@ async def find_out(outbox: Outbox, pool: Callable[[], Executor]) -> None:
     """
     while True:
         await outbox.suspected.wait()
-        with suppress(DatabaseError, *LOST):
-            async with asyncio.timeout(ANSWER_WITHIN):
-                await outbox.ask(pool())
+        with suppress(DatabaseError):
+            await answer(ANSWER_WITHIN, lambda: outbox.ask(pool()))
         await asyncio.sleep(PAUSE * random.uniform(0.5, 1))

@@ -435,15 +435,23 @@ async def test_while_a_probe_hangs_writes_are_left_at_once(
     assert broker.attempts == known + 1, "one probe, and its channel"
 
 
-async def test_a_defect_of_its_probe_ends_it_and_when_it_is_started_again_it_probes_on(
+async def failing(
     broker: Broker, coherence: Coherence, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> tuple[Publisher, "asyncio.Task[None]"]:
+    """A publisher without a database that is refused, and what runs it."""
     monkeypatch.setattr(publishing, "BACKOFF_FIRST", 0.01)
     publisher = Publisher(broker.open_channel, None, coherence, 60.0)
     running = asyncio.create_task(publisher.run())
     broker.refuses = True
     publisher.submit(write("a"))
     await eventually(lambda: publisher.failing)
+    return publisher, running
+
+
+async def test_a_defect_of_its_probe_ends_it_and_when_it_is_started_again_it_probes_on(
+    broker: Broker, coherence: Coherence, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, running = await failing(broker, coherence, eventually, monkeypatch)
     publisher._open_channel = None  # type: ignore[assignment]
     await asyncio.wait([running], timeout=60)
     assert isinstance(running.exception(), TypeError)
@@ -457,12 +465,7 @@ async def test_a_defect_of_its_probe_ends_it_and_when_it_is_started_again_it_pro
 async def test_who_stops_while_it_tries_leaves_no_channel_open(
     broker: Broker, coherence: Coherence, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "BACKOFF_FIRST", 0.01)
-    publisher = Publisher(broker.open_channel, None, coherence, 60.0)
-    running = asyncio.create_task(publisher.run())
-    broker.refuses = True
-    publisher.submit(write("a"))
-    await eventually(lambda: publisher.failing)
+    _, running = await failing(broker, coherence, eventually, monkeypatch)
     broker.confirms.clear()
     broker.refuses = False
     await eventually(lambda: broker.probes)

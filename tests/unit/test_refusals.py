@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 
 import asyncpg
 import pytest
 from waiting import Eventually
 
-from cacheinval.outbox import Outbox, refusals
+from cacheinval.outbox import Outbox, instances, refusals
 
 DENIED = asyncpg.InsufficientPrivilegeError("permission denied for table outbox")
 
@@ -106,3 +107,26 @@ async def test_a_row_that_was_written_needs_no_question(
     outbox.took_rows()
     assert outbox.refused is None
     assert not outbox.suspected.is_set()
+
+
+async def test_whoever_is_not_answered_not_even_that_it_was_cancelled_keeps_no_later_suspicion_waiting(
+    outbox: Outbox, pool: Pool, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a connection of a pool is given back only when the server has answered."""
+    monkeypatch.setattr(refusals, "ANSWER_WITHIN", 0.01)
+    monkeypatch.setattr(instances, "CANCEL_WITHIN", 0.01)
+    thawed = asyncio.Event()
+
+    async def frozen() -> None:
+        while not thawed.is_set():
+            with suppress(asyncio.CancelledError):
+                await thawed.wait()
+
+    pool.meanwhile = frozen
+    try:
+        for number in (1, 2, 3):
+            outbox.suspected.set()
+            await eventually(lambda number=number: pool.asked == number)
+        assert outbox.refused is None
+    finally:
+        thawed.set()
