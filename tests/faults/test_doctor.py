@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 from aio_pika import ExchangeType
+from aio_pika.abc import AbstractIncomingMessage
 from scene import EVENTUAL, Clients, Eventually, SharedCacheView, looking_into, operating
 
 from cacheinval import Client, Settings
@@ -217,8 +218,16 @@ async def test_a_queue_is_deleted_while_its_instance_is_up_and_while_it_is_away(
         try:
             finding = only(await found(settings), "queues")
             assert "holds 0 messages: " in finding.text
+            await queue.consume(nothing, no_ack=True)
+            finding = only(await found(settings), "queues")
+            assert "is consumed, so shop-2 runs and does not answer" in finding.text
+            assert "its cache cannot evict" in str(finding.remedy)
         finally:
             await queue.delete()
+
+
+async def nothing(message: AbstractIncomingMessage) -> None:
+    """Takes it."""
 
 
 async def test_the_relay_is_stopped(

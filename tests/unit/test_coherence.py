@@ -1004,6 +1004,15 @@ def test_a_schema_that_was_made_anew_is_a_gap_once() -> None:
     assert (coherence.counters.gap_reasons, coherence.proof.watermark) == (MADE_ANEW, 10.0)
 
 
+def test_what_cannot_be_evicted_explains_all_other_doubts() -> None:
+    coherence = proving()
+    coherence.lost("receiving failed")
+    coherence.doubt("eviction", "eviction failed")
+    assert coherence.suspect == "eviction failed"
+    coherence.settle("eviction")
+    assert coherence.suspect == "receiving failed"
+
+
 @pytest.mark.parametrize("known", [None, "1"])
 def test_ticks_of_one_batch_are_compared_with_each_other(known: str | None) -> None:
     """As they come after a process was stopped, or in a queue that is resumed."""

@@ -107,6 +107,13 @@ class TestVerdict:
         [
             ({"reason": "eviction failed: down"}, "cache server"),
             (
+                {
+                    "reason": "receiving failed: not evicted within 30 s: down",
+                    "broker": {"consumer": "connecting", "reason": "receiving failed"},
+                },
+                "cache server",
+            ),
+            (
                 {"reason": "away", "registration": {"state": "unregistered", "reason": "away"}},
                 "Postgres runs",
             ),
@@ -114,6 +121,14 @@ class TestVerdict:
             ({"reason": "catching up with the queue"}, "unless it takes long"),
             ({"broker": {"consumer": "standby"}}, "CACHEINVAL_INSTANCE_ID"),
             ({"broker": {"consumer": "connecting", "reason": "refused"}}, "RabbitMQ runs"),
+            ({"broker": {"consumer": "connecting", "reason": "refused"}}, "itself, and starts empty."),
+            (
+                {
+                    "broker": {"consumer": "connecting", "reason": "refused"},
+                    "cache": {"url": "redis://cache:6379/0"},
+                },
+                "itself, and catches up from its queue.",
+            ),
         ],
     )
     def test_what_to_do_depends_on_the_reason(self, change: dict[str, Any], step: str) -> None:
@@ -623,6 +638,16 @@ class TestTicks:
         assert said[9].startswith("two is not proven to be fresh, since")
         since = clock_time(NOW + 9)
         assert said[19] == f"Nothing proves that any cache is fresh, since {since}: no relay leads."
+
+    def test_who_has_only_just_been_heard_late_is_not_accused_along_with_one_that_is_cut_off(self) -> None:
+        ticking = Ticking()
+        ticking.tick(0, "two")
+        for at in range(8):
+            ticking.tick(at, "one")
+            ticking.answers("two", at + 0.1)
+            ticking.answers("one", at + 0.3)
+        ticking.seen.heard(status("three", now=NOW + 7, watermark_age=7.0), NOW + 7)
+        assert ticking.said(7.4).startswith("two is not proven to be fresh")
 
     def test_the_first_tick_after_a_relay_was_gone_accuses_nobody_who_answered_before_it(self) -> None:
         ticking = Ticking()

@@ -262,7 +262,8 @@ async def test_who_asks_while_nothing_can_be_evicted_is_answered_once_and_at_onc
     receiving = asyncio.create_task(instance.receive([invalidate("a")]))
     await eventually(lambda: not instance.trusted.is_set())
     joined.clock.time += 100
-    others = [Delivery(b"{"), invalidate("b"), Delivery(encode(Ask(v=1))), asked]
+    audit = Delivery(encode(Audit(v=1)), reply_to="there")  # which would find what cannot be evicted
+    others = [Delivery(b"{"), invalidate("b"), Delivery(encode(Ask(v=1))), asked, audit]
     instance.overhear(others)
     assert joined.asked == [asked]
     assert not joined.coherence.silent(joined.clock.time, 3), "that it cannot evict is no silence"
@@ -270,9 +271,9 @@ async def test_who_asks_while_nothing_can_be_evicted_is_answered_once_and_at_onc
     joined.caches[0].down = False
     await receiving
     await instance.receive(others)
-    assert joined.asked == [asked]
+    assert joined.asked == [asked, audit]
     await instance.receive([asked])
-    assert joined.asked == [asked, asked]
+    assert joined.asked == [asked, audit, asked]
 
 
 async def test_what_was_answered_before_its_turn_is_forgotten_with_the_subscription(

@@ -122,3 +122,7 @@ async def test_what_waits_is_overheard_and_what_need_not_wait_is_not(
     assert receiver.overheard == [b"3", b"4"]
     receiver.open.set()
     await eventually(lambda: scene.settled == 4)
+    receiver.overheard.clear()
+    scene.reception.end("closed")
+    scene.take(b"5")
+    assert not receiver.overheard, "nobody will receive it"
