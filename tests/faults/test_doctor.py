@@ -223,7 +223,7 @@ async def test_a_queue_is_deleted_while_its_instance_is_up_and_while_it_is_away(
             assert "is consumed, so shop-2 runs and does not answer" in finding.text
             assert "its cache cannot evict" in str(finding.remedy)
         finally:
-            await queue.delete()
+            await queue.delete(if_unused=False)
 
 
 async def nothing(message: AbstractIncomingMessage) -> None:
