@@ -1,20 +1,17 @@
 """The proof state of an instance, kept in the cache outside the process that it is about."""
 
-import secrets
-
 import msgspec
 
 from cacheinval.backends.shared import SharedEntries
 from cacheinval.coherence import ProofState
+from cacheinval.coherence.marks import Marks
 
 __all__ = ["KeptProof"]
 
-KEPT_FOR = 25 * 3600
-"""Seconds; an hour longer than the queue that it belongs to outlives its consumer."""
-
 
 class _Kept(msgspec.Struct):
-    mark: str
+    after: str
+    """The newest mark that the instance knew of when this was written."""
     seqs: dict[str, int]
     checked_until: float | None  # JSON has no infinity: None stands for "not yet"
     extends: float | None
@@ -23,28 +20,45 @@ class _Kept(msgspec.Struct):
 
 
 class KeptProof:
-    """Kept under the name of the instance; its mark changes each time, so that a cache which was emptied, or went back to
-    what it held before, is noticed.
+    """Kept under the name of the instance, with the marks by which a cache that was emptied, or went back to what it held
+    before, is noticed.
 
     Nobody else writes there: who has not got the instance's queue for itself keeps nothing. Should a process that was
     frozen write late, the other one sees a strange mark, which is a gap.
+
+    Args:
+        entries: the cache.
+        instance_id: whose state this is.
+        marks: what is known of its marks.
     """
 
-    def __init__(self, entries: SharedEntries, instance_id: str) -> None:
-        self._entries = entries
-        self._name = f"proof:{instance_id}"
-        # More than one where it is not known which write was the last to land.
-        self._marks: set[str | None] = {None}
+    def __init__(self, entries: SharedEntries, instance_id: str, marks: Marks | None = None) -> None:
+        self._entries, self._instance_id, self._marks = entries, instance_id, marks or Marks()
 
     async def restore(self) -> ProofState | None:
-        """What was kept last, if it is still there.
+        """What was kept last, if it is still there, and the cache has not gone back since to what it held before; else
+        nothing is kept from now on.
 
         Raises:
             CacheError: the cache cannot be used.
         """
-        kept = await self._read()
-        self._marks = {None if kept is None else kept.mark}
-        if kept is None:
+        state = await self.look()
+        if state is None:
+            await self.forget()
+        return state
+
+    async def look(self) -> ProofState | None:
+        """The same, and leaves everything as it is.
+
+        Raises:
+            CacheError: the cache cannot be used.
+        """
+        text, history = await self._entries.recall_proof(self._instance_id)
+        try:
+            kept = None if text is None else msgspec.json.decode(text, type=_Kept)
+        except msgspec.DecodeError:
+            kept = None  # of another version: as good as nothing
+        if kept is None or not (history is None or self._marks.resumes(kept.after, history)):
             return None
         before, after = -float("inf"), float("inf")
         return ProofState(
@@ -56,22 +70,20 @@ class KeptProof:
         )
 
     async def keep(self, state: ProofState) -> bool:
-        """Keeps `state`; False if what was kept last is not there any more, and then nothing is kept.
+        """Keeps `state`; False if the cache was emptied or went back, and then nothing is kept.
 
         Raises:
             CacheError: the cache cannot be used; `state` may have been kept.
         """
-        kept = await self._read()
-        if (None if kept is None else kept.mark) not in self._marks:
-            await self.forget()
-            return False
-        mark = secrets.token_hex(8)
-        self._marks.add(mark)
-        times = _finite(state.checked_until), _finite(state.extends)
-        known = _Kept(mark, state.seqs, *times, state.source, state.schema)
-        await self._entries.write(self._name, msgspec.json.encode(known).decode(), KEPT_FOR)
-        self._marks = {mark}
-        return True
+
+        def write(after: str) -> str:
+            times = _finite(state.checked_until), _finite(state.extends)
+            return msgspec.json.encode(_Kept(after, state.seqs, *times, state.source, state.schema)).decode()
+
+        if await self._entries.keep_proof(write):
+            return True
+        await self.forget()
+        return False
 
     async def forget(self) -> None:
         """From now on nothing is kept.
@@ -79,15 +91,7 @@ class KeptProof:
         Raises:
             CacheError: the cache cannot be used.
         """
-        await self._entries.remove(self._name)
-        self._marks = {None}
-
-    async def _read(self) -> _Kept | None:
-        text = await self._entries.look_up(self._name)
-        try:
-            return None if text is None else msgspec.json.decode(text, type=_Kept)
-        except msgspec.DecodeError:
-            return None  # of another version: as good as nothing
+        await self._entries.forget_proof()
 
 
 def _finite(time: float) -> float | None:

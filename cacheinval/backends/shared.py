@@ -5,30 +5,22 @@ were looked up before its load began. Evicting removes or replaces a stamp, and 
 more, by any instance, also when it is stored late.
 """
 
-import asyncio
 import hashlib
 import math
-import os
 import re
-import secrets
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 from aiocache.base import BaseCache
-from aiocache.serializers import NullSerializer
 
 from cacheinval.backends.serializing import Serializer, serializer
-from cacheinval.errors import CacheError, ConfigurationError
-from cacheinval.settings import mask_url
+from cacheinval.backends.servers import Borne, ProofNames, new_stamp, over, text_of
+from cacheinval.coherence.marks import Marks
+from cacheinval.errors import CacheError
 
-__all__ = ["Found", "SharedEntries", "connect"]
-
-OPERATION_TIMEOUT = 1.0
-"""Seconds for one operation; a cache that is slower than the database it stands in front of is no use."""
+__all__ = ["Found", "SharedEntries"]
 
 _PLAIN = re.compile(r"[!-~]{1,170}")  # Memcached takes 250 bytes, of which the prefix may need 76
 _LONGEST_TTL = (
@@ -38,7 +30,6 @@ _EPOCH = "epoch"
 _ZLIB = "+zlib"
 _COMPRESSION = 1  # most of what there is to gain, at a fraction of what the rest costs
 JSON = serializer("json")
-_DELETES_AT_ONCE = 50
 _STAMP_OUTLIVES = 3600
 """Seconds for which the stamp of a key outlives the first entry that bears it: with a later one it may go too soon, which
 costs a load."""
@@ -67,43 +58,8 @@ class Found(NamedTuple):
     epoch: str
     stamp: str
     stamps: Mapping[str, str]
-
-
-def connect(url: str) -> BaseCache:
-    """The aiocache backend for `redis://[user:password@]host:port/db` or `memcached://host:port`.
-
-    Raises:
-        ConfigurationError: the driver is not installed, the number of the Redis database is none, or aiocache is
-            switched off by AIOCACHE_DISABLE, which makes evictions do nothing.
-    """
-    if os.environ.get("AIOCACHE_DISABLE") == "1":
-        raise ConfigurationError("AIOCACHE_DISABLE=1 makes aiocache's deletes do nothing; accepted: unset")
-    parts = urlsplit(url)
-    try:
-        if parts.scheme == "memcached":
-            from cacheinval.backends.memcached import CarefulMemcachedCache
-
-            return CarefulMemcachedCache(
-                serializer=NullSerializer(encoding=None),
-                endpoint=parts.hostname or "",
-                port=parts.port or 11211,
-                timeout=None,
-            )
-        from aiocache.backends.redis import RedisCache
-    except ImportError:
-        raise ConfigurationError(
-            f"CACHEINVAL_CACHE_URL={parts.scheme}://…: needs `pip install cacheinval[{parts.scheme}]`"
-        ) from None
-    return RedisCache(
-        serializer=NullSerializer(encoding=None),
-        endpoint=parts.hostname,
-        port=parts.port or 6379,
-        db=_database(url),
-        password=unquote(parts.password) if parts.password else None,
-        connection_pool_kwargs={"username": unquote(parts.username)} if parts.username else None,
-        create_connection_timeout=OPERATION_TIMEOUT,
-        timeout=None,
-    )
+    marks: Borne = ()
+    """What the cache bore of this instance at the time, where it may have gone back to what it held before."""
 
 
 class SharedEntries:
@@ -114,6 +70,8 @@ class SharedEntries:
     Args:
         serializer: how values are written; entries that another one has written count as absent. JSON if None.
         compress_above: bytes; longer values are compressed, where that makes them shorter. 0: none.
+        instance_id: who evicts, and keeps its proof state here. None: somebody who does not need to prove anything.
+        marks: what is known of the marks of that instance.
     """
 
     def __init__(
@@ -122,24 +80,29 @@ class SharedEntries:
         namespace: str,
         serializer: Serializer | None = None,
         compress_above: int = 0,
+        instance_id: str | None = None,
+        marks: Marks | None = None,
     ) -> None:
-        self._backend = backend
         self._serializer = serializer or JSON
         self._compress_above = compress_above
         self._prefix = f"cacheinval:{namespace}:"
+        names = None if instance_id is None else self._names_of(instance_id)
+        self._server = over(backend, names, marks or Marks())
 
     async def find(self, key: str, tags: frozenset[str], model: Any, ttl: float = 0.0) -> Found:
         """The entry of `key`, and the stamps that an entry with `tags`, kept for `ttl` seconds, would have to bear if its
         load began now."""
         named = sorted(tags)
         names = [self._entry(key), self._name(_EPOCH), self._key(key), *map(self._tag, named)]
-        raw, *texts = await self._get(names)
-        epoch, stamp, *stamps = map(_text, texts)
+        (raw, *texts), marks = await self._server.look(names)
+        epoch, stamp, *stamps = map(text_of, texts)
         known = dict(zip(named, stamps, strict=True))
         envelope, written = self._open(raw)
         others = sorted(set(envelope.stamps) - tags) if envelope else []
         if others:
-            known |= zip(others, map(_text, await self._get(list(map(self._tag, others)))), strict=True)
+            texts, again = await self._server.look(list(map(self._tag, others)))
+            known |= zip(others, map(text_of, texts), strict=True)
+            marks += again
         present = (
             envelope is not None
             and (envelope.epoch, envelope.stamp) == (epoch, stamp)
@@ -167,6 +130,7 @@ class SharedEntries:
             load_started=envelope.load_started,
             expires_at=envelope.expires_at,
             tags=frozenset(envelope.stamps),
+            marks=marks,
         )
 
     async def store(
@@ -179,9 +143,7 @@ class SharedEntries:
         if envelope.form == "json":
             envelope.value, written = msgspec.Raw(written), b""
         raw = msgspec.json.encode(envelope) + (b"\n" + written if written else b"")
-        await self._bounded(
-            self._backend.set(self._entry(key), raw, ttl=min(max(1, math.ceil(ttl)), _LONGEST_TTL))
-        )
+        await self._server.set(self._entry(key), raw, min(max(1, math.ceil(ttl)), _LONGEST_TTL))
 
     def _compressed(self, value: bytes) -> tuple[str, bytes]:
         name = self._serializer.name
@@ -208,26 +170,23 @@ class SharedEntries:
     async def evict(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None:
         """Makes sure that no instance is served what was stored before."""
         if everything:
-            await self._bounded(self._backend.set(self._name(_EPOCH), _stamp()))
-            return
-        for tag in tags:
-            await self._bounded(self._backend.set(self._tag(tag), _stamp()))
-        for start in range(0, len(keys), _DELETES_AT_ONCE):
-            few = keys[start : start + _DELETES_AT_ONCE]
-            await self._delete([*map(self._key, few), *map(self._entry, few)])
+            await self._server.change([self._name(_EPOCH)], ())
+        else:
+            await self._server.change(
+                list(map(self._tag, tags)), [*map(self._key, keys), *map(self._entry, keys)]
+            )
 
-    async def look_up(self, name: str) -> str | None:
-        """What `write` has put under `name`, if it is still there."""
-        (raw,) = await self._get([self._name(name)])
-        return _text(raw)
+    async def keep_proof(self, write: Callable[[str], str]) -> bool:
+        """See `Server.keep`."""
+        return await self._server.keep(write)
 
-    async def write(self, name: str, text: str, ttl: int) -> None:
-        """Puts `text` under `name`, for `ttl` seconds; `name` must not begin like those of entries, tags or the epoch."""
-        await self._bounded(self._backend.set(self._name(name), text, ttl=ttl))
+    async def recall_proof(self, instance_id: str) -> tuple[str | None, list[str] | None]:
+        """See `Server.recall`."""
+        return await self._server.recall(self._names_of(instance_id))
 
-    async def remove(self, name: str) -> None:
-        """Removes what `write` has put under `name`."""
-        await self._bounded(self._backend.delete(self._name(name)))
+    async def forget_proof(self) -> None:
+        """See `Server.forget`."""
+        await self._server.forget()
 
     def encode(self, value: Any) -> bytes:
         """See `Serializer.encode`."""
@@ -239,43 +198,15 @@ class SharedEntries:
 
     async def close(self) -> None:
         """Closes the connections; ends within `OPERATION_TIMEOUT`, and does not raise."""
-        with suppress(CacheError):  # there is nobody left who would use them
-            await self._bounded(self._backend.close())
-
-    async def _delete(self, names: list[str]) -> None:
-        if self._backend.NAME == "redis":
-            await self._bounded(self._backend.raw("unlink", *names))
-        else:
-            deleting = [self._bounded(self._backend.delete(name)) for name in names]
-            for result in await asyncio.gather(*deleting, return_exceptions=True):
-                if isinstance(result, BaseException):
-                    raise result
-
-    async def _get(self, names: list[str]) -> list[bytes | None]:
-        values: list[bytes | None] = await self._bounded(self._backend.multi_get(names))
-        return values
+        await self._server.close()
 
     async def _create(self, name: str, ttl: int | None = None) -> str:
         """Entries never bear an absent stamp: one that a full cache dropped must not look as if it had never changed."""
-        stamp = _stamp()
-        try:
-            await self._bounded(self._backend.add(name, stamp, ttl=ttl and min(ttl, _LONGEST_TTL)))
-        except CacheError as error:
-            if not isinstance(error.__cause__, ValueError):
-                raise
-            (other,) = await self._get([name])  # somebody else was first
-            return _text(other) or stamp
-        return stamp
-
-    async def _bounded(self, operation: Any) -> Any:
-        try:
-            async with asyncio.timeout(OPERATION_TIMEOUT):
-                return await operation
-        except Exception as error:  # each driver has errors of its own
-            raise CacheError(
-                f"the {self._backend.NAME} cache failed: {type(error).__name__} {error}".strip()
-                + " (CACHEINVAL_CACHE_URL)"
-            ) from error
+        stamp = new_stamp()
+        if await self._server.add(name, stamp, ttl and min(ttl, _LONGEST_TTL)):
+            return stamp
+        (other,) = await self._server.get([name])  # somebody else was first
+        return text_of(other) or stamp
 
     def _entry(self, key: str) -> str:
         return self._name("entry:" + key)
@@ -286,19 +217,13 @@ class SharedEntries:
     def _tag(self, tag: str) -> str:
         return self._name("tag:" + tag)
 
+    def _names_of(self, instance_id: str) -> ProofNames:
+        return ProofNames(*(self._name(f"{what}:{instance_id}") for what in ("proof", "mark", "marks")))
+
     def _name(self, name: str) -> str:
         if not _PLAIN.fullmatch(name):  # Memcached takes neither spaces nor, everywhere, other alphabets
             name = name.partition(":")[0] + "#:" + hashlib.sha256(name.encode()).hexdigest()
         return self._prefix + name
-
-
-def _database(url: str) -> int:
-    number = urlsplit(url).path.strip("/")
-    if number and not (number.isascii() and number.isdigit()):
-        raise ConfigurationError(
-            f"CACHEINVAL_CACHE_URL={mask_url(url)}: accepted: redis://…/NUMBER, the number of a database"
-        )
-    return int(number or 0)
 
 
 def _decompressed(written: bytes, form: str) -> bytes:
@@ -308,11 +233,3 @@ def _decompressed(written: bytes, form: str) -> bytes:
         return zlib.decompress(written)
     except zlib.error as error:
         raise CacheError(f"this cannot be decompressed: {error}") from error
-
-
-def _text(raw: bytes | None) -> str | None:
-    return None if raw is None else raw.decode(errors="replace")
-
-
-def _stamp() -> str:
-    return secrets.token_hex(8)

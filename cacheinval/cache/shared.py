@@ -143,15 +143,10 @@ class SharedCache(CoherentCache):
         return entry
 
     async def look(self, load: Load, model: Any, ttl: float) -> tuple[Any, Entry | None]:
-        """What an entry has to bear that `load` stores, and the entry that answers all who wait for `load`, if any.
-
-        They began to read between the token of `load` and now, so the entry has to be good at both.
-        """
+        """What an entry has to bear that `load` stores, and the entry that answers all who wait for `load`, if any."""
         began = load.started
         found, entry, moment = await self._find_entry(load.key, load.tags, model, ttl)
-        if entry is not None and all(
-            self._serving.may_serve_found(entry, at, moment) for at in (began, self._now())
-        ):
+        if entry is not None and self._serving.may_hold_found(entry, began, self._now(), moment):
             self.counters.hits += 1
             return found, entry
         if found is None:
@@ -168,6 +163,7 @@ class SharedCache(CoherentCache):
         found = await self._find(key, tags, model, ttl)
         if found is None or not found.present or not withheld.isdisjoint(found.tags):
             return found, None, moment
+        moment = self._serving.seen(moment, found.marks)
         entry = self._serving.found(found.value, found.load_started, found.expires_at, found.tags, moment)
         return found, entry, moment
 

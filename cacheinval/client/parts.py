@@ -6,7 +6,8 @@ from cacheinval.audit import Auditor, Loaders
 from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.proof import KeptProof
 from cacheinval.backends.serializing import serializer
-from cacheinval.backends.shared import SharedEntries, connect
+from cacheinval.backends.servers import connect
+from cacheinval.backends.shared import SharedEntries
 from cacheinval.cache import CoherentCache, InProcessCache, Policies, SharedCache, TwoLevels
 from cacheinval.clock import Clock
 from cacheinval.coherence import SUSPECT_AGE, Coherence
@@ -91,8 +92,11 @@ def make_cache(
         settings.namespace,
         serializer(settings.cache_serializer),
         settings.cache_compress_above,
+        settings.instance_id,
+        coherence.marks,
     )
-    keeper, shared = KeptProof(entries, settings.instance_id), SharedCache(entries, *parts)
+    keeper = KeptProof(entries, settings.instance_id, coherence.marks)
+    shared = SharedCache(entries, *parts)
     if not settings.cache_local_entries:
         return shared, keeper
     return TwoLevels(BoundedMemoryCache(settings.cache_local_entries), shared, *parts), keeper

@@ -12,6 +12,7 @@ from cacheinval.coherence.entries import NO_TAGS, Entry, Moment
 from cacheinval.coherence.epochs import Epochs
 from cacheinval.coherence.evictions import INVALIDATED, Eviction, higher
 from cacheinval.coherence.loads import Load, Loads
+from cacheinval.coherence.marks import Marks
 from cacheinval.coherence.numbers import Numbers
 from cacheinval.coherence.outcomes import Owed, WriteOutcome, outcome_of_error, owed_after
 from cacheinval.coherence.position import Position
@@ -75,7 +76,8 @@ class Coherence:
         self.proof = self._trust.proof
         self._epochs = Epochs(self.standing)
         self.loads = Loads(self._trust, self._epochs, self.counters, max_replica_lag)
-        self.serving = Serving(self._trust, self._epochs, max_clock_skew)
+        self.marks = Marks()
+        self.serving = Serving(self._trust, self._epochs, self.marks, max_clock_skew)
 
         self._numbers = Numbers(self.counters)
         self._echoes: set[tuple[str, int]] = set()

@@ -37,3 +37,7 @@ class Moment(NamedTuple):
     generation: int
     until: float
     extends: float
+    marks: int
+    """How many marks of this instance the cache outside was known to have borne: see `Marks`."""
+    stands: bool = True
+    """Otherwise what was looked up may have been evicted before."""

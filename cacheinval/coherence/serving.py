@@ -1,9 +1,11 @@
 """Which entries answer a read."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from cacheinval.coherence.entries import Entry, Moment
 from cacheinval.coherence.epochs import Epochs
+from cacheinval.coherence.marks import Marks
 from cacheinval.coherence.trust import Matter, Trust
 
 __all__ = ["Serving"]
@@ -16,17 +18,21 @@ class Serving:
         max_clock_skew: seconds by which clocks of hosts may differ.
     """
 
-    def __init__(self, trust: Trust, epochs: Epochs, max_clock_skew: float) -> None:
-        self._trust, self._epochs, self._max_clock_skew = trust, epochs, max_clock_skew
+    def __init__(self, trust: Trust, epochs: Epochs, marks: Marks, max_clock_skew: float) -> None:
+        self._trust, self._epochs, self._marks = trust, epochs, marks
+        self._max_clock_skew = max_clock_skew
         self._registers = trust.registration.required
         self._ages_since = 1  # the first epoch of whose entries the ages can be told
 
     @property
     def moment(self) -> Moment:
         """How things are now: what an entry is judged by that is looked up elsewhere from now on."""
-        return Moment(
-            self._epochs.epoch, self._epochs.generation, self._trust.proof.until, self._trust.proof.extends
-        )
+        epochs, proof = self._epochs, self._trust.proof
+        return Moment(epochs.epoch, epochs.generation, proof.until, proof.extends, self._marks.at)
+
+    def seen(self, moment: Moment, marks: Iterable[str | None]) -> Moment:
+        """`moment`, now that the cache outside was seen to bear these `marks` of this instance: it may have gone back."""
+        return moment._replace(stands=self._marks.stand(marks, moment.marks))
 
     def found(
         self, value: Any, load_started: float, expires_at: float, tags: frozenset[str], moment: Moment
@@ -41,10 +47,17 @@ class Serving:
         What has been proven since the look began does not count: it rests on evictions that the look may not have seen. One
         that is dated later than clocks may differ is not young, but of an age that cannot be told.
         """
-        if entry.load_started > now:
+        if not moment.stands or entry.load_started > now:
             return False
         proven = now <= moment.until and entry.load_started > moment.extends
         return (proven or now - entry.load_started <= self._trust.age_limit) and self.may_serve(entry, now)
+
+    def may_hold_found(self, entry: Entry, began: float, now: float, moment: Moment) -> bool:
+        """Whether such an entry answers all who wait for a look that began at `began`, and may be kept in the process.
+
+        They began to read between then and now, so it has to be good at both.
+        """
+        return all(self.may_serve_found(entry, at, moment) for at in (began, now))
 
     def may_serve(self, entry: Entry, now: float, overtime: float = 0.0) -> bool:
         """Whether a read that begins at `now` may be answered with `entry`, whose ttl ran out no more than `overtime`

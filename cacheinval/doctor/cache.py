@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from cacheinval.backends.proof import KeptProof
-from cacheinval.backends.shared import OPERATION_TIMEOUT, SharedEntries, connect
+from cacheinval.backends.servers import OPERATION_TIMEOUT, connect, said_by
+from cacheinval.backends.shared import SharedEntries
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.cache_findings import (
     of_commands,
@@ -17,7 +18,6 @@ from cacheinval.doctor.cache_findings import (
     of_memcached_memory,
     of_proof,
     of_redis_memory,
-    of_restarts,
     of_unreachable_cache,
 )
 from cacheinval.doctor.checking import Checks
@@ -33,6 +33,10 @@ ANSWER_WITHIN = (
 TRIED_FOR = 10  # seconds that what is written would stay if it could not be removed
 READS = 20
 READ_FOR = 2.0  # seconds
+NEEDED_OF_REDIS = (
+    "SET", "SETEX", "MGET", "UNLINK", "MULTI", "EXEC", "LPUSH", "LRANGE", "LTRIM", "EXPIRE",
+)  # fmt: skip
+NEEDED_OF_MEMCACHED = ("add", "set", "get", "delete")
 DEPENDENT = ("cache commands", "cache memory", "cache latency", "proof")
 
 Tries = Mapping[str, Callable[[str], Awaitable[Any]]]
@@ -49,7 +53,6 @@ class CacheSeen:
         self._prefix = f"cacheinval:{settings.namespace}:"
         self._backend: Any = None
         self._entries: SharedEntries | None = None
-        self._info: Mapping[str, Any] | None = None
         self._works = False
 
     async def examine(self) -> None:
@@ -59,8 +62,6 @@ class CacheSeen:
             return
         self._works = await self._checks.run("cache commands", ANSWER_WITHIN, self._commands)
         await self._checks.run("cache memory", ANSWER_WITHIN, self._memory)
-        if self._info is not None:
-            await self._checks.run("cache restarts", ANSWER_WITHIN, self._restarts)
         if self._works:
             await self._checks.run("cache latency", ANSWER_WITHIN, self._latency)
         else:
@@ -114,24 +115,48 @@ class CacheSeen:
 
     async def _commands(self) -> list[Finding]:
         """Tries each on a key of its own, which is removed, or else expires."""
-        tries, name = self._tries(), f"{self._prefix}doctor:{secrets.token_hex(8)}"
+        name = f"{self._prefix}doctor:{secrets.token_hex(8)}"
         refused = {}
-        for command, attempt in tries.items():
+        for commands, attempt in self._tries().items():
             try:
                 await attempt(name)
             except Exception as error:  # each driver has errors of its own
-                refused[command] = _explain(error)
-        return of_commands(self._url, self._prefix, list(tries), refused)
+                refused[commands] = _explain(error)
+        needed = NEEDED_OF_REDIS if self._is_redis else NEEDED_OF_MEMCACHED
+        return of_commands(self._url, self._prefix, needed, refused)
 
     def _tries(self) -> Tries:
-        """All that `SharedEntries` asks of a server, by the command that its backend makes of it."""
+        """All that `SharedEntries` asks of a server, by the commands that its backend makes of it."""
         add = lambda name: self._backend.add(name, "", ttl=TRIED_FOR)  # noqa: E731
         store = lambda name: self._backend.set(name, "", ttl=TRIED_FOR)  # noqa: E731
         look = lambda name: self._backend.multi_get([name])  # noqa: E731
         unlink = lambda name: self._backend.raw("unlink", name)  # noqa: E731
         if self._is_redis:
-            return {"SET": add, "SETEX": store, "MGET": look, "UNLINK": unlink, "DEL": self._backend.delete}
+            return {
+                "SET": add,
+                "SETEX": store,
+                "MGET": look,
+                "UNLINK": unlink,
+                "MULTI … EXEC": self._transact,
+            }
         return {"add": add, "set": store, "get": look, "delete": self._backend.delete}
+
+    async def _transact(self, name: str) -> None:
+        """As an eviction does; all of it, or nothing."""
+        client, name = self._backend.client, f"{name}:list"
+        transaction = client.pipeline(transaction=True)
+        transaction.lpush(name, "")
+        transaction.expire(name, TRIED_FOR)
+        transaction.lrange(name, 0, 0)
+        transaction.ltrim(name, 0, 0)
+        transaction.unlink(name)
+        try:
+            await transaction.execute()
+        except Exception as error:
+            await client.connection_pool.disconnect()  # it may have begun and not be allowed to end
+            if "EXEC without MULTI" in str(error):
+                raise CacheError("this user has no permissions to run the 'multi' command") from None
+            raise
 
     async def _memory(self) -> Finding | list[Finding]:
         client = self._backend.client
@@ -139,20 +164,11 @@ class CacheSeen:
             stats, settings = await client.stats(), await client.stats(b"settings")
             return of_memcached_memory(_texts(stats), _texts(settings))
         try:
-            self._info = await client.info()
+            info = await client.info()
         except Exception as error:
-            text = f"cache memory, cache restarts: {_explain(error)}"
             remedy = "`ACL SETUSER … +info`, if you want to know: instances do not need it"
-            return warning("not checked", text, remedy)
-        return of_redis_memory(self._info)
-
-    async def _restarts(self) -> Finding:
-        assert self._info is not None
-        try:
-            save = (await self._backend.client.config_get("save")).get("save")
-        except Exception:  # which only an administrator may see
-            save = None
-        return of_restarts(self._info, save)
+            return warning("not checked", f"cache memory: {_explain(error)}", remedy)
+        return of_redis_memory(info)
 
     async def _latency(self) -> Finding:
         times: list[float] = []
@@ -166,14 +182,14 @@ class CacheSeen:
     async def _proofs(self, ids: Sequence[str], source: str | None) -> list[Finding]:
         assert self._entries is not None
         try:
-            kept = {id_: await KeptProof(self._entries, id_).restore() for id_ in ids}
+            kept = {id_: await KeptProof(self._entries, id_).look() for id_ in ids}
         except CacheError as error:
             return [warning("proof", str(error), "see cache and cache commands")]
         return [of_proof(id_, state, time.time(), source) for id_, state in kept.items()]
 
 
 def _explain(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(said_by(error).split()) or type(error).__name__
     replied = re.search(r"b'(.*)'$", text)  # so Memcached's driver tells what the server said
     return replied[1] if replied else text
 

@@ -16,7 +16,6 @@ __all__ = [
     "of_memcached_memory",
     "of_proof",
     "of_redis_memory",
-    "of_restarts",
     "of_unreachable_cache",
 ]
 
@@ -99,7 +98,7 @@ def _way_to_write(reason: str) -> str:
     if "maxmemory" in reason or "out of memory" in reason:
         return (
             "let it drop what is used least (`CONFIG SET maxmemory-policy allkeys-lru`; memcached without -M), or give it "
-            "more memory: until then no tag can be evicted, and instances read the database"
+            "more memory: until then nothing can be evicted, and instances read the database"
         )
     if "MISCONF" in reason or "persist" in reason:
         return "its disk is full, or its folder gone: see its log; a cache needs no snapshots (`CONFIG SET save ''`)"
@@ -128,7 +127,7 @@ def of_redis_memory(info: Mapping[str, Any]) -> Finding:
     if policy == "noeviction":
         return warning(
             "cache memory",
-            f"{text}: once it is full no tag can be evicted and no proof be kept, and instances read the database",
+            f"{text}: once it is full nothing can be evicted and no proof be kept, and instances read the database",
             "`CONFIG SET maxmemory-policy allkeys-lru`: what it drops costs loads, and never a stale value",
         )
     if policy.endswith("-random"):
@@ -166,24 +165,6 @@ def of_memcached_memory(stats: Mapping[str, str], settings: Mapping[str, str]) -
             )
         )
     return found or [ok("cache memory", f"{text}, {HARMLESS}; larger values than {_size(item)} are not kept")]
-
-
-def of_restarts(info: Mapping[str, Any], save: str | None) -> Finding:
-    """`info`: what INFO tells; `save`: when it takes snapshots, None where that may not be seen."""
-    if int(info.get("aof_enabled", 0)):
-        return ok(
-            "cache restarts",
-            "it writes what it is told to a log: hardly anything is forgotten, and that is noticed",
-        )
-    taken = int(info.get("rdb_saves", 0)) if save is None else save
-    if not taken:
-        return ok("cache restarts", "it keeps nothing on disk, and starts empty, which costs loads")
-    return warning(
-        "cache restarts",
-        "it takes snapshots, and no log: if it dies, what was evicted since the last snapshot is there again, and may be "
-        "served until the next tick",
-        "a cache needs no snapshots: `CONFIG SET save ''`, and the same in redis.conf; or `CONFIG SET appendonly yes`",
-    )
 
 
 def of_latency(times: Sequence[float], limit: float) -> Finding:

@@ -240,11 +240,13 @@ SET_PRICE = "UPDATE prices SET price = $2 WHERE id = $1"
 OUTBOX = "SELECT count(*) FROM cacheinval.outbox"
 
 
-async def price(client: Client, key: str) -> Read:
+async def price(client: Client, key: str, *, refresh: bool = False) -> Read:
     """The price of `key`, through the cache of `client`."""
-    return await client.cache.read(
-        key, lambda: client.pool.fetchval("SELECT price FROM prices WHERE id = $1", key)
-    )
+
+    def load() -> Any:
+        return client.pool.fetchval("SELECT price FROM prices WHERE id = $1", key)
+
+    return await client.cache.read(key, load, refresh=refresh)
 
 
 async def has_price(client: Client, key: str, value: int) -> bool:
@@ -340,7 +342,16 @@ class SharedCacheView:
     async def copy(self) -> dict[bytes, bytes]:
         """All that is there now."""
         names = [name async for name in self._connection.scan_iter(f"{self._prefix}*", count=1000)]
-        return {name: await self._connection.get(name) for name in names}
+        return {name: await self._connection.dump(name) for name in names}
+
+    async def save(self) -> None:
+        """Makes a snapshot, which the server takes up when it starts again."""
+        await self._connection.save()
+
+    async def proof(self, instance_id: str) -> bytes | None:
+        """What is kept of that instance."""
+        kept: bytes | None = await self._connection.get(f"{self._prefix}proof:{instance_id}")
+        return kept
 
     async def go_back_to(self, copy: dict[bytes, bytes]) -> None:
         """Makes it as it was, at once."""
@@ -348,7 +359,7 @@ class SharedCacheView:
             for name in await self.copy():
                 pipeline.delete(name)
             for name, value in copy.items():
-                pipeline.set(name, value)
+                pipeline.restore(name, 0, value)
             await pipeline.execute()
 
 

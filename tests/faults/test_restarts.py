@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -46,6 +47,21 @@ async def cached(client: Client, key: str, value: int) -> None:
     await client.wait_ready(EVENTUAL)
     assert (await price(client, key)).value == value
     assert (await price(client, key)).outcome == "hit"
+
+
+async def is_kept_outside(client: Client, key: str) -> bool:
+    """What was loaded before an instance was registered, or soon after that, it does not serve."""
+    outside = getattr(client.cache, "second", client.cache)
+    if await outside.would_serve(key):
+        return True
+    await price(client, key, refresh=True)
+    return False
+
+
+async def connect_anew(client: Client) -> None:
+    """Else each connection of before costs a read that goes past the cache."""
+    outside = getattr(client.cache, "second", client.cache)
+    await outside._backend._server._backend.client.connection_pool.disconnect()
 
 
 async def ticks(client: Client, eventually: Eventually, count: int = 2) -> None:
@@ -157,3 +173,40 @@ async def test_redis_loses_what_it_held(
         assert await has_price(client, "a", 2)
         await ticks(client, eventually)
         assert epochs(client) == {"the cache lost what it kept": 1}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("local_entries", [0, 10])
+async def test_a_redis_that_is_killed_takes_up_its_last_snapshot(
+    local_entries: int,
+    settings: dict[str, Any],
+    clients: Clients,
+    own_redis: Redis,
+    namespace: str,
+    eventually: Eventually,
+) -> None:
+    """What was evicted since is there again, and nobody tells: no message comes before it is read."""
+    settings |= {"cache_url": own_redis.url, "cache_local_entries": local_entries, "max_staleness": 300}
+    relaying = Settings(**settings | {"instance_id": "relay", "relay": "auto"})
+    client = await clients(**settings | {"relay": "off", "tick_interval": 60})
+    async with looking_into(own_redis.url, namespace) as shared, Client(relaying):
+        for key in ("a", "b"):
+            await eventually(partial(is_kept_outside, client, key), EVENTUAL)
+        await ticks(client, eventually)
+        await shared.save()
+        await client.execute(SET_PRICE, "a", 2, invalidate=["a"])
+        await ticks(client, eventually)
+        assert not await shared.has("a")
+    await own_redis.kill()
+    await own_redis.start()
+    async with looking_into(own_redis.url, namespace) as shared:
+        assert await shared.has("a")
+        assert await shared.has("b")
+        await connect_anew(client)
+        assert await price(client, "a") == Read(2, "miss", True)
+        assert epochs(client) == {}, "nothing has been heard yet"
+
+        await client.invalidate("another")
+        await eventually(lambda: epochs(client) == {"the cache lost what it kept": 1}, EVENTUAL)
+        await eventually(lambda: client.ready)
+        await eventually(partial(is_kept_outside, client, "b"), EVENTUAL)

@@ -16,11 +16,13 @@ from clocks import SetClock
 from proxy import Proxy
 from waiting import Eventually
 
-from cacheinval.backends import shared
+from cacheinval.backends import servers
 from cacheinval.backends.serializing import serializer
-from cacheinval.backends.shared import SharedEntries, connect
+from cacheinval.backends.servers import connect
+from cacheinval.backends.shared import SharedEntries
 from cacheinval.cache import PastCache, Read, SharedCache
 from cacheinval.coherence import Coherence, Eviction
+from cacheinval.coherence.marks import Marks
 from cacheinval.errors import CacheError, ConfigurationError
 from cacheinval.sandbox import Memcached, Redis
 
@@ -294,7 +296,7 @@ async def test_every_way_to_write_a_value(
 ) -> None:
     one, two = (instance(url, namespace, name, above) for _ in range(2))
     assert await one.cache.read("k", value_of(value), tags=["t"]) == Read(value, "miss", True)
-    (raw,) = await one.entries._get([one.entries._entry("k")])
+    (raw,) = await one.entries._server.get([one.entries._entry("k")])
     assert raw is not None
     assert (b"+zlib" in raw) == (len(raw) < 1000 < len(str(value))) == bool(above and len(str(value)) > 1000)
     assert await two.cache.read("k", refuse) == Read(value, "hit", False)
@@ -324,7 +326,7 @@ async def test_what_another_setting_has_written_counts_as_absent(
 async def test_what_zlib_makes_longer_is_not_compressed(url: str, namespace: str) -> None:
     one = instance(url, namespace, "msgpack", 10)
     await one.cache.get_or_set("k", value_of(random.randbytes(200)))
-    (raw,) = await one.entries._get([one.entries._entry("k")])
+    (raw,) = await one.entries._server.get([one.entries._entry("k")])
     assert raw is not None
     assert b"+zlib" not in raw
     await one.close()
@@ -333,9 +335,9 @@ async def test_what_zlib_makes_longer_is_not_compressed(url: str, namespace: str
 async def test_what_cannot_be_decompressed_counts_as_absent(url: str, namespace: str) -> None:
     one = instance(url, namespace, "json", 10)
     await one.cache.get_or_set("k", value_of("long" * 100))
-    (raw,) = await one.entries._get([one.entries._entry("k")])
+    (raw,) = await one.entries._server.get([one.entries._entry("k")])
     assert raw is not None
-    await one.entries._backend.set(one.entries._entry("k"), raw[:-10])
+    await one.entries._server.set(one.entries._entry("k"), raw[:-10])
     assert await one.cache.read("k", value_of("new")) == Read("new", "miss", True)
     await one.close()
 
@@ -361,7 +363,7 @@ async def test_what_others_left_under_our_names_is_replaced(one: Instance, url: 
 
 async def test_bytes_that_are_no_text_are_replaced(redis: Redis, namespace: str) -> None:
     one = instance(redis.url, namespace)
-    await one.entries._backend.client.set(one.entries._entry("k"), b"\xff\xfe")
+    await one.entries._server._backend.client.set(one.entries._entry("k"), b"\xff\xfe")
     assert (await one.cache.read("k", value_of(1))).value == 1
     await one.close()
 
@@ -547,7 +549,7 @@ async def test_a_cache_that_is_down_costs_a_load_and_no_error(url: str, namespac
 async def test_a_cache_that_hangs_costs_its_deadline(
     url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "OPERATION_TIMEOUT", 0.1)
+    monkeypatch.setattr(servers, "OPERATION_TIMEOUT", 0.1)
     async with through_proxy(url, namespace) as (proxy, one):
         await one.cache.get_or_set("k", value_of("old"))
         proxy.swallow()
@@ -668,10 +670,10 @@ async def test_a_reply_that_comes_late_is_not_taken_for_that_of_a_later_question
         await asyncio.gather(*(one.cache.get_or_set(f"warm{n}", value_of(n)) for n in range(3)))
         await one.cache.get_or_set("k", value_of("old"))
         proxy.delay(0.3)
-        monkeypatch.setattr(shared, "OPERATION_TIMEOUT", 0.1)
+        monkeypatch.setattr(servers, "OPERATION_TIMEOUT", 0.1)
         for _ in range(12):
             assert await one.cache.get_or_set("k", value_of("bypass")) == "bypass"
-        monkeypatch.setattr(shared, "OPERATION_TIMEOUT", 5.0)
+        monkeypatch.setattr(servers, "OPERATION_TIMEOUT", 5.0)
         proxy.delay(0)
         await two.cache.evict(eviction)
         one.coherence.evict(eviction, one.clock.now())
@@ -701,10 +703,76 @@ async def test_a_server_that_hangs_up_on_a_command_does_not_stop_the_world(names
 async def test_the_cache_may_forget_its_marks(one: Instance, two: Instance, url: str) -> None:
     """A full cache drops what it likes, stamps and the epoch as well; what bore them is not served afterwards."""
     await one.cache.get_or_set("k", value_of("old"), tags=["t"])
-    await one.entries._delete([one.entries._tag("t")])
+    await one.entries._server._backend.delete(one.entries._tag("t"))
     assert (await two.cache.read("k", value_of("new"), tags=["t"])).value == "new"
-    await one.entries._delete([one.entries._name("epoch")])
+    await one.entries._server._backend.delete(one.entries._name("epoch"))
     assert (await two.cache.read("k", value_of("newer"), tags=["t"])).value == "newer"
+
+
+# The marks of an instance on a Redis, which can go back
+
+
+@pytest.fixture
+async def marked(own_redis: Redis, namespace: str) -> AsyncIterator[tuple[SharedEntries, Marks]]:
+    marks = Marks()
+    entries = SharedEntries(connect(own_redis.url), namespace, instance_id="one", marks=marks)
+    await entries.evict([], [], everything=True)
+    yield entries, marks
+    await entries.close()
+
+
+async def test_a_redis_that_is_slow_has_not_gone_back(
+    marked: tuple[SharedEntries, Marks], own_redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was told while it was frozen it does in the end, and nobody hears of it."""
+    entries, marks = marked
+    monkeypatch.setattr(servers, "OPERATION_TIMEOUT", 0.1)
+    own_redis.pause()
+    for _ in range(3):
+        with pytest.raises(CacheError, match="TimeoutError"):
+            await entries.evict(["k"], [], everything=False)
+    own_redis.resume()
+    monkeypatch.setattr(servers, "OPERATION_TIMEOUT", 5.0)
+    await entries.evict(["k"], [], everything=False)
+    assert not marks.lost
+    assert await entries.keep_proof(lambda after: after)
+
+
+async def test_whoever_looks_while_others_evict_finds_what_is_there(
+    marked: tuple[SharedEntries, Marks],
+) -> None:
+    entries, marks = marked
+    await entries.store("k", b"1", 60, 0.0, 2e9, await entries.find("k", frozenset(), None))
+
+    async def evict(number: int) -> None:
+        for _ in range(10):
+            await entries.evict([f"another {number}"], ["t"], everything=False)
+
+    evicting = asyncio.gather(*map(evict, range(20)))
+    looks = 0
+    while not evicting.done():
+        since = marks.at
+        found = await entries.find("k", frozenset(), None)
+        assert marks.stand(found.marks, since)
+        looks += 1
+    await evicting
+    assert looks > 10
+    assert not marks.lost
+
+
+async def test_what_is_kept_for_an_instance_is_bounded_and_expires(
+    marked: tuple[SharedEntries, Marks], own_redis: Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries, _ = marked
+    monkeypatch.setattr(servers, "MOST_MARKS", 50)
+    for _ in range(250):
+        await entries.evict(["k"], [], everything=False)
+    admin = connect(own_redis.url)
+    names = [f"cacheinval:{namespace}:{what}:one" for what in ("mark", "marks")]
+    assert await admin.raw("llen", names[1]) <= 50 + 100
+    for name in names:
+        assert await admin.raw("ttl", name) > 24 * 3600
+    await admin.close()
 
 
 # Addresses

@@ -5,7 +5,7 @@ between any two. From every state it must be possible to come to rest with nothi
 """
 
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from .changing import Changes, changed
 from .copying import copied
 from .explore import BrokenError
 
+MOST_MARKS = 4  # that the cache tells
 KEY = "k"
 SOURCE = "the database"
 A_WHILE = (
@@ -55,6 +56,7 @@ class Steps:
 
     makes_queue_before_forgetting: bool = False
     overlooks_a_strange_mark: bool = False
+    restores_whatever_is_there: bool = False
 
 
 @dataclass
@@ -74,12 +76,12 @@ class Restarting:
     queue: list[Any] | None = None
     # The cache, and what it held when somebody made a copy of it.
     entry: Any = None  # value, load_started
-    kept: Any = None  # mark, state
-    marks: int = 0
-    copy: tuple[Any, Any] | None = None
+    kept: Any = None  # the mark that was the newest, state
+    marks: tuple[str, ...] = ()  # that it bears, and bore before, the newest first
+    copy: tuple[Any, Any, tuple[str, ...]] | None = None
+    marks_made: int = 0
     # The process
     coherence: Any = None
-    mark: int | None = None
     todo: list[str] = field(default_factory=list)  # its next steps, in order
     marker: int = 0
 
@@ -99,8 +101,7 @@ class Restarting:
             yield "the first message is dropped", Restarting.drop
         if self.copy is None and left["rollbacks"]:
             yield "the cache is copied", Restarting.make_copy
-        elif left["rollbacks"] and _mark(self.kept) != _mark(self.copy[1] if self.copy else None):
-            # What is lost between an eviction and the keeping after it cannot be noticed.
+        elif left["rollbacks"]:
             yield "the cache goes back to its copy", Restarting.go_back
         if self.coherence is None:
             if self.queue is not None and left["expiries"]:
@@ -171,12 +172,12 @@ class Restarting:
         self.queue = None
 
     def make_copy(self) -> None:
-        self.copy = (self.entry, self.kept)
+        self.copy = (self.entry, self.kept, self.marks)
 
     def go_back(self) -> None:
         self.left["rollbacks"] -= 1
         assert self.copy is not None
-        (self.entry, self.kept), self.copy = self.copy, None
+        (self.entry, self.kept, self.marks), self.copy = self.copy, None
 
     # The process
 
@@ -189,7 +190,6 @@ class Restarting:
         rules = sys.modules[self.rules]
         self.coherence = rules.Coherence(None if self.life.eventual else STALENESS, 0, gap_interval=0)
         self.coherence.proof.trust_only(SOURCE)
-        self.mark = None
         if self.queue is not None:
             self.todo = ["resume"]
         elif self.steps.makes_queue_before_forgetting:
@@ -202,7 +202,12 @@ class Restarting:
 
     def _resume(self) -> None:
         assert self.queue is not None
-        self.mark, state = self.kept if self.kept is not None else (None, None)
+        after, state = self.kept if self.kept is not None else ("", None)
+        if self.steps.restores_whatever_is_there and self.marks:
+            after = self.marks[0]
+        if not self.coherence.marks.resumes(after, self.marks):
+            state = None
+            self._forget()
         self.marker += 1
         eviction = self.coherence.resumed(f"m{self.marker}", self.now, state)
         if eviction is not None:
@@ -212,16 +217,26 @@ class Restarting:
 
     def _drop_everything(self) -> None:
         self.entry = None
+        self._replace_mark()
+
+    def _replace_mark(self) -> None:
+        """In one step with what is done to the cache."""
+        self.marks_made += 1
+        mark, before = f"mark {self.marks_made}", self.marks
+        self.coherence.marks.replacing(mark)
+        self.marks = (mark, *before)[:MOST_MARKS]
+        self.coherence.marks.replaced(mark, before)
 
     def _forget(self) -> None:
-        self.kept = self.mark = None
+        self.kept, self.marks = None, ()
+        self.coherence.marks.start_over(None)
 
     def _make_the_queue(self) -> None:
         self.queue = []
 
     def _clear(self) -> None:
         self.coherence.evict(self.coherence.joined_anew(self.now), self.now)
-        self.entry = None
+        self._drop_everything()
 
     def _trust(self) -> None:
         self.coherence.trust()
@@ -234,18 +249,23 @@ class Restarting:
             self.coherence.evict(eviction, self.now)
             if eviction.everything or KEY in eviction.keys:
                 self.entry = None
+            self._replace_mark()
         self.coherence.evicted(self.now)
         self.todo = ["keep", "acknowledge"]
 
     def _keep(self) -> None:
-        stored = None if self.kept is None else self.kept[0]
-        if stored != self.mark and not self.steps.overlooks_a_strange_mark:
-            self.kept = self.mark = None
+        self.kept = (self.coherence.marks.last, self.coherence.proof_state())
+        self._replace_mark()
+        self.todo.insert(0, "hear whether the cache went back")
+
+    def _hear_whether_the_cache_went_back(self) -> None:
+        marks = self.coherence.marks
+        if marks.lost and self.steps.overlooks_a_strange_mark:
+            marks.start_over(self.marks[0])
+        elif marks.lost:
+            self._forget()
             self.coherence.evict(self.coherence.gap("lost", self.now), self.now)
-            self.entry = None
-        self.marks += 1
-        self.mark = self.marks
-        self.kept = (self.mark, self.coherence.proof_state())
+            self.todo = ["drop everything", "keep", *self.todo]
 
     def _acknowledge(self) -> None:
         assert self.queue is not None
@@ -262,11 +282,7 @@ class Restarting:
 
     def _returned(self, value: int) -> None:
         since = self.replaced_at.get(value)
-        if (
-            since is not None
-            and self.now - since > STALENESS
-            and not (self.life.rollbacks or self.life.eventual)
-        ):
+        if since is not None and self.now - since > STALENESS and not self.life.eventual:
             raise BrokenError(f"a hit at {self.now} gave what was replaced at {since}")
 
     # What must hold
@@ -297,12 +313,20 @@ class Restarting:
 
     def key(self) -> Hashable:
         c = self.coherence
+        names: dict[str, int] = {}
+
+        def named(marks: Iterable[str | None]) -> Hashable:
+            return tuple(mark and names.setdefault(mark, len(names)) for mark in marks)
+
+        def kept(state: Any) -> Hashable:
+            return state and (named(state[:1]), *_told(state[1]))
+
         return (
             self.now, self.version, tuple(self.replaced_at.items()), self.origin, tuple(self.seqs.items()),
             tuple(self.told.items()),
             None if self.queue is None else tuple((type(m).__name__, getattr(m, "origin", 0), getattr(m, "seq", 0), getattr(m, "as_of", 0), getattr(m, "id", 0)) for m in self.queue),
-            self.entry, _kept(self.kept), None if self.copy is None else (self.copy[0], _kept(self.copy[1])),
-            None if self.kept is None else self.kept[0] == self.mark,
+            self.entry, kept(self.kept), self.copy and (self.copy[0], kept(self.copy[1])),
+            named(self.marks), self.copy and named(self.copy[2]), c and (named([c.marks.last]), c.marks.lost, c.marks._evicting),
             tuple(self.todo), tuple(self.left.items()), self.marker,
             c and (tuple(c._numbers.seqs.items()), tuple(c._trust.doubts), c._marker, c._marker_passed, _shown(c.proof)),
         )  # fmt: skip
@@ -317,19 +341,13 @@ def _shown(proof: Any) -> str:
 def _is_served(world: Restarting) -> bool:
     value, load_started = world.entry
     moment = world.coherence.serving.moment
+    moment = world.coherence.serving.seen(moment, [world.marks[0] if world.marks else None])
     found = world.coherence.serving.found(value, load_started, 1e9, frozenset(), moment)
     return bool(world.coherence.serving.may_serve_found(found, world.now, moment))
 
 
-def _mark(kept: Any) -> int | None:
-    return None if kept is None else int(kept[0])
-
-
-def _kept(kept: Any) -> Hashable:
-    if kept is None:
-        return None
-    state = kept[1]
-    return (tuple(state.seqs.items()), state.checked_until, state.extends, state.source)
+def _told(state: Any) -> tuple[Hashable, ...]:
+    return tuple(state.seqs.items()), state.checked_until, state.extends, state.source
 
 
 def restarting(rules: Any, life: Life, steps: Steps | None = None) -> Restarting:
@@ -356,6 +374,7 @@ LIVES = {
     ),
     "dropped while away, without max_staleness": Life(writes=1, kills=1, drops=1, eventual=True),
     "the cache goes back": Life(writes=1, rollbacks=1),
+    "the cache goes back, without max_staleness": Life(writes=1, kills=0, rollbacks=1, eventual=True),
     "away for long": Life(writes=1, drops=1, until=4, forgets=True),
 }
 
@@ -403,5 +422,10 @@ RESTART_MUTANTS = [
         "a cache that went back is trusted",
         LIVES["the cache goes back"],
         steps=Steps(overlooks_a_strange_mark=True),
+    ),
+    RestartMutant(
+        "what was kept is restored in whatever cache it is",
+        LIVES["the cache goes back"],
+        steps=Steps(restores_whatever_is_there=True),
     ),
 ]

@@ -6,7 +6,7 @@ The rules are the real ones, one `Coherence` for each instance; what lies around
 else may act before its next one.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from .copying import copied
 from .explore import BrokenError
 from .mutants import TOO_OLD
 
+MOST_MARKS = 3  # that the cache tells: all that may be unanswered here, and more
 KEY = "k"
 TAG = "t"
 SOURCE = "the database"
@@ -34,6 +35,7 @@ BUDGETS = (
     "forgotten_stamps",
     "takeovers",
     "load_failures",
+    "rollbacks",
 )
 
 Act = Callable[["Sharing"], None]
@@ -81,6 +83,8 @@ class Extent:
     load_failures: int = 0
     both_read: bool = True
     """Otherwise the first one only evicts."""
+    rollbacks: int = 0
+    """How often the cache is replaced by a copy that somebody made of it before."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Handling:
     keeps_what_was_evicted_during_the_look: bool = False
     dates_what_it_finds_from_the_look: bool = False
     keeps_its_own_entry: bool = False
+    overlooks_the_mark: bool = False
 
 
 @dataclass
@@ -119,6 +124,8 @@ class Reading:
     moment: Any
     seen: Stored | None
     stamps: dict[str, int]
+    mark: str | None
+    """What the cache bore of this instance when it was looked into."""
     at: str = "looked"
     load: Any = None
     value: int = 0
@@ -135,7 +142,10 @@ class Sharer:
     joined: bool = True
     marker: int = 0
     evicting: Any = None
+    marks: tuple[str, ...] = ()
+    """What the cache bears of it, and bore before, the newest first."""
     kept: Any = None
+    """What is kept there, and the mark that was the newest."""
     held: Any = None
     """The entry in its process."""
     floor: int = 0
@@ -165,6 +175,10 @@ class Sharing:
     stamps_made: int = 0
     landing: list[Stored] = field(default_factory=list)
     """Stores on their way."""
+    marks_made: int = 0
+    copy: (
+        tuple[Stored | None, tuple[tuple[str, int], ...], tuple[tuple[tuple[str, ...], Any], ...]] | None
+    ) = None
 
     # What can happen
 
@@ -176,6 +190,11 @@ class Sharing:
             yield "commit and publish", Sharing.write
         if self.landing:
             yield "a late store lands", Sharing.land
+        if left["rollbacks"]:
+            if self.copy is None:
+                yield "the cache is copied", Sharing.make_copy
+            else:
+                yield "the cache goes back to its copy", Sharing.go_back
         if left["forgotten_stamps"]:
             for name in self.stamps:
                 yield f"the cache drops the stamp of the {name}", partial(Sharing.forget_stamp, name=name)
@@ -288,6 +307,19 @@ class Sharing:
     def land(self) -> None:
         self.entry = self.landing.pop(0)
 
+    def make_copy(self) -> None:
+        kept = tuple((sharer.marks, sharer.kept) for sharer in self.sharers)
+        self.copy = (self.entry, tuple(self.stamps.items()), kept)
+
+    def go_back(self) -> None:
+        """What was stored or evicted since is not there, nor what replaced a mark."""
+        self.left["rollbacks"] -= 1
+        assert self.copy is not None
+        (self.entry, stamps, kept), self.copy = self.copy, None
+        self.stamps = dict(stamps)
+        for sharer, of_it in zip(self.sharers, kept, strict=True):
+            sharer.marks, sharer.kept = of_it
+
     # Reading
 
     def _now(self, sharer: Sharer) -> int:
@@ -309,7 +341,8 @@ class Sharing:
                 self._evict_outside(sharer.evicting)
         moment, seen = sharer.coherence.serving.moment, self._present()
         stamps = {name: self._stamp(name) for name in ("epoch", "key", "tag")}
-        sharer.reading = Reading(now, self._floor_of(sharer), moment, seen, stamps, load=load)
+        least = self._floor_of(sharer)
+        sharer.reading = Reading(now, least, moment, seen, stamps, _mark(sharer), load=load)
         if not self.extent.slow_looks or number:
             self.serve_or_begin(number)
 
@@ -336,10 +369,14 @@ class Sharing:
         reading.at, reading.seen, reading.moment = "loading", None, None
 
     def _answers(self, sharer: Sharer, reading: Reading, seen: Stored) -> bool:
-        times = [reading.began]
-        if reading.load is not None:
-            times.append(self._now(sharer))  # who has joined may have begun to read only now
-        return all(_serves(sharer, seen, at, reading.moment) for at in times)
+        serving, moment = sharer.coherence.serving, reading.moment
+        if not self.handling.overlooks_the_mark:
+            moment = serving.seen(moment, [reading.mark])
+        if reading.load is None:
+            return _serves(sharer, seen, reading.began, moment)
+        return bool(
+            serving.may_hold_found(_found(sharer, seen, moment), reading.began, self._now(sharer), moment)
+        )
 
     def _hold(self, sharer: Sharer, load: Any, seen: Stored) -> None:
         """What was found outside is kept in the process, too."""
@@ -401,8 +438,8 @@ class Sharing:
             raise BrokenError(f"at {self.real} an error gave {NAMES[number]} what was replaced at {since}")
 
     def _floor_of(self, sharer: Sharer) -> int:
-        # What it holds itself nobody else evicts.
-        return sharer.floor if self.extent.in_front else self.floor
+        # What it holds itself nobody else evicts; and what another has evicted may be there again.
+        return sharer.floor if self.extent.in_front or self.extent.rollbacks else self.floor
 
     def _returned(self, name: str, value: int, began: float, least: int, sharer: Sharer) -> None:
         began -= sharer.ahead
@@ -439,10 +476,43 @@ class Sharing:
     def finish_evicting(self, number: int) -> None:
         sharer = self.sharers[number]
         eviction, sharer.evicting = sharer.evicting, None
-        self._evict_outside(eviction)
+        self._evict_and_mark(sharer, sharer.coherence, eviction)
         if not self.handling.acknowledges_before_evicting:
             self._acknowledge(sharer)
             self.floor = self.version
+
+    def _evict_and_mark(self, sharer: Sharer, coherence: Any, eviction: Any = None) -> None:
+        """In one step with what the cache bears of it."""
+        self.marks_made += 1
+        mark, before = f"mark {self.marks_made}", sharer.marks
+        coherence.marks.replacing(mark)
+        if eviction is not None:
+            self._evict_outside(eviction)
+        sharer.marks = (mark, *before)[:MOST_MARKS]
+        coherence.marks.replaced(mark, before[: coherence.marks.history])
+
+    def _keep(self, sharer: Sharer, coherence: Any) -> None:
+        """Again, with everything evicted, if the cache turns out to have gone back."""
+        after = coherence.marks.last
+        sharer.kept = (after, coherence.proof_state())
+        self._evict_and_mark(sharer, coherence)
+        if coherence.marks.lost:
+            self._forget(sharer, coherence)
+            eviction, now = coherence.gap("lost", self._now(sharer)), self._now(sharer)
+            coherence.evict(eviction, now)
+            sharer.held = None
+            self._evict_and_mark(sharer, coherence, eviction)
+            self._keep(sharer, coherence)
+
+    def _forget(self, sharer: Sharer, coherence: Any) -> None:
+        sharer.kept, sharer.marks = None, ()
+        coherence.marks.start_over(None)
+
+    def _restored(self, sharer: Sharer, coherence: Any) -> Any:
+        if sharer.kept is not None and coherence.marks.resumes(sharer.kept[0], sharer.marks):
+            return sharer.kept[1]
+        self._forget(sharer, coherence)
+        return None
 
     def _evict_outside(self, eviction: Any) -> None:
         if eviction.everything:
@@ -459,18 +529,18 @@ class Sharing:
         now = self._now(sharer)
         other = type(sharer.coherence)(self.extent.staleness, self.extent.skew, gap_interval=0)
         other.proof.trust_only(SOURCE)
-        other.resumed("another's", now, sharer.kept)
+        other.resumed("another's", now, self._restored(sharer, other))
         while sharer.queue:
             eviction = other.received(sharer.queue.pop(0), now)
             if eviction is not None:
                 other.evict(eviction, now)
-                self._evict_outside(eviction)
+                self._evict_and_mark(sharer, other, eviction)
             other.evicted(now)
-        sharer.kept = other.proof_state()
+            self._keep(sharer, other)
 
     def _acknowledge(self, sharer: Sharer) -> None:
         sharer.coherence.evicted(self._now(sharer))
-        sharer.kept = sharer.coherence.proof_state()
+        self._keep(sharer, sharer.coherence)
 
     def lose(self, number: int) -> None:
         self.left["losses"] -= 1
@@ -484,8 +554,13 @@ class Sharing:
         sharer.joined = sharer.bound = True
         sharer.marker += 1
         marker = f"m{number}{sharer.marker}"
-        eviction = sharer.coherence.resumed(marker, self._now(sharer), sharer.kept)
-        assert eviction is None
+        state = self._restored(sharer, sharer.coherence)
+        eviction = sharer.coherence.resumed(marker, self._now(sharer), state)
+        if eviction is not None:
+            sharer.coherence.evict(eviction, self._now(sharer))
+            sharer.held = None
+            self._evict_and_mark(sharer, sharer.coherence, eviction)
+            self._keep(sharer, sharer.coherence)
         self._publish(Probe(v=1, id=marker))
 
     # What must hold
@@ -534,16 +609,30 @@ class Sharing:
                 raise BrokenError(f"{when}, and {name} would serve its own {held.value}, not {self.version}")
             if seen is None or seen.value == self.version:
                 continue
-            is_served = _serves(sharer, seen, now, sharer.coherence.serving.moment)
+            serving = sharer.coherence.serving
+            is_served = _serves(sharer, seen, now, serving.seen(serving.moment, [_mark(sharer)]))
             if is_served and promised:
                 raise BrokenError(f"{when}, and {name} would serve {seen.value}, not {self.version}")
 
     def key(self) -> Hashable:
-        names: dict[int, int] = {}  # which number a stamp has does not matter, only which ones are the same
+        names: dict[
+            int | str, int
+        ] = {}  # which number a stamp has does not matter, only which ones are the same
 
         def named(stamps: dict[str, int]) -> tuple[tuple[str, int], ...]:
             return tuple(
                 (name, names.setdefault(stamp, len(names))) for name, stamp in sorted(stamps.items())
+            )
+
+        def marked(marks: Iterable[str | None]) -> Hashable:
+            return tuple(mark and names.setdefault(mark, len(names)) for mark in marks)
+
+        def kept(state: Any) -> Hashable:
+            return state and (
+                marked(state[:1]),
+                tuple(state[1].seqs.items()),
+                state[1].checked_until,
+                state[1].extends,
             )
 
         def stored(entry: Stored | None) -> Hashable:
@@ -552,7 +641,11 @@ class Sharing:
         return (
             self.real, self.version, tuple(self.replaced_at.items()), self.floor, self.seq,
             tuple(self.left.values()), named(self.stamps), stored(self.entry), tuple(map(stored, self.landing)),
+            self.copy and (stored(self.copy[0]), named(dict(self.copy[1])), tuple((marked(marks), kept(state)) for marks, state in self.copy[2])),
+            tuple((marked(sharer.marks), marked([sharer.coherence.marks.last]), sharer.coherence.marks.lost, kept(sharer.kept)) for sharer in self.sharers),
             tuple((_key_of(sharer), sharer.reading and (
+                marked([sharer.reading.mark]),
+ sharer.reading.moment and sharer.coherence.marks.stand([sharer.reading.mark], sharer.reading.moment.marks),
                 sharer.reading.began, sharer.reading.least, sharer.reading.at, sharer.reading.value,
                 stored(sharer.reading.seen), named(sharer.reading.stamps), _key_of_load(sharer)))
                 for sharer in self.sharers),
@@ -561,9 +654,17 @@ class Sharing:
 
 def _serves(sharer: Sharer, seen: Stored, now: float, moment: Any) -> bool:
     """As `SharedCache` asks the rules about what it has seen."""
-    c = sharer.coherence
-    entry = c.serving.found(seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), moment)
-    return bool(c.serving.may_serve_found(entry, now, moment))
+    return bool(sharer.coherence.serving.may_serve_found(_found(sharer, seen, moment), now, moment))
+
+
+def _found(sharer: Sharer, seen: Stored, moment: Any) -> Any:
+    return sharer.coherence.serving.found(
+        seen.value, seen.load_started, seen.expires_at, frozenset([TAG]), moment
+    )
+
+
+def _mark(sharer: Sharer) -> str | None:
+    return sharer.marks[0] if sharer.marks else None
 
 
 def _label(message: Any) -> str:
@@ -573,14 +674,13 @@ def _label(message: Any) -> str:
 
 
 def _key_of(sharer: Sharer) -> Hashable:
-    c, kept, evicting = sharer.coherence, sharer.kept, sharer.evicting
+    c, evicting = sharer.coherence, sharer.evicting
     return (
         sharer.bound, sharer.joined, sharer.marker,
         tuple((type(m).__name__, getattr(m, "seq", 0), getattr(m, "as_of", 0), getattr(m, "id", "")) for m in sharer.queue),
         sharer.floor, sharer.held and (sharer.held.value, sharer.held.load_started, sharer.held.expires_at, c.epoch - sharer.held.epoch,
             c._epochs.generation - sharer.held.generation),
         evicting and (evicting.everything, bool(evicting.keys), bool(evicting.tags)),
-        kept and (tuple(kept.seqs.items()), kept.checked_until, kept.extends),
         tuple(c._trust.doubts), tuple(c._numbers.seqs.items()), c._marker, c._marker_passed, c._tick_passed and c._tick_passed.as_of,
         tuple((tag, c._epochs.generation - at) for tag, at in c._epochs._tag_evicted.items()),
         c.proof.watermark, c.proof.until, c.proof.extends, c.proof.checked_until,
@@ -617,9 +717,11 @@ def sharing(rules: Any, extent: Extent, handling: Handling | None = None) -> Sha
     left = {name: getattr(extent, name) for name in BUDGETS}
     world = Sharing(rules.__name__, extent, handling or Handling(), left, sharers)
     for sharer in sharers:
-        sharer.coherence.evict(sharer.coherence.joined_anew(world._now(sharer)), world._now(sharer))
+        eviction = sharer.coherence.joined_anew(world._now(sharer))
+        sharer.coherence.evict(eviction, world._now(sharer))
+        world._evict_and_mark(sharer, sharer.coherence, eviction)
         sharer.coherence.trust()
-        sharer.kept = sharer.coherence.proof_state()
+        world._keep(sharer, sharer.coherence)
     if extent.baselined:
         world.tick()
         world._receive_all()
@@ -657,6 +759,10 @@ EXTENTS = {
     "in front, past their ttl, by tag": PAST_TTL_BY_TAG,
     "in front, where loading fails": IN_VAIN,
     "without max_staleness": Extent(staleness=None, loads=2, deaf=1, until=2),
+    "the cache goes back while one looks": Extent(rollbacks=1, slow_looks=True, until=2),
+    "the cache goes back, by tag": Extent(rollbacks=1, by_tag=True, until=2),
+    "the cache goes back, without max_staleness": Extent(rollbacks=1, staleness=None, until=2),
+    "in front, the cache goes back": Extent(in_front=True, rollbacks=1, until=2),
 }
 
 
@@ -781,6 +887,26 @@ SHARING_MUTANTS = [
         "in front: an evicted value that is kept is served",
         IN_VAIN,
         changes=(("before, entry.epoch = entry.epoch, -abs(entry.epoch)", "before = entry.epoch"),),
+    ),
+    SharingMutant(
+        "the mark is not looked at",
+        EXTENTS["the cache goes back while one looks"],
+        handling=Handling(overlooks_the_mark=True),
+    ),
+    SharingMutant(
+        "what a cache holds that has gone back is served",
+        EXTENTS["the cache goes back, without max_staleness"],
+        changes=(("if not moment.stands or ", "if "),),
+    ),
+    SharingMutant(
+        "any mark will do",
+        EXTENTS["in front, the cache goes back"],
+        changes=(("mark is not None and self._known.get(mark, -1) >= since", "mark is not None"),),
+    ),
+    SharingMutant(
+        "marks that replaced the same one are taken for one history",
+        EXTENTS["the cache goes back, without max_staleness"],
+        changes=(("                self.lose()\n                return\n", "                break\n"),),
     ),
     SharingMutant(
         "the clocks of others are believed",

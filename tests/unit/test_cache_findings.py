@@ -91,7 +91,7 @@ def test_commands_that_fail_for_one_reason_are_named_together() -> None:
     ("info", "level", "said"),
     [
         ({}, "ok", "no limit"),
-        ({"maxmemory": GIGABYTE, "maxmemory_policy": "noeviction"}, "warning", "no tag can be evicted"),
+        ({"maxmemory": GIGABYTE, "maxmemory_policy": "noeviction"}, "warning", "nothing can be evicted"),
         ({"maxmemory": GIGABYTE, "maxmemory_policy": "allkeys-lru"}, "ok", "0 keys dropped since it started"),
         (
             {"maxmemory": GIGABYTE, "maxmemory_policy": "volatile-ttl", "evicted_keys": 7},
@@ -115,20 +115,6 @@ def test_what_a_memcached_drops() -> None:
     assert found.text.startswith("0.5 kB of 67.1 MB used")
     found_ = findings.of_memcached_memory(stats, {"item_size_max": "1024", "evictions": "off"})
     assert [one.level for one in found_] == ["warning", "warning"]
-
-
-@pytest.mark.parametrize(
-    ("info", "save", "level"),
-    [
-        ({"aof_enabled": 0}, "", "ok"),
-        ({"aof_enabled": 0}, "3600 1", "warning"),
-        ({"aof_enabled": 1}, "3600 1", "ok"),
-        ({"aof_enabled": 0, "rdb_saves": 0}, None, "ok"),
-        ({"aof_enabled": 0, "rdb_saves": 2}, None, "warning"),
-    ],
-)
-def test_what_comes_back_after_a_restart(info: dict[str, Any], save: str | None, level: str) -> None:
-    assert findings.of_restarts(info, save).level == level
 
 
 @pytest.mark.parametrize(

@@ -349,11 +349,14 @@ def test_the_columns_in_the_protocol_are_those_of_the_schema() -> None:
 
 
 def test_the_names_in_a_shared_cache_are_those_of_the_code() -> None:
+    from aiocache.backends.redis import RedisCache
+
     from cacheinval.backends.shared import SharedEntries
 
     told = section(PROTOCOL, "The cache outside the process")
-    entries = SharedEntries(None, "<namespace>")
-    for name in (entries._entry("<key>"), entries._tag("<tag>"), entries._name("epoch")):
+    entries = SharedEntries(RedisCache(), "<namespace>", instance_id="<INSTANCE_ID>")
+    names = (entries._entry("<key>"), entries._tag("<tag>"), entries._name("epoch"))
+    for name in (*names, *entries._names_of("<INSTANCE_ID>")):
         assert f"| `{name}` |" in told
     for name in (entries._entry("k" * 165), entries._tag("two words")):
         assert f"`{name.split(':')[2]}:`" in told
