@@ -50,6 +50,16 @@ class Lag:
         return Lag(counts, max(self.seconds, other.seconds))
 
 
+def _before(counts: Sequence[int], recent: Recent, now: float) -> tuple[float, list[int]]:
+    """When the evictions began that an instance tells of, and what it had counted by then."""
+    before = list(counts)
+    for evicted in recent.told:
+        if evicted.committed_at is not None and not evicted.own:
+            bucket = bisect_left(BUCKETS, evicted.at - evicted.committed_at)
+            before[bucket] = max(0, before[bucket] - 1)
+    return now - (recent.until - recent.since), before
+
+
 class Member:
     """One instance.
 
@@ -86,8 +96,11 @@ class Member:
         self.report, self.heard_at = report, now
         self.behind = self._to_hear > self.reached
         self._to_hear = told
-        if len(report.counters.receiver.latencies) == NUMBER_OF_BUCKETS:
-            self._sample(report.counters.receiver.latencies, now)
+        counts = report.counters.receiver.latencies
+        if len(counts) == NUMBER_OF_BUCKETS:
+            if not self._samples and report.evictions is not None:
+                self._samples.append(_before(counts, report.evictions, now))
+            self._sample(counts, now)
 
     def _sample(self, counts: list[int], now: float) -> None:
         if self._samples and any(new < old for new, old in zip(counts, self._samples[-1][1], strict=True)):
@@ -128,7 +141,7 @@ class Member:
 
     @property
     def lag(self) -> Lag:
-        """Of its evictions within the last minute, or since it was heard first."""
+        """Of its evictions within the last minute, or as many of them as it told of when it was heard first."""
         if not self._samples:
             return Lag()
         (began, before), (ended, after) = self._samples[0], self._samples[-1]

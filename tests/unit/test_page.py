@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import msgspec
 import pytest
 
 from cacheinval.coherence.registration import NOT_YET, Registered
@@ -729,6 +730,27 @@ class TestLag:
         assert 60 <= member.lag.total <= 60 + SAMPLE_EVERY
         assert (member.lag.below(0.5), member.lag.below(0.99)) == (0.005, 0.005)
         assert len(member._samples) <= WINDOW / SAMPLE_EVERY + 2
+
+    def test_whoever_begins_to_look_sees_the_minute_before(self) -> None:
+        """As much of it as the first answer tells; what was there before is not counted."""
+        counts = [9] * (len(BUCKETS) + 1)
+        told = [
+            evicted(NOW - 20, committed_at=NOW - 20.004, seq=1),
+            evicted(NOW - 10, committed_at=NOW - 10.02, seq=2),
+            evicted(NOW - 9, committed_at=NOW - 10, seq=3, own=True),
+            evicted(NOW - 8, committed_at=None, origin=None, seq=None, all=True, reason="new subscription"),
+        ]
+        recent = msgspec.to_builtins(Recent(NOW - 60, NOW, told))
+        answer = status("one", counters={"receiver": {"latencies": counts}}, evictions=recent)
+        seen = Fleet(None)
+        seen.heard(answer, NOW)
+        (member,) = seen
+        assert (member.lag.total, member.lag.seconds) == (2, 60)
+        assert (member.lag.below(0.5), member.lag.below(1)) == (0.005, 0.025)
+        seen.heard(answer, NOW + 5)
+        assert member.lag.total == 2
+        seen.heard(answer, NOW + 65)
+        assert member.lag.total == 0
 
     def test_a_restart_is_no_negative_number(self) -> None:
         seen = Fleet(None)
