@@ -18,6 +18,7 @@ from cacheinval.coherence import Coherence, higher
 from cacheinval.errors import PublishError
 from cacheinval.latencies import Latencies
 from cacheinval.messages import Beat, Invalidate, Probe, encode, split
+from cacheinval.pace import Pace
 from cacheinval.tracing import Tracing, together
 
 __all__ = ["Publisher", "PublisherCounters", "Unpublished"]
@@ -34,15 +35,6 @@ BACKOFF_FIRST, BACKOFF_MOST = 0.2, 5.0
 """Seconds after a failure before which the broker is left alone, at first and at most."""
 
 ROWS_AT_ONCE = 1_000
-
-NEAR = 0.002
-GATHER_FIRST, GATHER_MORE, GATHER_MOST = 0.0005, 0.004, 0.008
-"""Seconds. What comes within the first after a publish lets names gather for the second, then for longer, up to the third,
-and to the last where many came: a message costs its publisher, the broker and every reader much, and one more name in it
-next to nothing."""
-
-MANY = 8
-"""Writes in one message from which on it pays to wait for more."""
 
 DELETE_AFTER = 0.1
 """Seconds for which confirmed rows gather before they are deleted, by one commit; well within the relay's grace."""
@@ -197,17 +189,12 @@ class Publisher:
 
     async def run(self) -> None:
         """Publishes until cancelled."""
-        now = asyncio.get_running_loop().time
-        gather = ended = 0.0
-        batch: list[Unpublished] = []
+        now, pace = asyncio.get_running_loop().time, Pace()
         try:
             while True:
                 self._see_to_probing()
                 await self._work.wait()
-                if now() > ended + NEAR:
-                    gather = 0.0
-                else:
-                    gather = next_gathering(gather, len(batch))
+                if gather := pace.gather(now()):
                     with suppress(TimeoutError):
                         async with asyncio.timeout(gather):
                             await self._hurry.wait()  # until somebody waits for it
@@ -215,8 +202,8 @@ class Publisher:
                 self._hurry.clear()
                 batch, self._waiting, self._waiting_size = self._waiting, [], 0
                 if batch:
+                    pace.published(len(batch), now())
                     await self._publish(batch)
-                    ended = now()
                 if not self._waiting:
                     self._idle.set()
         finally:
@@ -467,11 +454,6 @@ class Publisher:
             self._confirmed_seqs = {**confirmed, **self._confirmed_seqs}
         else:
             self.counters.deleted_rows += len(rows)
-
-
-def next_gathering(before: float, writes: int) -> float:
-    """Seconds for which names gather where they gathered for `before` the last time, and were those of so many writes."""
-    return min(2 * before, GATHER_MOST if writes >= MANY else GATHER_MORE) or GATHER_FIRST
 
 
 def _together(batch: list[Unpublished]) -> tuple[list[str], list[str], list[int | None], bool]:

@@ -8,10 +8,12 @@ from uuid import UUID, uuid4
 import pytest
 from waiting import Eventually
 
+from cacheinval import pace
 from cacheinval import publisher as publishing
 from cacheinval.coherence import Coherence
 from cacheinval.errors import PublishError
 from cacheinval.messages import Beat, Invalidate, Probe, decode
+from cacheinval.pace import Pace
 from cacheinval.publisher import Publisher, Unpublished
 
 
@@ -113,6 +115,11 @@ async def make(broker: Broker, coherence: Coherence, monkeypatch: pytest.MonkeyP
     assert all(task.cancelled() for task in tasks)
 
 
+def gathers_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Whatever is published from now on, whether much comes or little."""
+    monkeypatch.setattr(Pace, "gather", lambda self, now: seconds)
+
+
 def write(*keys: str, rows: int = 0, **fields: object) -> Unpublished:
     return Unpublished(keys=list(keys), rows=[uuid4() for _ in range(rows)], **fields)  # type: ignore[arg-type]
 
@@ -176,53 +183,45 @@ async def test_what_comes_while_a_confirm_is_awaited_goes_out_together(
     assert len(broker.deleted) == 101
 
 
-async def test_what_comes_soon_after_a_publish_gathers_for_a_moment(
+async def test_what_comes_while_many_come_gathers_for_a_moment(
     make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "NEAR", 60.0)
-    monkeypatch.setattr(publishing, "GATHER_FIRST", 0.05)
     publisher = await make()
-    for keys in (["a"], ["b", "c"]):
-        for key in keys:
-            publisher.submit(write(key))
-            await asyncio.sleep(0.005)
-        assert await publisher.flush(5)
+    publisher.submit(write("a"))
+    assert await publisher.flush(5)
+    monkeypatch.setattr(pace, "BUSY", 0.0)
+    monkeypatch.setattr(pace, "PLENTY", 0.1)  # of which some are left after minutes
+    monkeypatch.setattr(pace, "GATHER_MOST", 0.05)
+    for key in ("b", "c"):
+        publisher.submit(write(key))
+        await asyncio.sleep(0.005)
+    assert await publisher.flush(5)
     assert [message.keys for message in broker.sent] == [["a"], ["b", "c"]]
 
 
-def test_many_gather_for_longer_than_few() -> None:
-    seconds = 0.0
-    few = [seconds := publishing.next_gathering(seconds, writes=2) for _ in range(5)]
-    assert few == [0.0005, 0.001, 0.002, 0.004, 0.004]
-    many = [seconds := publishing.next_gathering(seconds, writes=publishing.MANY) for _ in range(2)]
-    assert many == [0.008, 0.008]
-    assert publishing.next_gathering(seconds, writes=publishing.MANY - 1) == 0.004
-
-
-async def test_who_gathers_next_goes_by_what_gathered_last(
+async def test_the_pace_is_that_of_what_is_published(
     make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    told = []
 
-    def next_gathering(before: float, writes: int) -> float:
-        asked.append((before, writes))
-        return 0.001
+    class Told(Pace):
+        def published(self, writes: int, now: float) -> None:
+            told.append((writes, now))
 
-    monkeypatch.setattr(publishing, "NEAR", 60.0)
-    monkeypatch.setattr(publishing, "next_gathering", next_gathering)
+    monkeypatch.setattr(publishing, "Pace", Told)
     publisher = await make()
     for together in (3, 1, 2):
         for n in range(together):
             publisher.submit(write(f"k{n}"))
         assert await publisher.flush(5)
-    assert asked == [(0.0, 3), (0.001, 1)]
+    assert [writes for writes, _ in told] == [3, 1, 2]
+    assert told[0][1] < told[1][1] < told[2][1] <= asyncio.get_running_loop().time()
 
 
-async def test_a_publish_that_has_rested_waits_for_nobody(
+async def test_a_write_that_is_alone_waits_for_nobody(
     make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "NEAR", 0.0)
-    monkeypatch.setattr(publishing, "GATHER_FIRST", 60.0)
+    monkeypatch.setattr(pace, "GATHER_MOST", 60.0)
     publisher = await make()
     for key in ("a", "b"):
         publisher.submit(write(key))
@@ -233,11 +232,10 @@ async def test_a_publish_that_has_rested_waits_for_nobody(
 async def test_nothing_gathers_while_a_writer_waits_for_it(
     make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("NEAR", "GATHER_FIRST", "GATHER_MOST"):
-        monkeypatch.setattr(publishing, name, 60.0)
     publisher = await make()
     publisher.submit(write("a"))
     assert await publisher.flush(5)
+    gathers_for(monkeypatch, 60.0)
     for waiting in ({"confirmed": asyncio.get_running_loop().create_future()}, {"question": object()}):
         publisher.submit(write("b", **waiting))
         assert await publisher.flush(5)
@@ -247,11 +245,10 @@ async def test_nothing_gathers_while_a_writer_waits_for_it(
 async def test_whoever_waits_ends_a_gathering_that_has_begun(
     make: Make, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("NEAR", "GATHER_FIRST"):
-        monkeypatch.setattr(publishing, name, 60.0)
     publisher = await make()
     publisher.submit(write("a"))
     assert await publisher.flush(5)
+    gathers_for(monkeypatch, 60.0)
     publisher.submit(write("b"))
     assert not await publisher.flush(0.05)
     publisher.submit(write("c", question=object()))
