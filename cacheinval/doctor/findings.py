@@ -30,7 +30,9 @@ BROKER, DATABASE = ("broker", "exchange", "alarms"), ("database", "schema")
 """Checks without which nobody can use broker or database."""
 
 BROKER_HERE, DATABASE_HERE = (*BROKER, "permissions"), (*DATABASE, "grants")
-"""Those without which they cannot be used from here: others may be permitted what whoever looks is not."""
+"""Those without which they cannot be used from here: others may be permitted what whoever looks is not.
+
+But a relay mostly works as the role that looks, and without its grants none leads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,7 @@ def of_leader(holder: str | None, may_lead: bool) -> Finding:
         "leader",
         f"no relay leads{here}: what a killed process left behind stays unpublished, and no tick proves anything",
         f"{remedies.RELAY}. In services CACHEINVAL_RELAY=auto takes a direct connection to the database",
-        (*BROKER, *DATABASE),  # without which a relay lets go of the lead, or never takes it
+        (*BROKER, *DATABASE_HERE),  # without which a relay lets go of the lead, or never takes it
     )
 
 

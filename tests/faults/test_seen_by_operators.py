@@ -546,7 +546,8 @@ FAULTS = {
         usage_revoked,
         Words(
             "schema warning: it is there; .*: permission denied for schema cacheinval; see grants first\n"
-            r"grants failed: role limited_\w+ lacks USAGE on cacheinval → `cacheinval schema grant limited_\w+`",
+            r"grants failed: role limited_\w+ lacks USAGE on cacheinval → `cacheinval schema grant limited_\w+`[^→]*"
+            r"\nleader failed: no relay leads: [^→]*; see grants first$",
             "^Nothing proves .*permission denied for schema cacheinval",
             "Nothing proves .*permission denied for schema cacheinval",
             "cacheinval schema grant",

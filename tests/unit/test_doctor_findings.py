@@ -175,6 +175,8 @@ def test_what_follows_from_another_failure_refers_to_it() -> None:
     assert findings.causes_first([ticks]) == [ticks]
     sentence = findings.warning("ticks", "None.", "wait", ("leader",))
     assert findings.causes_first([leader, sentence])[1].text == "None; see leader first"
+    (grants,) = findings.of_rights("shop", [Right("SCHEMA", "cacheinval", ("USAGE",))])
+    assert findings.causes_first([grants, leader])[1].text.endswith("; see grants first"), "as a relay here lacks them"
     away = findings.of_unreachable_broker(URL, "refused")
     settled = findings.causes_first([leader, away, ticks])
     assert all(settled[at].text.endswith("; see broker first") for at in (0, 2)), "not what follows itself"
@@ -194,7 +196,6 @@ def test_what_whoever_looks_may_not_do_explains_nothing_of_the_others() -> None:
         {"relay": {"state": "unready"}},
     ]
     theirs = [
-        findings.of_leader(None, True),
         findings.of_outbox(3, 10.0),
         findings.of_outbox(3, 100.0),
         *judged(
@@ -203,7 +204,7 @@ def test_what_whoever_looks_may_not_do_explains_nothing_of_the_others() -> None:
             silent=(Registered("z", "s", None),),
         ),
     ]
-    assert len(theirs) == 3 + 1 + len(said) + 1
+    assert len(theirs) == 2 + 1 + len(said) + 1
     assert findings.causes_first([*lacking, *theirs]) == [*lacking, *theirs]
 
 
