@@ -86,7 +86,7 @@ async def _judge_together(
     """What can be told only by broker and database together."""
     if broker is None:
         return
-    if broker.listens and database is not None:
+    if broker.awaited_tick and database is not None:
         age, source = tick or (None, None)
         checks.add(of_tick(age, 3 * settings.tick_interval, source, database.source))
     if broker.answered is None:

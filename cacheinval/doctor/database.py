@@ -78,7 +78,7 @@ class DatabaseSeen:
     async def examine(self) -> None:
         """Runs the checks, each of which needs a connection."""
         if not await self._checks.run("database", CONNECT_WITHIN + ANSWER_WITHIN, self._reach):
-            self._checks.add(warning("not checked", ", ".join(DEPENDENT), None, ("database",)))
+            self._checks.not_checked(DEPENDENT, ("database",))
             return
         await self._checks.run("clock", ANSWER_WITHIN, self._clock)
         if await self._checks.run("schema", ANSWER_WITHIN, self._schema) and await self._checks.run(
@@ -87,7 +87,7 @@ class DatabaseSeen:
             await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
             await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
         else:
-            self._checks.add(warning("not checked", "outbox, tracked tables", None, DATABASE_HERE))
+            self._checks.not_checked(("grants", "outbox", "tracked tables"), DATABASE_HERE)
         await self._checks.run("leader", ANSWER_WITHIN, self._leader)
         await self._checks.run("registered instances", ANSWER_WITHIN, self._registered)
 

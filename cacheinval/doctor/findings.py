@@ -18,6 +18,7 @@ __all__ = [
     "causes_first",
     "failed",
     "ok",
+    "unchecked",
     "warning",
 ]
 
@@ -59,6 +60,15 @@ def warning(check: str, text: str, remedy: str | None, after: tuple[str, ...] = 
 
 def failed(check: str, text: str, remedy: str, after: tuple[str, ...] = ()) -> Finding:
     return Finding(check, "failed", text, remedy, after)
+
+
+def unchecked(
+    found: Iterable[Finding], names: Iterable[str], after: tuple[str, ...], why: str = ""
+) -> list[Finding]:
+    """That those of `names` were not looked at of which nothing has been found: what is reported was."""
+    reported = {one.check for one in found}
+    left = ", ".join(name for name in names if name not in reported)
+    return [warning("not checked", f"{left}: {why}" if why else left, None, after)] if left else []
 
 
 def causes_first(found: Sequence[Finding]) -> list[Finding]:

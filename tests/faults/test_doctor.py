@@ -81,6 +81,8 @@ async def found(settings: dict[str, Any]) -> dict[str, list[Finding]]:
         follows = re.search("; see (.*) first$", finding.text)
         assert (finding.level == "ok" or follows is not None) == (finding.remedy is None), finding
         assert follows is None or checks[follows[1]], finding
+    for finding in checks.get("not checked", []):
+        assert checks.keys().isdisjoint(finding.text.partition(";")[0].split(", ")), checks
     return checks
 
 

@@ -95,6 +95,9 @@ class Scene:
     async def doctor(self) -> str:
         """What the doctor finds, but what is well."""
         found = await examine(Settings(**self.settings))
+        unchecked = [one.text.partition(";")[0].split(", ") for one in found if one.check == "not checked"]
+        reported = {one.check for one in found}
+        assert all(map(reported.isdisjoint, unchecked)), "nothing is reported that was not looked at"
         return "\n".join(
             f"{one.check} {one.level}: {one.text}" + (f" → {one.remedy}" if one.remedy else "")
             for one in found

@@ -176,7 +176,9 @@ def test_what_follows_from_another_failure_refers_to_it() -> None:
     sentence = findings.warning("ticks", "None.", "wait", ("leader",))
     assert findings.causes_first([leader, sentence])[1].text == "None; see leader first"
     (grants,) = findings.of_rights("shop", [Right("SCHEMA", "cacheinval", ("USAGE",))])
-    assert findings.causes_first([grants, leader])[1].text.endswith("; see grants first"), "as a relay here lacks them"
+    assert findings.causes_first([grants, leader])[1].text.endswith("; see grants first"), (
+        "as a relay here lacks them"
+    )
     away = findings.of_unreachable_broker(URL, "refused")
     settled = findings.causes_first([leader, away, ticks])
     assert all(settled[at].text.endswith("; see broker first") for at in (0, 2)), "not what follows itself"
@@ -375,6 +377,15 @@ def test_nobody_and_who_is_silent() -> None:
 
 
 # Running them
+
+
+def test_what_is_reported_is_not_said_to_be_unchecked() -> None:
+    checks = Checks()
+    checks.add(findings.of_refusals(URL, {"configure on cacheinval.shop": "ACCESS_REFUSED"}))
+    checks.not_checked(("permissions", "ticks", "instances"), ("permissions",))
+    checks.not_checked(("permissions",), ("permissions",))
+    said = [(one.check, one.text) for one in findings.causes_first(checks.found)[1:]]
+    assert said == [("not checked", "ticks, instances; see permissions first")]
 
 
 async def test_a_check_that_hangs_or_raises_stops_no_other() -> None:
