@@ -88,7 +88,7 @@ async def _judge_together(
         return
     if broker.awaited_tick and database is not None:
         age, source = tick or (None, None)
-        checks.add(of_tick(age, 3 * settings.tick_interval, source, database.source))
+        checks.add(of_tick(age, 3 * settings.tick_interval, source, database.source, database.leader))
     if broker.answered is None:
         return
     silent = silent_registered(database.registered if database is not None else [], broker.answered)

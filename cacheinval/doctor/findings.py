@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Literal
 
 from cacheinval.outbox.grants import Right, quoted
+from cacheinval.overview import Leader
 from cacheinval.settings import Settings
 from cacheinval.verdict import remedies
 
@@ -24,6 +26,7 @@ __all__ = [
 
 Level = Literal["ok", "warning", "failed"]
 
+QUIET = 1.0  # seconds for which a leader may say nothing, beyond what its ticks make of it
 OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
 
 
@@ -257,9 +260,20 @@ def of_strays(namespaces: Sequence[str], own: str) -> list[Finding]:
     ]
 
 
-def of_leader(holder: str | None, may_lead: bool) -> Finding:
-    if holder is not None:
-        return ok("leader", holder)
+def of_leader(leader: Leader | None, may_lead: bool, tick_interval: float) -> Finding:
+    """`may_lead`: whether a relay of this process would."""
+    if leader is not None:
+        text = f"a relay leads: {_of_session(leader)}"
+        if (
+            leader.quiet or 0.0
+        ) <= 2 * tick_interval + QUIET:  # it says something every half interval at least
+            return ok("leader", text)
+        return warning(
+            "leader",
+            f"{text}; it has said nothing to the database for {leader.quiet:.0f} s: it hangs, or its statement does",
+            "restart it, and another takes over; pg_stat_activity tells what its server process "
+            f"({leader.session}) waits for",
+        )
     here = "" if may_lead else " (here CACHEINVAL_RELAY=off)"
     return failed(
         "leader",
@@ -267,6 +281,14 @@ def of_leader(holder: str | None, may_lead: bool) -> Finding:
         f"{remedies.RELAY}. In services CACHEINVAL_RELAY=auto takes a direct connection to the database",
         (*BROKER, *DATABASE_HERE),  # without which a relay lets go of the lead, or never takes it
     )
+
+
+def _of_session(leader: Leader) -> str:
+    told = str(leader)
+    if leader.since is not None:
+        told += f", connected since {datetime.fromtimestamp(leader.since, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        told += f" from {leader.address or 'a local socket'}"
+    return told if leader.pid is None else f"{told} (server process {leader.session})"
 
 
 def of_tracking(incomplete: Sequence[str], untracked: Sequence[str], tracked: int) -> list[Finding]:

@@ -14,6 +14,7 @@ from cacheinval.doctor.findings import (
     ok,
     warning,
 )
+from cacheinval.overview import Leader
 from cacheinval.verdict import remedies
 from cacheinval.verdict.reports import Report, understand
 from cacheinval.verdict.words import short
@@ -24,13 +25,17 @@ DEEP_QUEUE = 1_000  # messages
 LATE = 2.0  # seconds that a tick may need beyond those for which one waits for it
 
 
-def of_tick(age: float | None, waited: float, source: str | None, own_source: str | None) -> Finding:
-    """`age`: of the first tick that was heard within `waited` seconds; None where there was none."""
+def of_tick(
+    age: float | None, waited: float, source: str | None, own_source: str | None, leader: Leader | None = None
+) -> Finding:
+    """`age`: of the first tick that was heard within `waited` seconds; None where there was none. `leader`: who is to send it."""
     if age is None:
         return failed(
             "ticks",
             f"none within {waited:g} s: with MAX_STALENESS every instance soon reads the database each time",
-            "see leader, clock and outbox: a leader ticks once everything before has been confirmed",
+            "see leader, clock and outbox: a leader ticks once everything before has been confirmed"
+            if leader is None
+            else remedies.silent_leader(leader),
             (*BROKER_HERE, *DATABASE_HERE, "clock", "leader", "outbox"),
         )
     if None not in (source, own_source) and source != own_source:

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 
 from cacheinval.outbox.instances import SETTLED_AFTER, Database, answer, registered_in
+from cacheinval.outbox.leading import LEADER, leader_in
 from cacheinval.overview import Overview
 
-__all__ = ["LEADER", "OLDEST", "look"]
+__all__ = ["OLDEST", "look"]
 
 LOOK_WITHIN = 5.0  # seconds
 ROWS_LOOKED_AT = 10_000
@@ -16,23 +17,16 @@ OLDEST = """
     FROM (SELECT recorded_at FROM cacheinval.outbox WHERE namespace = $1 AND publish_at <= clock_timestamp() LIMIT $2) AS rows
 """
 
-# An advisory lock of one bigint is listed as its two halves.
-LEADER = """
-    SELECT pid FROM (SELECT hashtextextended('cacheinval.relay.' || $1, 0) AS key) AS lock
-    JOIN pg_locks ON locktype = 'advisory' AND granted AND objsubid = 1
-        AND classid = ((key >> 32) & 4294967295)::oid AND objid = (key & 4294967295)::oid
-        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
-
 _LOOK = f"""
     WITH live AS (
         SELECT *, since < now() - make_interval(secs => $3::float8) AS settled FROM cacheinval.instances
         WHERE namespace = $1 AND expires_at > now() ORDER BY id, session
     )
-    SELECT extract(epoch FROM clock_timestamp())::float8 AS told, EXISTS ({LEADER}) AS led,
+    SELECT extract(epoch FROM clock_timestamp())::float8 AS told,
         (SELECT oldest FROM ({OLDEST}) AS due) AS oldest,
         ARRAY(SELECT id FROM live) AS ids, ARRAY(SELECT session FROM live) AS sessions,
-        ARRAY(SELECT max_staleness FROM live) AS stalenesses, ARRAY(SELECT settled FROM live) AS settled
+        ARRAY(SELECT max_staleness FROM live) AS stalenesses, ARRAY(SELECT settled FROM live) AS settled, of_lead.*
+    FROM (VALUES (1)) AS once LEFT JOIN ({LEADER}) AS of_lead ON true
 """  # noqa: S608 (constants)
 
 
@@ -49,4 +43,5 @@ async def look(database: Callable[[], Database], namespace: str) -> Overview:
     offset = max(0.0, row["told"] - time.time()) - max(0.0, before - row["told"])
     registered = registered_in(row)
     settled = [one for one, is_settled in zip(registered, row["settled"], strict=True) if is_settled]
-    return Overview(registered, settled, row["led"], row["oldest"], offset)
+    leader = leader_in(row)
+    return Overview(registered, settled, leader is not None, row["oldest"], offset, leader)

@@ -4,6 +4,8 @@ import re
 from shlex import quote
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from cacheinval.overview import Leader
+
 __all__ = [
     "CONFIGURE",
     "NO_EXCHANGE",
@@ -16,6 +18,7 @@ __all__ = [
     "delete",
     "grant",
     "set_permissions",
+    "silent_leader",
     "vhost_of",
 ]
 
@@ -127,6 +130,14 @@ def set_permissions(url: str) -> str:
     """The command that grants what a user of cacheinval needs."""
     user = unquote(_split(url).username or "guest")
     return f"`rabbitmqctl set_permissions -p {quote(vhost_of(url))} {quote(user)} '{CONFIGURE}' '{WRITE}' '{READ}'`"
+
+
+def silent_leader(leader: Leader) -> str:
+    """What to do where a relay leads, and sends no ticks."""
+    return (
+        f"the relay that leads ({leader}) sends none: see its page at /, or what its log says last (`no ticks` says why: its "
+        "clock may differ from the database's, or many rows wait); if it hangs, restart it"
+    )
 
 
 def grant(role: str) -> str:

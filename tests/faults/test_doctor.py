@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -132,9 +133,13 @@ def healthy(
 
 
 async def test_where_nothing_is_wrong_everything_is_ok(settings: dict[str, Any], healthy: Healthy) -> None:
-    await healthy()
+    client = await healthy()
     checks = await found(settings)
     assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
+    process = f"pid {os.getpid()} on host {socket.gethostname()}"
+    assert only(checks, "leader").text.startswith(f"a relay leads: {process}, connected since 20")
+    assert client.outlook.overview is not None
+    assert str((await client.outlook.overview()).leader) == process
     assert set(checks) == {
         "settings", "broker", "exchange", "dead letters", "permissions", "round trip", "database", "clock",
         "schema", "grants", "outbox", "leader", "tracked tables", "ticks", "instances",
@@ -326,6 +331,7 @@ async def test_with_the_least_rights_everything_is_ok(
             "database_url": settings["database_url"].replace("postgres@", f"{role}@"),
             "max_staleness": 5,
         }
+        settings["database_url"] += f"{'&' if '?' in settings['database_url'] else '?'}application_name=shop"
         client = await healthy()
         await client.invalidate("a")
         await db.execute("SELECT cacheinval.invalidate('{b}', namespace => $1)", settings["namespace"])
@@ -333,6 +339,9 @@ async def test_with_the_least_rights_everything_is_ok(
         await eventually(lambda: db.fetchval("SELECT count(*) = 0 FROM cacheinval.outbox"), EVENTUAL)
         checks = await found(settings)
         assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
+        assert only(checks, "leader").text.startswith("a relay leads: shop, server process "), (
+            "as it was named"
+        )
         await client.__aexit__(None, None, None)
     finally:
         await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from cacheinval.coherence.registration import Registered
 from cacheinval.doctor import checking, findings, instances
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import Finding, ok
+from cacheinval.outbox import leading
 from cacheinval.outbox.grants import NEEDED, Right, grants
+from cacheinval.overview import Leader
 from cacheinval.verdict import remedies
 
 URL = "amqp://shop:secret@broker/prod"
@@ -155,7 +158,7 @@ def test_the_permission_that_is_missing_is_the_one_that_the_broker_names(
 
 
 def test_what_follows_from_another_failure_refers_to_it() -> None:
-    leader, ticks = findings.of_leader(None, True), instances.of_tick(None, 3, None, None)
+    leader, ticks = findings.of_leader(None, True, 1), instances.of_tick(None, 3, None, None)
     refused = findings.of_refusals(
         URL, {"write on cacheinval.shop": "ACCESS_REFUSED", "write on amq.default": ""}
     )
@@ -271,10 +274,31 @@ def test_rows_of_a_namespace_that_nobody_relays() -> None:
     assert findings.of_strays([], "shop") == []
 
 
+LEADER = Leader(991, "cacheinval relay vm 6735", "vm", 6735, "10.0.0.7", 1_000_000_000.0, 0.1)
+
+
 def test_the_leader() -> None:
-    assert findings.of_leader("cacheinval relay shop", True).level == "ok"
-    assert findings.of_leader(None, True).level == "failed"
-    assert "CACHEINVAL_RELAY=off" in findings.of_leader(None, False).text
+    found = findings.of_leader(LEADER, True, 1)
+    told = "a relay leads: pid 6735 on host vm, connected since 2001-09-09 01:46:40 UTC from 10.0.0.7 (server process 991)"
+    assert found == ok("leader", told)
+    assert findings.of_leader(Leader(991, "shop"), True, 1).text == "a relay leads: shop, server process 991"
+    hangs = findings.of_leader(replace(LEADER, quiet=3.2), True, 1)
+    assert (hangs.level, hangs.text.startswith(told)) == ("warning", True)
+    assert "has said nothing to the database for 3 s" in hangs.text
+    assert "server process (991)" in str(hangs.remedy)
+    assert findings.of_leader(None, True, 1).level == "failed"
+    assert "CACHEINVAL_RELAY=off" in findings.of_leader(None, False, 1).text
+
+
+@pytest.mark.parametrize(("host", "told"), [("vm", "vm"), ("größe 1", "gr??e-1"), ("h" * 80, "h" * 41)])
+def test_a_session_is_named_after_its_process(host: str, told: str) -> None:
+    row = {"leader": 991, "leader_address": None, "leader_since": None, "leader_quiet": None}
+    name = leading.session_name(host, 6735)
+    assert len(name.encode()) <= 63
+    leader = leading.leader_in(row | {"leader_name": name})
+    assert (leader and (leader.host, leader.pid)) == (told, 6735)
+    older = leading.leader_in(row | {"leader_name": "cacheinval relay shop"})
+    assert str(older) == "cacheinval relay shop, server process 991"
 
 
 def test_tracked_tables() -> None:
@@ -289,6 +313,10 @@ def test_ticks() -> None:
     assert instances.of_tick(0.2, 3.0, "s", "s").level == "ok"
     assert instances.of_tick(0.2, 3.0, None, "s").level == "ok"
     assert instances.of_tick(None, 3.0, None, "s").level == "failed"
+    missing = instances.of_tick(None, 3.0, None, "s", LEADER)
+    assert str(missing.remedy).startswith(
+        "the relay that leads (pid 6735 on host vm) sends none: see its page at /"
+    )
     late = instances.of_tick(60.0, 3.0, "s", "s")
     assert (late.level, "60.0 s ago" in late.text) == ("warning", True)
     other = instances.of_tick(0.2, 3.0, "theirs", "mine")
