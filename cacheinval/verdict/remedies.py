@@ -38,8 +38,8 @@ SILENT = (
 )
 
 NO_EXCHANGE = (
-    "start an instance, which declares it; one that runs does so within 3 ticks. Are CACHEINVAL_BROKER_URL, with its virtual "
-    "host, and CACHEINVAL_NAMESPACE those of the instances?"
+    "it is made by whoever subscribes next, and within 3 ticks by an instance that runs: see that one does, and that "
+    "CACHEINVAL_BROKER_URL, with its virtual host, and CACHEINVAL_NAMESPACE here are those of the instances"
 )
 
 TIME_SERVICE = "run a time service (chrony) on both; CACHEINVAL_MAX_CLOCK_SKEW says what is accepted"
@@ -56,7 +56,7 @@ def broker(reason: str, url: str, host: str = "here") -> str:
     user = _split(url).username or "guest"
     if re.search(r"access to (?!vhost)\w+ .*refused for user", reason):
         return f"grant what is needed: {set_permissions(url)}"
-    if "vhost" in reason and "inequivalent" not in reason:
+    if "vhost" in re.sub(" in vhost '.*?'", "", reason):  # and not only as the place of something else
         vhost = vhost_of(url)
         make = f"`rabbitmqctl add_vhost {quote(vhost)}`"
         if vhost == "/":  # which is there unless somebody has deleted it
@@ -89,7 +89,7 @@ def broker(reason: str, url: str, host: str = "here") -> str:
         return delete(*named.groups())
     if "home node" in reason:
         return "start that node; `rabbitmqctl cluster_status` at another one says how they see it"
-    if "is missing" in reason:
+    if "is missing" in reason or "no exchange '" in reason:
         return NO_EXCHANGE
     if re.search(r"within [\d.]+ s|no sign of life", reason):
         return (

@@ -77,10 +77,17 @@ def test_settings_that_do_not() -> None:
     [
         ("ACCESS_REFUSED - Login was refused", "rabbitmqctl authenticate_user shop"),
         ("the broker refuses the vhost: it is missing", "rabbitmqctl add_vhost prod"),
+        ("NOT_FOUND - no exchange 'cacheinval.shop' in vhost 'prod'", "whoever subscribes next"),
+        (
+            "the exchange cacheinval.shop is missing: nobody has subscribed yet (NOT_FOUND - no exchange "
+            "'cacheinval.shop' in vhost 'prod')",
+            "it is made by whoever subscribes next",
+        ),
         (
             "ACCESS_REFUSED - write access to exchange 'x' in vhost 'prod' refused for user 'shop'",
             "grant what is needed",
         ),
+        ("NOT_FOUND - home node 'a@b' of durable queue 'q' in vhost 'prod' is down", "start that node"),
         ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", "CACHEINVAL_BROKER_CA_FILE"),
         (
             "[SSL: WRONG_VERSION_NUMBER] wrong version number",
