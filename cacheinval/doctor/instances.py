@@ -113,10 +113,17 @@ def _of_state(reports: Sequence[Report], answers: int, namespace: str, silent: i
         heard = "its queue and binding are there, for the question came through them"
         yield ok("instances", f"{len(ready)} of {answers} that answer are ready ({heard})")
     for one in reports:
-        if one.state != "ready":
+        if one.state != "ready" and one.cache_failure is not None:
             yield warning(
                 "instances",
-                f"{one.id} is {one.state}: {one.reason}",
+                f"{one.id} is {one.state}, it cannot use the cache server {one.cache_server}: {one.cache_failure}",
+                remedies.cache_server(one.cache_server, one.host or "its host"),
+                ("cache",),
+            )
+        elif one.state != "ready":
+            yield warning(
+                "instances",
+                f"{one.id} is {one.state}: {one.why}",
                 f"its log says more: host {one.host or 'unknown'}, pid {one.pid}",
                 DATABASE if one.reason is not None and one.reason == one.unregistered else (*BROKER, "cache"),
             )

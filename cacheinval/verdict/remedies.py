@@ -14,6 +14,7 @@ __all__ = [
     "TIME_SERVICE",
     "WRITE",
     "broker",
+    "cache_server",
     "database",
     "delete",
     "grant",
@@ -106,6 +107,11 @@ def delete(sort: str, name: str, vhost: str) -> str:
         resource = f"rabbit_misc:r({_binary(vhost)}, exchange, {_binary(name)})"
         command = "rabbitmqctl eval " + quote(f'rabbit_exchange:delete({resource}, false, <<"operator">>).')
     return f"`{command}` deletes it, at best while nothing else uses it: instances declare it as it has to be"
+
+
+def cache_server(which: str, host: str) -> str:
+    """What to do where a cache outside the process cannot be used from `host`."""
+    return f"see that the cache server {which} runs and can be reached from {host}"
 
 
 def _binary(text: str) -> str:

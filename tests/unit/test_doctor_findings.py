@@ -19,7 +19,8 @@ from cacheinval.doctor.findings import Finding, ok
 from cacheinval.outbox import leading
 from cacheinval.outbox.grants import NEEDED, Right, grants
 from cacheinval.overview import Leader
-from cacheinval.verdict import remedies
+from cacheinval.verdict import causes, remedies
+from cacheinval.verdict.reports import understand
 
 URL = "amqp://shop:secret@broker/prod"
 ROOT = Path(__file__).parents[2]
@@ -372,6 +373,33 @@ def test_instances_that_are_not(more: dict[str, Any], level: str, said: str) -> 
     (found,) = (one for one in judged(answer(), answer("b", **more)) if one.level != "ok")
     assert found.level == level
     assert found.text.startswith(said)
+
+
+FAILED = "the redis cache failed: ConnectionError Error 111 connecting to cache:6379"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"state": "suspect", "reason": f"eviction failed: {FAILED}"},
+        {"state": "starting", "broker": {"consumer": "connecting", "reason": FAILED}},
+    ],
+)
+def test_a_cache_server_that_is_away_is_named_by_its_address(told: dict[str, Any]) -> None:
+    """Whoever looks may have no CACHEINVAL_CACHE_URL, and none of the checks of a cache."""
+    away = answer("b", **told)
+    for url, where in (
+        ("redis://shop:***@cache:6379/0", "at redis://shop:***@cache:6379/0"),
+        ("memory://", "of b"),
+    ):
+        (found,) = (one for one in judged(answer(), away | {"cache": {"url": url}}) if one.level != "ok")
+        assert found.text.startswith(f"b is {told['state']}, it cannot use the cache server {where}: ")
+        assert found.text.endswith(FAILED)
+        assert found.remedy == f"see that the cache server {where} runs and can be reached from h"
+        report = understand(away | {"cache": {"url": url}})
+        assert report is not None
+        assert causes.of_suspect(report)[0] == found.remedy
+        assert "broker" not in str(report.why)
 
 
 def test_an_older_version_tells_less_and_is_not_accused_of_it() -> None:
