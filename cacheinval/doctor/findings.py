@@ -10,6 +10,7 @@ from cacheinval.outbox.grants import Right, quoted
 from cacheinval.overview import Leader
 from cacheinval.settings import Settings
 from cacheinval.verdict import remedies
+from cacheinval.verdict.words import named
 
 __all__ = [
     "BROKER",
@@ -26,6 +27,7 @@ __all__ = [
 
 Level = Literal["ok", "warning", "failed"]
 
+NONE_TRACKED = "none"
 QUIET = 1.0  # seconds for which a leader may say nothing, beyond what its ticks make of it
 OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
 
@@ -309,4 +311,23 @@ def of_tracking(incomplete: Sequence[str], untracked: Sequence[str], tracked: in
         )
         for part in untracked
     ]
-    return found or [ok("tracked tables", f"{tracked} are complete" if tracked else "none")]
+    return found or [ok("tracked tables", f"{tracked} are complete" if tracked else NONE_TRACKED)]
+
+
+def tracking_doubted(found: Sequence[Finding], ids: Sequence[str], namespace: str) -> list[Finding]:
+    """The same, but that tracked tables are well says little while instances, `ids`, tell of a schema that was made anew."""
+    met = f"{named(ids, len(ids))} met another schema cacheinval than before, with which the triggers of tracked tables went"
+
+    def doubted(one: Finding) -> Finding:
+        if not ids or (one.check, one.level) != ("tracked tables", "ok"):
+            return one
+        if one.text != NONE_TRACKED:  # somebody has done it again
+            return ok(one.check, f"{one.text}; if others were tracked before, track them again: {met}")
+        return warning(
+            one.check,
+            f"{one.text}; but {met}",
+            "if tables were tracked before, their changes reach nobody now: for each "
+            f"`SELECT cacheinval.track('TABLE', 'TEMPLATE', namespace => '{namespace}');`, then `cacheinval invalidate --all`",
+        )
+
+    return list(map(doubted, found))

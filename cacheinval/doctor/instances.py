@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cacheinval.coherence.proof import Break
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.findings import (
     BROKER,
@@ -19,9 +20,10 @@ from cacheinval.verdict import remedies
 from cacheinval.verdict.reports import Report, understand
 from cacheinval.verdict.words import short
 
-__all__ = ["of_instances", "of_tick"]
+__all__ = ["of_instances", "of_tick", "who_met_another_schema"]
 
 DEEP_QUEUE = 1_000  # messages
+MADE_ANEW: Break = "the schema cacheinval was made anew"
 LATE = 2.0  # seconds that a tick may need beyond those for which one waits for it
 
 
@@ -51,6 +53,12 @@ def of_tick(
             "see clock, outbox and broker: the leader waits for confirms, or messages wait",
         )
     return ok("ticks", f"heard; all that was committed {max(0.0, age):.1f} s ago is on its way")
+
+
+def who_met_another_schema(answered: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those whose last gap is that the schema was made anew."""
+    reports = [report for told in answered if (report := understand(told)) is not None]
+    return sorted(one.id for one in reports if one.last_gap is not None and MADE_ANEW in one.last_gap.reason)
 
 
 class _Answer(NamedTuple):

@@ -314,6 +314,27 @@ def test_tracked_tables() -> None:
     assert levels(findings.of_tracking(["orders"], ["orders_2"], 3)) == ["failed", "failed"]
 
 
+def test_tables_are_not_known_to_have_been_tracked_in_a_schema_that_was_made_anew() -> None:
+    gap = {"at": 1.0, "reason": "the schema cacheinval was made anew"}
+    those = instances.who_met_another_schema(
+        [answer("a", last_gap=gap), answer("b"), answer("c", relay="odd")]
+    )
+    assert those == ["a"]
+    none, others = findings.of_tracking([], [], 0), [ok("leader", "x")]
+    (found,) = findings.tracking_doubted(none, those, "shop")
+    assert (found.check, found.level) == ("tracked tables", "warning")
+    assert found.text.startswith("none; but a met another schema cacheinval than before")
+    assert "`SELECT cacheinval.track('TABLE', 'TEMPLATE', namespace => 'shop');`" in str(found.remedy)
+    assert "`cacheinval invalidate --all`" in str(found.remedy)
+    (again,) = findings.tracking_doubted(findings.of_tracking([], [], 3), those, "shop")
+    assert (again.level, again.text.startswith("3 are complete; ")) == ("ok", True)
+    gone = findings.of_tracking(["orders"], [], 3)
+    assert findings.tracking_doubted([*others, *gone], those, "shop") == [*others, *gone], (
+        "which says what to do"
+    )
+    assert findings.tracking_doubted(none, [], "shop") == none
+
+
 # Ticks and instances
 
 
