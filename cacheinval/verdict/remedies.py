@@ -151,6 +151,46 @@ def grant(role: str) -> str:
     return f"`cacheinval schema grant {quote(role)}` as the schema's owner (with `--print` it shows the SQL)"
 
 
+def _way_in(reason: str) -> str | None:
+    """What to do where Postgres runs, and lets nobody in; None where that is not what it says."""
+    if (named := re.search('role "(.*)" is not permitted to log in', reason)) is not None:
+        return f"`ALTER ROLE {_identifier(named[1])} LOGIN;`, or name another role in CACHEINVAL_DATABASE_URL"
+    if (named := re.search('password authentication failed for user "(.*)"', reason)) is not None:
+        change = f"`ALTER ROLE {_identifier(named[1])} PASSWORD '…';`"
+        return f"correct the password in CACHEINVAL_DATABASE_URL; {change} sets a new one, and so does \\password in psql"
+    if (named := re.search('role "(.*)" does not exist', reason)) is not None:
+        make = f"`CREATE ROLE {_identifier(named[1])} LOGIN PASSWORD '…';`"
+        return (
+            f"correct the user in CACHEINVAL_DATABASE_URL, or make the role: {make}, then {grant(named[1])}"
+        )
+    if (named := re.search('database "(.*)" does not exist', reason)) is not None:
+        make = f"`CREATE DATABASE {_identifier(named[1])};`"
+        return f"correct the path of CACHEINVAL_DATABASE_URL, or make the database: {make}"
+    named = re.search('no pg_hba.conf entry for host "(.*?)", user "(.*)", database "(.*)"', reason)
+    if named is not None:
+        line = f"`{_line_of_pg_hba(*named.groups())}`"
+        steps = f"have {line} in pg_hba.conf on the server, or a line that says more, and run `SELECT pg_reload_conf();`"
+        return f"{steps}; where it admits TLS only, ?sslmode=require" if "no encryption" in reason else steps
+    if re.search(r"authentication|pg_hba", reason):
+        return (
+            "correct user and password in CACHEINVAL_DATABASE_URL, or let pg_hba.conf on the server admit it"
+        )
+    return None
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _line_of_pg_hba(host: str, user: str, database: str) -> str:
+    who = " ".join(
+        name if re.fullmatch("[a-z_][a-z0-9_]*", name) else _identifier(name) for name in (database, user)
+    )
+    if host == "[local]":
+        return f"local {who} scram-sha-256"
+    return f"host {who} {host}/{128 if ':' in host else 32} scram-sha-256"
+
+
 def database(reason: str, host: str = "here", role: str | None = None) -> str:
     """What to do where the database cannot be used.
 
@@ -169,10 +209,9 @@ def database(reason: str, host: str = "here", role: str | None = None) -> str:
         return TIME_SERVICE
     if re.search(r"standby|recovery|read-only", reason):
         return "CACHEINVAL_DATABASE_URL has to lead to the primary: name its host, or a name that follows it"
-    if re.search(r"authentication|pg_hba|role .* does not exist", reason):
-        return "correct user and password in CACHEINVAL_DATABASE_URL, or let pg_hba.conf on the server admit them"
-    if re.search(r"database .* does not exist", reason):
-        return "make the database (createdb), or correct the path of CACHEINVAL_DATABASE_URL"
+    refused = _way_in(reason)
+    if refused is not None:
+        return refused
     if re.search(r"too many|connection slots", reason):
         return "raise max_connections, or have fewer and smaller pools"
     if re.search(r"ertificate|SSL", reason):

@@ -342,6 +342,10 @@ async def test_with_the_least_rights_everything_is_ok(
         assert only(checks, "leader").text.startswith("a relay leads: shop, server process "), (
             "as it was named"
         )
+        await db.execute(f"ALTER ROLE {role} NOLOGIN")
+        finding = only(await found(settings), "database")
+        assert finding.text.endswith(f'role "{role}" is not permitted to log in')
+        assert str(finding.remedy).startswith(f'`ALTER ROLE "{role}" LOGIN;`')
         await client.__aexit__(None, None, None)
     finally:
         await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")

@@ -231,6 +231,41 @@ def test_dead_letters() -> None:
 
 
 @pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ('role "shop" is not permitted to log in', '`ALTER ROLE "shop" LOGIN;`'),
+        ('password authentication failed for user "shop"', "correct the password in CACHEINVAL_DATABASE_URL"),
+        ('password authentication failed for user "shop"', """`ALTER ROLE "shop" PASSWORD '…';`"""),
+        (
+            'no pg_hba.conf entry for host "10.0.0.7", user "shop", database "prod", no encryption',
+            "`host prod shop 10.0.0.7/32 scram-sha-256` in pg_hba.conf",
+        ),
+        (
+            'no pg_hba.conf entry for host "::1", user "shop", database "prod", SSL encryption',
+            "shop ::1/128 scram",
+        ),
+        (
+            'no pg_hba.conf entry for host "[local]", user "a b", database "prod", no encryption',
+            '`local prod "a b" scram',
+        ),
+        (
+            'no pg_hba.conf entry for host "10.0.0.7", user "shop", database "prod"',
+            "`SELECT pg_reload_conf();`",
+        ),
+        ("pg_hba.conf rejects connection for host …", "let pg_hba.conf on the server admit it"),
+        ('role "shop" does not exist', """`CREATE ROLE "shop" LOGIN PASSWORD '…';`"""),
+        ('database "Prod" does not exist', '`CREATE DATABASE "Prod";`'),
+        ("too many connections for role", "raise max_connections"),
+        ("Connection refused", "pg_isready"),
+    ],
+)
+def test_each_reason_why_the_database_cannot_be_used_has_its_way(reason: str, remedy: str) -> None:
+    for said in (reason, f"the database cannot be used: {reason}", f"InvalidPasswordError: {reason}"):
+        assert remedy in remedies.database(said)
+        assert ("pg_isready" in remedies.database(said)) == (remedy == "pg_isready")
+
+
+@pytest.mark.parametrize(
     ("offset", "level"), [(0.0, "ok"), (0.04, "ok"), (-0.06, "warning"), (0.11, "failed"), (-5.0, "failed")]
 )
 def test_clocks(offset: float, level: str) -> None:
