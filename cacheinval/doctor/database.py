@@ -78,14 +78,15 @@ class DatabaseSeen:
             self._checks.not_checked(DEPENDENT, ("database",))
             return
         await self._checks.run("clock", ANSWER_WITHIN, self._clock)
-        if await self._checks.run("schema", ANSWER_WITHIN, self._schema) and await self._checks.run(
+        usable = await self._checks.run("schema", ANSWER_WITHIN, self._schema) and await self._checks.run(
             "grants", ANSWER_WITHIN, self._grants
-        ):
+        )
+        await self._checks.run("leader", ANSWER_WITHIN, self._leader)
+        if usable:
             await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
             await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
         else:
             self._checks.not_checked(("grants", "outbox", "tracked tables"), DATABASE_HERE)
-        await self._checks.run("leader", ANSWER_WITHIN, self._leader)
         await self._checks.run("registered instances", ANSWER_WITHIN, self._registered)
 
     def close(self) -> None:
@@ -147,7 +148,8 @@ class DatabaseSeen:
         own = self._settings.namespace
         row = await self._connection.fetchrow(OLDEST, own, ROWS_COUNTED)
         strays = await self._connection.fetch(_STRAYS, own, VERY_OLD_ROW, ROWS_COUNTED)
-        return [of_outbox(row["count"], row["oldest"]), *of_strays([row["namespace"] for row in strays], own)]
+        ours = of_outbox(row["count"], row["oldest"], self.leader)
+        return [ours, *of_strays([row["namespace"] for row in strays], own)]
 
     async def _leader(self) -> Finding:
         settings = self._settings

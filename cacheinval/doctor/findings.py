@@ -234,12 +234,17 @@ def of_rights(role: str, missing: Sequence[Right]) -> list[Finding]:
     ]
 
 
-def of_outbox(count: int, oldest: float | None) -> Finding:
-    """`oldest`: seconds since the oldest row was recorded."""
+def of_outbox(count: int, oldest: float | None, leader: Leader | None = None) -> Finding:
+    """`oldest`: seconds since the oldest row was recorded. `leader`: who is to publish them."""
     if oldest is None:
         return ok("outbox", "empty")
     text = f"{count} rows wait, the oldest for {oldest:.1f} s"
     remedy = "see leader, broker and exchange: the relay publishes what waits as soon as it can"
+    if leader is not None:
+        remedy = (
+            f"see broker and exchange; they are to be published by the relay that leads ({leader}): see its page at /, or "
+            "what its log says last; if it hangs, restart it"
+        )
     if oldest > VERY_OLD_ROW:
         return failed(
             "outbox", f"{text}: their invalidations have reached nobody by the relay", remedy, BROKER

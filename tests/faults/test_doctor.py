@@ -235,8 +235,12 @@ async def nothing(message: AbstractIncomingMessage) -> None:
     """Takes it."""
 
 
-async def test_the_relay_is_stopped(
-    settings: dict[str, Any], clients: Clients, db: DB, expected: list[int]
+async def test_the_relay_is_stopped_and_then_leads_and_hangs(
+    settings: dict[str, Any],
+    clients: Clients,
+    db: DB,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reader = await clients(**settings, max_staleness=5)
     await reader.wait_ready(EVENTUAL)
@@ -252,6 +256,14 @@ async def test_the_relay_is_stopped(
     assert only(checks, "outbox").text.startswith("1 rows wait, the oldest for 1")
     (told,) = await reader.ask_instances(0.5)
     assert told["watermark_age"] is None, "and status shows that nothing is proven"
+
+    monkeypatch.setattr("cacheinval.doctor.findings.QUIET", -2 * TICK)
+    lock = "SELECT pg_advisory_lock(hashtextextended('cacheinval.relay.' || $1, 0)), pg_backend_pid() AS pid"
+    pid = (await db.fetchrow(lock, settings["namespace"]))["pid"]
+    checks = await found(settings)
+    assert only(checks, "leader").level == "warning"
+    assert "; it has said nothing to the database for 0 s: it hangs" in only(checks, "leader").text
+    assert f"server process {pid}): see its page" in str(only(checks, "outbox").remedy)
 
 
 async def test_whoever_may_not_log_in_or_names_no_vhost_is_told_so(

@@ -307,6 +307,10 @@ def test_what_no_role_can_be_called_is_refused(role: str) -> None:
 )
 def test_the_outbox(count: int, oldest: float | None, level: str) -> None:
     assert findings.of_outbox(count, oldest).level == level
+    if level != "ok":
+        assert "see leader, broker and exchange" in str(findings.of_outbox(count, oldest).remedy)
+        led = str(findings.of_outbox(count, oldest, LEADER).remedy)
+        assert "the relay that leads (pid 6735 on host vm): see its page" in led, "for the leader is well"
 
 
 def test_rows_of_a_namespace_that_nobody_relays() -> None:
