@@ -12,8 +12,8 @@ from cacheinval.doctor.broker import BrokerSeen, HeardTick
 from cacheinval.doctor.cache import CacheSeen
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.database import DatabaseSeen
-from cacheinval.doctor.findings import Finding, causes_first, of_settings, warning
-from cacheinval.doctor.instances import of_instances, of_tick
+from cacheinval.doctor.findings import Finding, causes_first, of_settings, tracking_doubted, warning
+from cacheinval.doctor.instances import of_instances, of_tick, who_met_another_schema
 from cacheinval.fleet import silent_registered
 from cacheinval.settings import Settings, unknown_variables
 
@@ -86,13 +86,14 @@ async def _judge_together(
     """What can be told only by broker and database together."""
     if broker is None:
         return
-    if broker.listens and database is not None:
+    if broker.awaited_tick and database is not None:
         age, source = tick or (None, None)
-        checks.add(of_tick(age, 3 * settings.tick_interval, source, database.source))
+        checks.add(of_tick(age, 3 * settings.tick_interval, source, database.source, database.leader))
     if broker.answered is None:
         return
     silent = silent_registered(database.registered if database is not None else [], broker.answered)
     answered = broker.answered
+    checks.found = tracking_doubted(checks.found, who_met_another_schema(answered), settings.namespace)
 
     async def judge() -> list[Finding]:
         return of_instances(answered, silent, settings.namespace, settings.max_clock_skew)

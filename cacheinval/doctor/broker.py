@@ -80,8 +80,9 @@ class BrokerSeen:
         self._heard: asyncio.Queue[bytes] = asyncio.Queue()
         self._refused: dict[str, str] = {}  # by permission, in the words of the broker
         self._blocked = False
-        self.listens = False
-        """Whether ticks could be heard."""
+        self._listens = False  # whether what is published here could be heard
+        self.awaited_tick = False
+        """Whether a tick was waited for, and could be heard."""
         self.answered: list[dict[str, Any]] | None = None
         """What instances told of themselves; None if they could not be asked."""
 
@@ -105,18 +106,20 @@ class BrokerSeen:
         elif done:
             self._checks.add(ok("permissions", "all that an instance and a relay need"))
         if self._blocked:
-            self._not_checked(4)
+            self._not_checked(3)
             return None
-        if not self.listens:
-            self._checks.add(warning("not checked", "round trip, ticks", None, BROKER_HERE))
+        self.awaited_tick = self._listens
+        self._checks.not_checked(
+            ("round trip",) if self.awaited_tick else ("round trip", "ticks"), BROKER_HERE
+        )
         _, tick = await asyncio.gather(
             self._checks.run("instances", ANSWERS_WITHIN + 2 * CONNECT_WITHIN, self._ask),
-            self._tick() if self.listens else _none(),
+            self._tick() if self.awaited_tick else _none(),
         )
         return tick
 
     def _not_checked(self, start: int) -> None:
-        self._checks.add(warning("not checked", ", ".join(DEPENDENT[start:]), None, BROKER_HERE))
+        self._checks.not_checked(DEPENDENT[start:], BROKER_HERE)
 
     def _is_refused(self, error: ChannelAccessRefused, needed: Mapping[str, str]) -> None:
         reason = explain(error)
@@ -195,7 +198,7 @@ class BrokerSeen:
         if ear is not None:
             bound = await self._permitted(partial(self._bind, ear), {"queue": "write", "exchange": "read"})
             consumed = await self._permitted(partial(self._consume, ear), {"queue": "read"})
-            self.listens = bound is not None and consumed is not None
+            self._listens = bound is not None and consumed is not None
         if self._settings.cache_is_external:
             await self._may_use_durable()
         return []
@@ -256,7 +259,7 @@ class BrokerSeen:
         if problem is not None:
             return [problem]
         found = []
-        if self.listens and len(self._refused) == refused_before:
+        if self._listens and len(self._refused) == refused_before:
             try:
                 async with asyncio.timeout(CONFIRM_WITHIN):
                     while not _is_probe(await self._heard.get(), probe):

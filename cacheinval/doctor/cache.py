@@ -58,18 +58,17 @@ class CacheSeen:
     async def examine(self) -> None:
         """Runs the checks, of which each needs the first one."""
         if not await self._checks.run("cache", 2 * ANSWER_WITHIN, self._reach):
-            self._checks.add(self._not_checked("the cache cannot be used"))
+            self._not_checked("the cache cannot be used")
             return
         self._works = await self._checks.run("cache commands", ANSWER_WITHIN, self._commands)
         await self._checks.run("cache memory", ANSWER_WITHIN, self._memory)
         if self._works:
             await self._checks.run("cache latency", ANSWER_WITHIN, self._latency)
         else:
-            self._checks.add(self._not_checked("not every command works", 2))
+            self._not_checked("not every command works", 2)
 
-    def _not_checked(self, why: str, start: int = 0) -> Finding:
-        names = ", ".join(DEPENDENT[start:])
-        return warning("not checked", f"{names}: {why}", None, ("cache", "cache commands"))
+    def _not_checked(self, why: str, start: int = 0) -> None:
+        self._checks.not_checked(DEPENDENT[start:], ("cache", "cache commands"), why)
 
     async def look_for_proofs(self, registered: Sequence[Registered], source: str | None) -> None:
         """What is kept for this instance, and for those of `registered` whose cache is outside too."""

@@ -5,7 +5,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from cacheinval.doctor.findings import Finding, failed
+from cacheinval.doctor.findings import Finding, failed, unchecked
 
 __all__ = ["Checks"]
 
@@ -23,6 +23,10 @@ class Checks:
 
     def add(self, findings: Findings) -> None:
         self.found += [findings] if isinstance(findings, Finding) else findings
+
+    def not_checked(self, names: Iterable[str], after: tuple[str, ...], why: str = "") -> None:
+        """Says so of those of `names` of which nothing has been found; `after` are the checks without which they are not run."""
+        self.add(unchecked(self.found, names, after, why))
 
     async def run(self, name: str, deadline: float, check: Callable[[], Awaitable[Findings]]) -> bool:
         """Whether the check came to its end, and found nothing that failed."""

@@ -28,9 +28,11 @@ from cacheinval.errors import DatabaseError
 from cacheinval.outbox import SCHEMA_VERSION
 from cacheinval.outbox.grants import lacking
 from cacheinval.outbox.instances import Instances
-from cacheinval.outbox.looking import LEADER, OLDEST
+from cacheinval.outbox.leading import LEADER, leader_in
+from cacheinval.outbox.looking import OLDEST
 from cacheinval.outbox.pool import connect
 from cacheinval.outbox.schema import OLDEST_SERVER
+from cacheinval.overview import Leader
 from cacheinval.settings import Settings, mask_url
 from cacheinval.verdict import remedies
 from cacheinval.verdict.words import short
@@ -50,12 +52,6 @@ _STRAYS = """
     ) AS rows ORDER BY namespace LIMIT 10
 """
 
-_LEADER = f"""
-    SELECT pid, application_name, host(client_addr) AS host,
-        extract(epoch FROM clock_timestamp() - backend_start)::float8 AS age
-    FROM ({LEADER}) AS leader JOIN pg_stat_activity USING (pid)
-"""  # noqa: S608 (constants)
-
 _TRACKED = """
     SELECT array_agg(DISTINCT relation::text) FILTER (WHERE triggers < 4 AND NOT attached_later) AS incomplete,
         array_agg(DISTINCT relation::text) FILTER (WHERE triggers < 4 AND attached_later) AS untracked,
@@ -74,11 +70,12 @@ class DatabaseSeen:
         self._role = ""  # that it works as
         self.source: str | None = None
         self.registered: list[Registered] = []
+        self.leader: Leader | None = None
 
     async def examine(self) -> None:
         """Runs the checks, each of which needs a connection."""
         if not await self._checks.run("database", CONNECT_WITHIN + ANSWER_WITHIN, self._reach):
-            self._checks.add(warning("not checked", ", ".join(DEPENDENT), None, ("database",)))
+            self._checks.not_checked(DEPENDENT, ("database",))
             return
         await self._checks.run("clock", ANSWER_WITHIN, self._clock)
         if await self._checks.run("schema", ANSWER_WITHIN, self._schema) and await self._checks.run(
@@ -87,7 +84,7 @@ class DatabaseSeen:
             await self._checks.run("outbox", ANSWER_WITHIN, self._outbox)
             await self._checks.run("tracked tables", ANSWER_WITHIN, self._tracked)
         else:
-            self._checks.add(warning("not checked", "outbox, tracked tables", None, DATABASE_HERE))
+            self._checks.not_checked(("grants", "outbox", "tracked tables"), DATABASE_HERE)
         await self._checks.run("leader", ANSWER_WITHIN, self._leader)
         await self._checks.run("registered instances", ANSWER_WITHIN, self._registered)
 
@@ -153,15 +150,9 @@ class DatabaseSeen:
         return [of_outbox(row["count"], row["oldest"]), *of_strays([row["namespace"] for row in strays], own)]
 
     async def _leader(self) -> Finding:
-        row = await self._connection.fetchrow(_LEADER, self._settings.namespace)
-        holder = None
-        if row is not None:
-            holder = f"{row['application_name'] or 'a session'}, server process {row['pid']}"
-            if (
-                row["age"] is not None
-            ):  # of another role's session the server tells no more to those without pg_read_all_stats
-                holder += f", from {row['host'] or 'a local socket'} since {row['age']:.0f} s"
-        return of_leader(holder, self._settings.relay == "auto")
+        settings = self._settings
+        self.leader = leader_in(await self._connection.fetchrow(LEADER, settings.namespace))
+        return of_leader(self.leader, settings.relay == "auto", settings.tick_interval)
 
     async def _tracked(self) -> Sequence[Finding]:
         row = await self._connection.fetchrow(_TRACKED)

@@ -3,11 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Literal
 
 from cacheinval.outbox.grants import Right, quoted
+from cacheinval.overview import Leader
 from cacheinval.settings import Settings
 from cacheinval.verdict import remedies
+from cacheinval.verdict.words import named
 
 __all__ = [
     "BROKER",
@@ -18,11 +21,14 @@ __all__ = [
     "causes_first",
     "failed",
     "ok",
+    "unchecked",
     "warning",
 ]
 
 Level = Literal["ok", "warning", "failed"]
 
+NONE_TRACKED = "none"
+QUIET = 1.0  # seconds for which a leader may say nothing, beyond what its ticks make of it
 OLD_ROW, VERY_OLD_ROW = 5.0, 60.0  # seconds that a row may wait; a write's own client takes milliseconds
 
 
@@ -30,7 +36,9 @@ BROKER, DATABASE = ("broker", "exchange", "alarms"), ("database", "schema")
 """Checks without which nobody can use broker or database."""
 
 BROKER_HERE, DATABASE_HERE = (*BROKER, "permissions"), (*DATABASE, "grants")
-"""Those without which they cannot be used from here: others may be permitted what whoever looks is not."""
+"""Those without which they cannot be used from here: others may be permitted what whoever looks is not.
+
+But a relay mostly works as the role that looks, and without its grants none leads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,15 @@ def warning(check: str, text: str, remedy: str | None, after: tuple[str, ...] = 
 
 def failed(check: str, text: str, remedy: str, after: tuple[str, ...] = ()) -> Finding:
     return Finding(check, "failed", text, remedy, after)
+
+
+def unchecked(
+    found: Iterable[Finding], names: Iterable[str], after: tuple[str, ...], why: str = ""
+) -> list[Finding]:
+    """That those of `names` were not looked at of which nothing has been found: what is reported was."""
+    reported = {one.check for one in found}
+    left = ", ".join(name for name in names if name not in reported)
+    return [warning("not checked", f"{left}: {why}" if why else left, None, after)] if left else []
 
 
 def causes_first(found: Sequence[Finding]) -> list[Finding]:
@@ -245,16 +262,35 @@ def of_strays(namespaces: Sequence[str], own: str) -> list[Finding]:
     ]
 
 
-def of_leader(holder: str | None, may_lead: bool) -> Finding:
-    if holder is not None:
-        return ok("leader", holder)
+def of_leader(leader: Leader | None, may_lead: bool, tick_interval: float) -> Finding:
+    """`may_lead`: whether a relay of this process would."""
+    if leader is not None:
+        text = f"a relay leads: {_of_session(leader)}"
+        if (
+            leader.quiet or 0.0
+        ) <= 2 * tick_interval + QUIET:  # it says something every half interval at least
+            return ok("leader", text)
+        return warning(
+            "leader",
+            f"{text}; it has said nothing to the database for {leader.quiet:.0f} s: it hangs, or its statement does",
+            "restart it, and another takes over; pg_stat_activity tells what its server process "
+            f"({leader.session}) waits for",
+        )
     here = "" if may_lead else " (here CACHEINVAL_RELAY=off)"
     return failed(
         "leader",
         f"no relay leads{here}: what a killed process left behind stays unpublished, and no tick proves anything",
         f"{remedies.RELAY}. In services CACHEINVAL_RELAY=auto takes a direct connection to the database",
-        (*BROKER, *DATABASE),  # without which a relay lets go of the lead, or never takes it
+        (*BROKER, *DATABASE_HERE),  # without which a relay lets go of the lead, or never takes it
     )
+
+
+def _of_session(leader: Leader) -> str:
+    told = str(leader)
+    if leader.since is not None:
+        told += f", connected since {datetime.fromtimestamp(leader.since, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        told += f" from {leader.address or 'a local socket'}"
+    return told if leader.pid is None else f"{told} (server process {leader.session})"
 
 
 def of_tracking(incomplete: Sequence[str], untracked: Sequence[str], tracked: int) -> list[Finding]:
@@ -275,4 +311,23 @@ def of_tracking(incomplete: Sequence[str], untracked: Sequence[str], tracked: in
         )
         for part in untracked
     ]
-    return found or [ok("tracked tables", f"{tracked} are complete" if tracked else "none")]
+    return found or [ok("tracked tables", f"{tracked} are complete" if tracked else NONE_TRACKED)]
+
+
+def tracking_doubted(found: Sequence[Finding], ids: Sequence[str], namespace: str) -> list[Finding]:
+    """The same, but that tracked tables are well says little while instances, `ids`, tell of a schema that was made anew."""
+    met = f"{named(ids, len(ids))} met another schema cacheinval than before, with which the triggers of tracked tables went"
+
+    def doubted(one: Finding) -> Finding:
+        if not ids or (one.check, one.level) != ("tracked tables", "ok"):
+            return one
+        if one.text != NONE_TRACKED:  # somebody has done it again
+            return ok(one.check, f"{one.text}; if others were tracked before, track them again: {met}")
+        return warning(
+            one.check,
+            f"{one.text}; but {met}",
+            "if tables were tracked before, their changes reach nobody now: for each "
+            f"`SELECT cacheinval.track('TABLE', 'TEMPLATE', namespace => '{namespace}');`, then `cacheinval invalidate --all`",
+        )
+
+    return list(map(doubted, found))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cacheinval.coherence.proof import Break
 from cacheinval.coherence.registration import Registered
 from cacheinval.doctor.findings import (
     BROKER,
@@ -14,23 +15,29 @@ from cacheinval.doctor.findings import (
     ok,
     warning,
 )
+from cacheinval.overview import Leader
 from cacheinval.verdict import remedies
 from cacheinval.verdict.reports import Report, understand
 from cacheinval.verdict.words import short
 
-__all__ = ["of_instances", "of_tick"]
+__all__ = ["of_instances", "of_tick", "who_met_another_schema"]
 
 DEEP_QUEUE = 1_000  # messages
+MADE_ANEW: Break = "the schema cacheinval was made anew"
 LATE = 2.0  # seconds that a tick may need beyond those for which one waits for it
 
 
-def of_tick(age: float | None, waited: float, source: str | None, own_source: str | None) -> Finding:
-    """`age`: of the first tick that was heard within `waited` seconds; None where there was none."""
+def of_tick(
+    age: float | None, waited: float, source: str | None, own_source: str | None, leader: Leader | None = None
+) -> Finding:
+    """`age`: of the first tick that was heard within `waited` seconds; None where there was none. `leader`: who is to send it."""
     if age is None:
         return failed(
             "ticks",
             f"none within {waited:g} s: with MAX_STALENESS every instance soon reads the database each time",
-            "see leader, clock and outbox: a leader ticks once everything before has been confirmed",
+            "see leader, clock and outbox: a leader ticks once everything before has been confirmed"
+            if leader is None
+            else remedies.silent_leader(leader),
             (*BROKER_HERE, *DATABASE_HERE, "clock", "leader", "outbox"),
         )
     if None not in (source, own_source) and source != own_source:
@@ -46,6 +53,12 @@ def of_tick(age: float | None, waited: float, source: str | None, own_source: st
             "see clock, outbox and broker: the leader waits for confirms, or messages wait",
         )
     return ok("ticks", f"heard; all that was committed {max(0.0, age):.1f} s ago is on its way")
+
+
+def who_met_another_schema(answered: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those whose last gap is that the schema was made anew."""
+    reports = [report for told in answered if (report := understand(told)) is not None]
+    return sorted(one.id for one in reports if one.last_gap is not None and MADE_ANEW in one.last_gap.reason)
 
 
 class _Answer(NamedTuple):
@@ -108,10 +121,17 @@ def _of_state(reports: Sequence[Report], answers: int, namespace: str, silent: i
         heard = "its queue and binding are there, for the question came through them"
         yield ok("instances", f"{len(ready)} of {answers} that answer are ready ({heard})")
     for one in reports:
-        if one.state != "ready":
+        if one.state != "ready" and one.cache_failure is not None:
             yield warning(
                 "instances",
-                f"{one.id} is {one.state}: {one.reason}",
+                f"{one.id} is {one.state}, it cannot use the cache server {one.cache_server}: {one.cache_failure}",
+                remedies.cache_server(one.cache_server, one.host or "its host"),
+                ("cache",),
+            )
+        elif one.state != "ready":
+            yield warning(
+                "instances",
+                f"{one.id} is {one.state}: {one.why}",
                 f"its log says more: host {one.host or 'unknown'}, pid {one.pid}",
                 DATABASE if one.reason is not None and one.reason == one.unregistered else (*BROKER, "cache"),
             )

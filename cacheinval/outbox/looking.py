@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 
 from cacheinval.outbox.instances import NOT_STOPPED, SETTLED_AFTER, Database, answer, registered_in
+from cacheinval.outbox.leading import LEADER, leader_in
 from cacheinval.overview import Lapsed, Overview
 
-__all__ = ["LEADER", "OLDEST", "look"]
+__all__ = ["OLDEST", "look"]
 
 LOOK_WITHIN = 5.0  # seconds
 ROWS_LOOKED_AT = 10_000
@@ -15,14 +16,6 @@ MOST_LAPSED = 20
 OLDEST = """
     SELECT count(*) AS count, extract(epoch FROM clock_timestamp() - min(recorded_at))::float8 AS oldest
     FROM (SELECT recorded_at FROM cacheinval.outbox WHERE namespace = $1 AND publish_at <= clock_timestamp() LIMIT $2) AS rows
-"""
-
-# An advisory lock of one bigint is listed as its two halves.
-LEADER = """
-    SELECT pid FROM (SELECT hashtextextended('cacheinval.relay.' || $1, 0) AS key) AS lock
-    JOIN pg_locks ON locktype = 'advisory' AND granted AND objsubid = 1
-        AND classid = ((key >> 32) & 4294967295)::oid AND objid = (key & 4294967295)::oid
-        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
 
 _LOOK = f"""
@@ -34,11 +27,12 @@ _LOOK = f"""
         SELECT id, extract(epoch FROM now() - max(expires_at))::float8 AS seconds FROM known
         GROUP BY id HAVING NOT bool_or(stands) ORDER BY seconds LIMIT {MOST_LAPSED}
     )
-    SELECT extract(epoch FROM clock_timestamp())::float8 AS told, EXISTS ({LEADER}) AS led,
+    SELECT extract(epoch FROM clock_timestamp())::float8 AS told,
         (SELECT oldest FROM ({OLDEST}) AS due) AS oldest,
         ARRAY(SELECT id FROM live) AS ids, ARRAY(SELECT session FROM live) AS sessions,
         ARRAY(SELECT max_staleness FROM live) AS stalenesses, ARRAY(SELECT settled FROM live) AS settled,
-        ARRAY(SELECT id FROM lapsed) AS lapsed, ARRAY(SELECT seconds FROM lapsed) AS lapsed_for
+        ARRAY(SELECT id FROM lapsed) AS lapsed, ARRAY(SELECT seconds FROM lapsed) AS lapsed_for, of_lead.*
+    FROM (VALUES (1)) AS once LEFT JOIN ({LEADER}) AS of_lead ON true
 """  # noqa: S608 (constants)
 
 
@@ -55,5 +49,5 @@ async def look(database: Callable[[], Database], namespace: str) -> Overview:
     offset = max(0.0, row["told"] - time.time()) - max(0.0, before - row["told"])
     registered = registered_in(row)
     settled = [one for one, is_settled in zip(registered, row["settled"], strict=True) if is_settled]
-    lapsed = list(map(Lapsed, row["lapsed"], row["lapsed_for"]))
-    return Overview(registered, settled, row["led"], row["oldest"], offset, lapsed)
+    leader, lapsed = leader_in(row), list(map(Lapsed, row["lapsed"], row["lapsed_for"]))
+    return Overview(registered, settled, leader is not None, row["oldest"], offset, leader, lapsed)

@@ -9,6 +9,7 @@ from uuid import UUID
 import asyncpg
 
 from cacheinval.errors import DatabaseError
+from cacheinval.outbox.leading import session_name
 from cacheinval.outbox.schema import OLDEST_SERVER
 from cacheinval.outbox.writing import DELETE, explain
 
@@ -35,13 +36,14 @@ _LOST_STATES = ("08", "57")  # connection exception, operator intervention
 # server waits to hand a result, after `tcp_user_timeout`.
 _SETTINGS = """
     SELECT pg_is_in_recovery(),
-        set_config('application_name', $1, false),
+        set_config('application_name', coalesce(nullif(current_setting('application_name'), ''), $1), false),
         set_config('idle_session_timeout', $2, false),
         set_config('idle_in_transaction_session_timeout', $2, false),
         set_config('tcp_user_timeout', $3, false),
         set_config('synchronous_commit', 'off', false)
 """
-# (A row whose DELETE is lost in a crash of the server is published once more, so no DELETE waits for the disk.)
+# (A name that the address or the pool has given it stays: somebody looks for that. A row whose DELETE is lost in a crash of
+# the server is published once more, so no DELETE waits for the disk.)
 
 _LOCK = "SELECT pg_try_advisory_lock(hashtextextended('cacheinval.relay.' || $1, 0))"
 
@@ -127,9 +129,8 @@ class Session:
         major = connection.get_server_version().major
         if major < OLDEST_SERVER:
             raise DatabaseError(f"the server is PostgreSQL {major}; accepted: {OLDEST_SERVER} or newer")
-        name = f"cacheinval relay {self._namespace}"[:63]
         idle, unread = max(1, int(1_000 * idle_timeout)), int(1_000 * max(5.0, idle_timeout))
-        if await _answer(connection.fetchval(_SETTINGS, name, str(idle), str(unread))):
+        if await _answer(connection.fetchval(_SETTINGS, session_name(), str(idle), str(unread))):
             raise DatabaseError("the database is a standby (in recovery); accepted: the primary")
         self._due = await _answer(
             connection.prepare(_DUE.format(names="keys, versions, tags, left(context, 600) AS context"))

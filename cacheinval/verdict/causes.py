@@ -20,8 +20,8 @@ def of_suspect(report: Report) -> list[str]:
     broker = report.broker
     if broker is not None and broker.consumer == "standby":
         return ["Another process uses this CACHEINVAL_INSTANCE_ID: stop one of them, or name it otherwise."]
-    if reason.startswith("eviction failed") or "not evicted within" in reason:
-        return [f"See that the cache server of {report.id} runs and can be reached from {host}."]
+    if report.cache_failure is not None:
+        return [remedies.cache_server(report.cache_server, host)]
     if report.unsubscribed is not None:
         return [
             remedies.broker(report.unsubscribed, report.url, host),

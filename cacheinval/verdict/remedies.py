@@ -4,6 +4,8 @@ import re
 from shlex import quote
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from cacheinval.overview import Leader
+
 __all__ = [
     "CONFIGURE",
     "NO_EXCHANGE",
@@ -12,10 +14,12 @@ __all__ = [
     "TIME_SERVICE",
     "WRITE",
     "broker",
+    "cache_server",
     "database",
     "delete",
     "grant",
     "set_permissions",
+    "silent_leader",
     "vhost_of",
 ]
 
@@ -35,8 +39,8 @@ SILENT = (
 )
 
 NO_EXCHANGE = (
-    "start an instance, which declares it; one that runs does so within 3 ticks. Are CACHEINVAL_BROKER_URL, with its virtual "
-    "host, and CACHEINVAL_NAMESPACE those of the instances?"
+    "it is made by whoever subscribes next, and within 3 ticks by an instance that runs: see that one does, and that "
+    "CACHEINVAL_BROKER_URL, with its virtual host, and CACHEINVAL_NAMESPACE here are those of the instances"
 )
 
 TIME_SERVICE = "run a time service (chrony) on both; CACHEINVAL_MAX_CLOCK_SKEW says what is accepted"
@@ -53,7 +57,7 @@ def broker(reason: str, url: str, host: str = "here") -> str:
     user = _split(url).username or "guest"
     if re.search(r"access to (?!vhost)\w+ .*refused for user", reason):
         return f"grant what is needed: {set_permissions(url)}"
-    if "vhost" in reason and "inequivalent" not in reason:
+    if "vhost" in re.sub(" in vhost '.*?'", "", reason):  # and not only as the place of something else
         vhost = vhost_of(url)
         make = f"`rabbitmqctl add_vhost {quote(vhost)}`"
         if vhost == "/":  # which is there unless somebody has deleted it
@@ -86,7 +90,7 @@ def broker(reason: str, url: str, host: str = "here") -> str:
         return delete(*named.groups())
     if "home node" in reason:
         return "start that node; `rabbitmqctl cluster_status` at another one says how they see it"
-    if "is missing" in reason:
+    if "is missing" in reason or "no exchange '" in reason:
         return NO_EXCHANGE
     if re.search(r"within [\d.]+ s|no sign of life", reason):
         return (
@@ -103,6 +107,11 @@ def delete(sort: str, name: str, vhost: str) -> str:
         resource = f"rabbit_misc:r({_binary(vhost)}, exchange, {_binary(name)})"
         command = "rabbitmqctl eval " + quote(f'rabbit_exchange:delete({resource}, false, <<"operator">>).')
     return f"`{command}` deletes it, at best while nothing else uses it: instances declare it as it has to be"
+
+
+def cache_server(which: str, host: str) -> str:
+    """What to do where a cache outside the process cannot be used from `host`."""
+    return f"see that the cache server {which} runs and can be reached from {host}"
 
 
 def _binary(text: str) -> str:
@@ -129,9 +138,57 @@ def set_permissions(url: str) -> str:
     return f"`rabbitmqctl set_permissions -p {quote(vhost_of(url))} {quote(user)} '{CONFIGURE}' '{WRITE}' '{READ}'`"
 
 
+def silent_leader(leader: Leader) -> str:
+    """What to do where a relay leads, and sends no ticks."""
+    return (
+        f"the relay that leads ({leader}) sends none: see its page at /, or what its log says last (`no ticks` says why: its "
+        "clock may differ from the database's, or many rows wait); if it hangs, restart it"
+    )
+
+
 def grant(role: str) -> str:
     """The command that grants what a role needs that is a client, a worker or a relay."""
     return f"`cacheinval schema grant {quote(role)}` as the schema's owner (with `--print` it shows the SQL)"
+
+
+def _way_in(reason: str) -> str | None:
+    """What to do where Postgres runs, and lets nobody in; None where that is not what it says."""
+    if (named := re.search('role "(.*)" is not permitted to log in', reason)) is not None:
+        return f"`ALTER ROLE {_identifier(named[1])} LOGIN;`, or name another role in CACHEINVAL_DATABASE_URL"
+    if (named := re.search('password authentication failed for user "(.*)"', reason)) is not None:
+        change = f"`ALTER ROLE {_identifier(named[1])} PASSWORD '…';`"
+        return f"correct the password in CACHEINVAL_DATABASE_URL; {change} sets a new one, and so does \\password in psql"
+    if (named := re.search('role "(.*)" does not exist', reason)) is not None:
+        make = f"`CREATE ROLE {_identifier(named[1])} LOGIN PASSWORD '…';`"
+        return (
+            f"correct the user in CACHEINVAL_DATABASE_URL, or make the role: {make}, then {grant(named[1])}"
+        )
+    if (named := re.search('database "(.*)" does not exist', reason)) is not None:
+        make = f"`CREATE DATABASE {_identifier(named[1])};`"
+        return f"correct the path of CACHEINVAL_DATABASE_URL, or make the database: {make}"
+    named = re.search('no pg_hba.conf entry for host "(.*?)", user "(.*)", database "(.*)"', reason)
+    if named is not None:
+        line = f"`{_line_of_pg_hba(*named.groups())}`"
+        steps = f"have {line} in pg_hba.conf on the server, or a line that says more, and run `SELECT pg_reload_conf();`"
+        return f"{steps}; where it admits TLS only, ?sslmode=require" if "no encryption" in reason else steps
+    if re.search(r"authentication|pg_hba", reason):
+        return (
+            "correct user and password in CACHEINVAL_DATABASE_URL, or let pg_hba.conf on the server admit it"
+        )
+    return None
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _line_of_pg_hba(host: str, user: str, database: str) -> str:
+    who = " ".join(
+        name if re.fullmatch("[a-z_][a-z0-9_]*", name) else _identifier(name) for name in (database, user)
+    )
+    if host == "[local]":
+        return f"local {who} scram-sha-256"
+    return f"host {who} {host}/{128 if ':' in host else 32} scram-sha-256"
 
 
 def database(reason: str, host: str = "here", role: str | None = None) -> str:
@@ -152,10 +209,9 @@ def database(reason: str, host: str = "here", role: str | None = None) -> str:
         return TIME_SERVICE
     if re.search(r"standby|recovery|read-only", reason):
         return "CACHEINVAL_DATABASE_URL has to lead to the primary: name its host, or a name that follows it"
-    if re.search(r"authentication|pg_hba|role .* does not exist", reason):
-        return "correct user and password in CACHEINVAL_DATABASE_URL, or let pg_hba.conf on the server admit them"
-    if re.search(r"database .* does not exist", reason):
-        return "make the database (createdb), or correct the path of CACHEINVAL_DATABASE_URL"
+    refused = _way_in(reason)
+    if refused is not None:
+        return refused
     if re.search(r"too many|connection slots", reason):
         return "raise max_connections, or have fewer and smaller pools"
     if re.search(r"ertificate|SSL", reason):

@@ -16,6 +16,9 @@ Identity = tuple[str, str]
 """An id, and what tells apart those that share it by mistake, or are one after the other."""
 
 
+_CACHE_FAILED = re.compile(r"^eviction failed|not evicted within|^the (attached )?\S+ cache failed")
+
+
 class Broker(msgspec.Struct):
     url: str = ""
     consumer: str | None = None
@@ -124,11 +127,23 @@ class Report(msgspec.Struct):
         return reason if isinstance(reason, str) and reason != NOT_YET else None
 
     @property
+    def cache_failure(self) -> str | None:
+        """Why a cache of it cannot be used, where that is what keeps it from being ready."""
+        said = (self.reason, self.unsubscribed)
+        return next((one for one in said if one is not None and _CACHE_FAILED.search(one)), None)
+
+    @property
+    def cache_server(self) -> str:
+        """Which cache cannot be used, in the words of a sentence: the address, unless it is one that was attached."""
+        attached = "the attached " in (self.cache_failure or "")
+        return f"of {self.id}" if attached or not self.cache.outside else f"at {self.cache.url}"
+
+    @property
     def why(self) -> str | None:
         """Why it is not ready."""
         reason = self.unsubscribed
-        if reason is None:
-            return self.reason
+        if reason is None or self.cache_failure is not None:
+            return self.cache_failure or self.reason
         refused = re.match(r"[A-Z]+_[A-Z]+ - |the broker refuses", reason) is not None
         return f"the broker {'refuses it' if refused else 'cannot be reached'} ({reason.rstrip('.')})"
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -81,6 +82,8 @@ async def found(settings: dict[str, Any]) -> dict[str, list[Finding]]:
         follows = re.search("; see (.*) first$", finding.text)
         assert (finding.level == "ok" or follows is not None) == (finding.remedy is None), finding
         assert follows is None or checks[follows[1]], finding
+    for finding in checks.get("not checked", []):
+        assert checks.keys().isdisjoint(finding.text.partition(";")[0].split(", ")), checks
     return checks
 
 
@@ -130,9 +133,13 @@ def healthy(
 
 
 async def test_where_nothing_is_wrong_everything_is_ok(settings: dict[str, Any], healthy: Healthy) -> None:
-    await healthy()
+    client = await healthy()
     checks = await found(settings)
     assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
+    process = f"pid {os.getpid()} on host {socket.gethostname()}"
+    assert only(checks, "leader").text.startswith(f"a relay leads: {process}, connected since 20")
+    assert client.outlook.overview is not None
+    assert str((await client.outlook.overview()).leader) == process
     assert set(checks) == {
         "settings", "broker", "exchange", "dead letters", "permissions", "round trip", "database", "clock",
         "schema", "grants", "outbox", "leader", "tracked tables", "ticks", "instances",
@@ -324,6 +331,7 @@ async def test_with_the_least_rights_everything_is_ok(
             "database_url": settings["database_url"].replace("postgres@", f"{role}@"),
             "max_staleness": 5,
         }
+        settings["database_url"] += f"{'&' if '?' in settings['database_url'] else '?'}application_name=shop"
         client = await healthy()
         await client.invalidate("a")
         await db.execute("SELECT cacheinval.invalidate('{b}', namespace => $1)", settings["namespace"])
@@ -331,6 +339,13 @@ async def test_with_the_least_rights_everything_is_ok(
         await eventually(lambda: db.fetchval("SELECT count(*) = 0 FROM cacheinval.outbox"), EVENTUAL)
         checks = await found(settings)
         assert {one.level for findings in checks.values() for one in findings} == {"ok"}, checks
+        assert only(checks, "leader").text.startswith("a relay leads: shop, server process "), (
+            "as it was named"
+        )
+        await db.execute(f"ALTER ROLE {role} NOLOGIN")
+        finding = only(await found(settings), "database")
+        assert finding.text.endswith(f'role "{role}" is not permitted to log in')
+        assert str(finding.remedy).startswith(f'`ALTER ROLE "{role}" LOGIN;`')
         await client.__aexit__(None, None, None)
     finally:
         await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")

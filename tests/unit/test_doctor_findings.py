@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from cacheinval.coherence.registration import Registered
 from cacheinval.doctor import checking, findings, instances
 from cacheinval.doctor.checking import Checks
 from cacheinval.doctor.findings import Finding, ok
+from cacheinval.outbox import leading
 from cacheinval.outbox.grants import NEEDED, Right, grants
-from cacheinval.verdict import remedies
+from cacheinval.overview import Leader
+from cacheinval.verdict import causes, remedies
+from cacheinval.verdict.reports import understand
 
 URL = "amqp://shop:secret@broker/prod"
 ROOT = Path(__file__).parents[2]
@@ -74,10 +78,17 @@ def test_settings_that_do_not() -> None:
     [
         ("ACCESS_REFUSED - Login was refused", "rabbitmqctl authenticate_user shop"),
         ("the broker refuses the vhost: it is missing", "rabbitmqctl add_vhost prod"),
+        ("NOT_FOUND - no exchange 'cacheinval.shop' in vhost 'prod'", "whoever subscribes next"),
+        (
+            "the exchange cacheinval.shop is missing: nobody has subscribed yet (NOT_FOUND - no exchange "
+            "'cacheinval.shop' in vhost 'prod')",
+            "it is made by whoever subscribes next",
+        ),
         (
             "ACCESS_REFUSED - write access to exchange 'x' in vhost 'prod' refused for user 'shop'",
             "grant what is needed",
         ),
+        ("NOT_FOUND - home node 'a@b' of durable queue 'q' in vhost 'prod' is down", "start that node"),
         ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", "CACHEINVAL_BROKER_CA_FILE"),
         (
             "[SSL: WRONG_VERSION_NUMBER] wrong version number",
@@ -155,7 +166,7 @@ def test_the_permission_that_is_missing_is_the_one_that_the_broker_names(
 
 
 def test_what_follows_from_another_failure_refers_to_it() -> None:
-    leader, ticks = findings.of_leader(None, True), instances.of_tick(None, 3, None, None)
+    leader, ticks = findings.of_leader(None, True, 1), instances.of_tick(None, 3, None, None)
     refused = findings.of_refusals(
         URL, {"write on cacheinval.shop": "ACCESS_REFUSED", "write on amq.default": ""}
     )
@@ -175,6 +186,10 @@ def test_what_follows_from_another_failure_refers_to_it() -> None:
     assert findings.causes_first([ticks]) == [ticks]
     sentence = findings.warning("ticks", "None.", "wait", ("leader",))
     assert findings.causes_first([leader, sentence])[1].text == "None; see leader first"
+    (grants,) = findings.of_rights("shop", [Right("SCHEMA", "cacheinval", ("USAGE",))])
+    assert findings.causes_first([grants, leader])[1].text.endswith("; see grants first"), (
+        "as a relay here lacks them"
+    )
     away = findings.of_unreachable_broker(URL, "refused")
     settled = findings.causes_first([leader, away, ticks])
     assert all(settled[at].text.endswith("; see broker first") for at in (0, 2)), "not what follows itself"
@@ -194,7 +209,6 @@ def test_what_whoever_looks_may_not_do_explains_nothing_of_the_others() -> None:
         {"relay": {"state": "unready"}},
     ]
     theirs = [
-        findings.of_leader(None, True),
         findings.of_outbox(3, 10.0),
         findings.of_outbox(3, 100.0),
         *judged(
@@ -203,7 +217,7 @@ def test_what_whoever_looks_may_not_do_explains_nothing_of_the_others() -> None:
             silent=(Registered("z", "s", None),),
         ),
     ]
-    assert len(theirs) == 3 + 1 + len(said) + 1
+    assert len(theirs) == 2 + 1 + len(said) + 1
     assert findings.causes_first([*lacking, *theirs]) == [*lacking, *theirs]
 
 
@@ -214,6 +228,41 @@ def test_dead_letters() -> None:
 
 
 # The database
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ('role "shop" is not permitted to log in', '`ALTER ROLE "shop" LOGIN;`'),
+        ('password authentication failed for user "shop"', "correct the password in CACHEINVAL_DATABASE_URL"),
+        ('password authentication failed for user "shop"', """`ALTER ROLE "shop" PASSWORD '…';`"""),
+        (
+            'no pg_hba.conf entry for host "10.0.0.7", user "shop", database "prod", no encryption',
+            "`host prod shop 10.0.0.7/32 scram-sha-256` in pg_hba.conf",
+        ),
+        (
+            'no pg_hba.conf entry for host "::1", user "shop", database "prod", SSL encryption',
+            "shop ::1/128 scram",
+        ),
+        (
+            'no pg_hba.conf entry for host "[local]", user "a b", database "prod", no encryption',
+            '`local prod "a b" scram',
+        ),
+        (
+            'no pg_hba.conf entry for host "10.0.0.7", user "shop", database "prod"',
+            "`SELECT pg_reload_conf();`",
+        ),
+        ("pg_hba.conf rejects connection for host …", "let pg_hba.conf on the server admit it"),
+        ('role "shop" does not exist', """`CREATE ROLE "shop" LOGIN PASSWORD '…';`"""),
+        ('database "Prod" does not exist', '`CREATE DATABASE "Prod";`'),
+        ("too many connections for role", "raise max_connections"),
+        ("Connection refused", "pg_isready"),
+    ],
+)
+def test_each_reason_why_the_database_cannot_be_used_has_its_way(reason: str, remedy: str) -> None:
+    for said in (reason, f"the database cannot be used: {reason}", f"InvalidPasswordError: {reason}"):
+        assert remedy in remedies.database(said)
+        assert ("pg_isready" in remedies.database(said)) == (remedy == "pg_isready")
 
 
 @pytest.mark.parametrize(
@@ -268,15 +317,57 @@ def test_rows_of_a_namespace_that_nobody_relays() -> None:
     assert findings.of_strays([], "shop") == []
 
 
+LEADER = Leader(991, "cacheinval relay vm 6735", "vm", 6735, "10.0.0.7", 1_000_000_000.0, 0.1)
+
+
 def test_the_leader() -> None:
-    assert findings.of_leader("cacheinval relay shop", True).level == "ok"
-    assert findings.of_leader(None, True).level == "failed"
-    assert "CACHEINVAL_RELAY=off" in findings.of_leader(None, False).text
+    found = findings.of_leader(LEADER, True, 1)
+    told = "a relay leads: pid 6735 on host vm, connected since 2001-09-09 01:46:40 UTC from 10.0.0.7 (server process 991)"
+    assert found == ok("leader", told)
+    assert findings.of_leader(Leader(991, "shop"), True, 1).text == "a relay leads: shop, server process 991"
+    hangs = findings.of_leader(replace(LEADER, quiet=3.2), True, 1)
+    assert (hangs.level, hangs.text.startswith(told)) == ("warning", True)
+    assert "has said nothing to the database for 3 s" in hangs.text
+    assert "server process (991)" in str(hangs.remedy)
+    assert findings.of_leader(None, True, 1).level == "failed"
+    assert "CACHEINVAL_RELAY=off" in findings.of_leader(None, False, 1).text
+
+
+@pytest.mark.parametrize(("host", "told"), [("vm", "vm"), ("größe 1", "gr??e-1"), ("h" * 80, "h" * 41)])
+def test_a_session_is_named_after_its_process(host: str, told: str) -> None:
+    row = {"leader": 991, "leader_address": None, "leader_since": None, "leader_quiet": None}
+    name = leading.session_name(host, 6735)
+    assert len(name.encode()) <= 63
+    leader = leading.leader_in(row | {"leader_name": name})
+    assert (leader and (leader.host, leader.pid)) == (told, 6735)
+    older = leading.leader_in(row | {"leader_name": "cacheinval relay shop"})
+    assert str(older) == "cacheinval relay shop, server process 991"
 
 
 def test_tracked_tables() -> None:
     assert findings.of_tracking([], [], 0) == [ok("tracked tables", "none")]
     assert levels(findings.of_tracking(["orders"], ["orders_2"], 3)) == ["failed", "failed"]
+
+
+def test_tables_are_not_known_to_have_been_tracked_in_a_schema_that_was_made_anew() -> None:
+    gap = {"at": 1.0, "reason": "the schema cacheinval was made anew"}
+    those = instances.who_met_another_schema(
+        [answer("a", last_gap=gap), answer("b"), answer("c", relay="odd")]
+    )
+    assert those == ["a"]
+    none, others = findings.of_tracking([], [], 0), [ok("leader", "x")]
+    (found,) = findings.tracking_doubted(none, those, "shop")
+    assert (found.check, found.level) == ("tracked tables", "warning")
+    assert found.text.startswith("none; but a met another schema cacheinval than before")
+    assert "`SELECT cacheinval.track('TABLE', 'TEMPLATE', namespace => 'shop');`" in str(found.remedy)
+    assert "`cacheinval invalidate --all`" in str(found.remedy)
+    (again,) = findings.tracking_doubted(findings.of_tracking([], [], 3), those, "shop")
+    assert (again.level, again.text.startswith("3 are complete; ")) == ("ok", True)
+    gone = findings.of_tracking(["orders"], [], 3)
+    assert findings.tracking_doubted([*others, *gone], those, "shop") == [*others, *gone], (
+        "which says what to do"
+    )
+    assert findings.tracking_doubted(none, [], "shop") == none
 
 
 # Ticks and instances
@@ -286,6 +377,10 @@ def test_ticks() -> None:
     assert instances.of_tick(0.2, 3.0, "s", "s").level == "ok"
     assert instances.of_tick(0.2, 3.0, None, "s").level == "ok"
     assert instances.of_tick(None, 3.0, None, "s").level == "failed"
+    missing = instances.of_tick(None, 3.0, None, "s", LEADER)
+    assert str(missing.remedy).startswith(
+        "the relay that leads (pid 6735 on host vm) sends none: see its page at /"
+    )
     late = instances.of_tick(60.0, 3.0, "s", "s")
     assert (late.level, "60.0 s ago" in late.text) == ("warning", True)
     other = instances.of_tick(0.2, 3.0, "theirs", "mine")
@@ -336,6 +431,33 @@ def test_instances_that_are_not(more: dict[str, Any], level: str, said: str) -> 
     assert found.text.startswith(said)
 
 
+FAILED = "the redis cache failed: ConnectionError Error 111 connecting to cache:6379"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"state": "suspect", "reason": f"eviction failed: {FAILED}"},
+        {"state": "starting", "broker": {"consumer": "connecting", "reason": FAILED}},
+    ],
+)
+def test_a_cache_server_that_is_away_is_named_by_its_address(told: dict[str, Any]) -> None:
+    """Whoever looks may have no CACHEINVAL_CACHE_URL, and none of the checks of a cache."""
+    away = answer("b", **told)
+    for url, where in (
+        ("redis://shop:***@cache:6379/0", "at redis://shop:***@cache:6379/0"),
+        ("memory://", "of b"),
+    ):
+        (found,) = (one for one in judged(answer(), away | {"cache": {"url": url}}) if one.level != "ok")
+        assert found.text.startswith(f"b is {told['state']}, it cannot use the cache server {where}: ")
+        assert found.text.endswith(FAILED)
+        assert found.remedy == f"see that the cache server {where} runs and can be reached from h"
+        report = understand(away | {"cache": {"url": url}})
+        assert report is not None
+        assert causes.of_suspect(report)[0] == found.remedy
+        assert "broker" not in str(report.why)
+
+
 def test_an_older_version_tells_less_and_is_not_accused_of_it() -> None:
     older = {"id": "b", "host": "h", "state": "ready", "version": "1", "asked": 99.0, "arrived": 101.0}
     assert levels(judged(answer(), older)) == ["ok"]
@@ -374,6 +496,15 @@ def test_nobody_and_who_is_silent() -> None:
 
 
 # Running them
+
+
+def test_what_is_reported_is_not_said_to_be_unchecked() -> None:
+    checks = Checks()
+    checks.add(findings.of_refusals(URL, {"configure on cacheinval.shop": "ACCESS_REFUSED"}))
+    checks.not_checked(("permissions", "ticks", "instances"), ("permissions",))
+    checks.not_checked(("permissions",), ("permissions",))
+    said = [(one.check, one.text) for one in findings.causes_first(checks.found)[1:]]
+    assert said == [("not checked", "ticks, instances; see permissions first")]
 
 
 async def test_a_check_that_hangs_or_raises_stops_no_other() -> None:
