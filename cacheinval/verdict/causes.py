@@ -82,6 +82,9 @@ def _of_no_ticks(seen: Seen) -> tuple[str, str]:
         return f"no relay sends ticks: {short(problem)}", remedies.database(problem)
     if not seen.led:
         return "no relay leads", remedies.RELAY
+    leader = None if seen.fleet.overview is None else seen.fleet.overview.leader
+    if leader is not None:
+        return "the relay that leads sends no ticks", remedies.silent_leader(leader)
     return "no relay sends ticks", remedies.RELAY
 
 

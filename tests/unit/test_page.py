@@ -9,7 +9,7 @@ import pytest
 from cacheinval.coherence.registration import NOT_YET, Registered
 from cacheinval.errors import BlockedError, SchemaMissingError
 from cacheinval.latencies import BUCKETS
-from cacheinval.overview import Lapsed, Overview
+from cacheinval.overview import Lapsed, Leader, Overview
 from cacheinval.page.markup import Html, html, milliseconds, printable, seconds
 from cacheinval.page.rendering import draw, whole
 from cacheinval.recent import Evicted, Recent
@@ -226,6 +226,12 @@ class TestVerdict:
     @pytest.mark.parametrize(
         ("fields", "seen", "cause", "step"),
         [
+            (
+                {},
+                Overview(leader=Leader(1, host="left", pid=4711)),
+                "the relay that leads sends no ticks",
+                "pid 4711 on host left) sends none: see its page",
+            ),
             ({}, Overview(led=False), "no relay leads", "`cacheinval relay`"),
             ({}, "refused", "no relay sends ticks: refused", "Postgres runs"),
             ({"relay": LEADS | {"state": "unready", "reason": str(SchemaMissingError())}}, None,
