@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cacheinval.coherence.registration import Registered
 
-__all__ = ["Leader", "Overview"]
+__all__ = ["Lapsed", "Leader", "Overview"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,21 @@ class Leader:
 
 
 @dataclass(frozen=True, slots=True)
+class Lapsed:
+    """An instance that has ended without a word: its lease ended so many seconds ago, and nobody of its id is there."""
+
+    id: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Overview:
     """Who is registered, who publishes the outbox, and what waits there.
 
     `settled` are those of `registered` that have been for so long that an answer can be expected of them. `led`: a relay
-    leads, and `leader` is which. `oldest_row_age` is that of the oldest row that is due, in seconds; None where there is none. `offset`: seconds
-    by which the database's clock is at least ahead of this host's, or behind if negative.
+    leads, and `leader` is which. `oldest_row_age` is that of the oldest row that is due, in seconds; None where there is
+    none. `offset`: seconds by which the database's clock is at least ahead of this host's, or behind if negative. `lapsed`:
+    of the last hour, the latest first. Whoever has said that it stops is in none of these.
     """
 
     registered: Sequence[Registered] = ()
@@ -48,3 +57,4 @@ class Overview:
     oldest_row_age: float | None = None
     offset: float = 0.0
     leader: Leader | None = None
+    lapsed: Sequence[Lapsed] = ()

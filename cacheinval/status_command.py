@@ -53,7 +53,7 @@ async def watch(client: Client, interval: float, *, as_json: bool) -> None:
     console = _console()
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not as_json else None
     loop = asyncio.get_running_loop()
-    fleet = Fleet(None, patience=max(SILENT_AFTER, 1.5 * interval))
+    fleet = Fleet(None, patience=max(SILENT_AFTER, 1.5 * interval), missed_after=0.0)
     with live or nullcontext():
         while True:
             began = loop.time()

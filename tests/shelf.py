@@ -54,6 +54,8 @@ class Shelf:
         ]:
             self._stamps.pop(name, None)
 
+    evict_ahead = evict
+
     async def close(self) -> None: ...
 
     def encode(self, value: Any) -> bytes:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -128,6 +128,10 @@ class Server:
         """Puts new stamps under the names to `replace`, and removes the others."""
         raise NotImplementedError
 
+    async def change_and_mark(self, replace: Sequence[str], remove: Sequence[str]) -> None:
+        """The same; a cache that goes back to before it is noticed from then on."""
+        await self.change(replace, remove)
+
     async def keep(self, write: Callable[[str], str]) -> bool:
         """Keeps the proof state that `write` makes of the newest mark, unless this is not the cache any more that was evicted
         from: then False."""
@@ -175,58 +179,54 @@ class _Redis(Server):
         return values, (mark,)
 
     async def change(self, replace: Sequence[str], remove: Sequence[str]) -> None:
-        for at in range(0, max(len(replace), len(remove)), MOST_AT_ONCE):
-            stamps = {name: new_stamp() for name in replace[at : at + MOST_AT_ONCE]}
-            names = remove[at : at + MOST_AT_ONCE]
+        for evict in _portions(replace, remove):
+            await self._run(evict, transaction=False)
 
-            def evict(pipeline: Any, stamps: dict[str, str] = stamps, names: Sequence[str] = names) -> None:
-                for name, stamp in stamps.items():
-                    pipeline.set(name, stamp)
-                if names:
-                    pipeline.unlink(*names)
-
+    async def change_and_mark(self, replace: Sequence[str], remove: Sequence[str]) -> None:
+        if self._names is None:
+            await self.change(replace, remove)
+            return
+        for evict in _portions(replace, remove):
             await self._replace_mark(evict)
 
     async def keep(self, write: Callable[[str], str]) -> bool:
         names, marks = self._names, self._marks
         assert names is not None
-        if marks.last is None and not marks.lost:
-            await self._replace_mark(lambda pipeline: None)
-        if marks.last is not None:
-            written = write(marks.last)
-
-            await self._replace_mark(lambda pipeline: pipeline.set(names.proof, written, ex=KEPT_FOR))
+        if marks.last is None:
+            return False
+        written = write(marks.last)
+        await self._replace_mark(lambda pipeline: pipeline.set(names.proof, written, ex=KEPT_FOR))
         return not marks.lost
 
     async def _replace_mark(self, change: Callable[[Any], None]) -> None:
-        if self._names is None:
-            await self._transact(change)
-            return
+        names = self._names
+        assert names is not None
         mark, answered = new_stamp(), asyncio.Event()
-        self._unanswered[mark] = answered
         self._marks.replacing(mark)
+        asked, self._put = self._marks.history, self._put + 1
+
+        def run(pipeline: Any) -> None:
+            pipeline.lrange(names.history, 0, asked - 1)
+            change(pipeline)
+            pipeline.set(names.mark, mark, ex=KEPT_FOR)
+            pipeline.lpush(names.history, mark)
+            if self._put % _TIDY_EACH == 1:
+                pipeline.ltrim(names.history, 0, MOST_MARKS)
+                pipeline.expire(names.history, KEPT_FOR)
+
+        self._unanswered[mark] = answered
         try:
-            history = await self._transact(change, mark)
-            self._marks.replaced(mark, history)
+            before, *_ = await self._run(run, transaction=True)
+            self._marks.replaced(mark, [one.decode() for one in before])
         finally:
             del self._unanswered[mark]
             answered.set()
 
-    async def _transact(self, change: Callable[[Any], None], mark: str | None = None) -> list[str]:
-        """Carries it out in one step with replacing the mark, and returns those before it."""
-        pipeline = self._backend.client.pipeline(transaction=True)
-        if mark is not None and self._names is not None:
-            pipeline.lrange(self._names.history, 0, self._marks.history - 1)
-        change(pipeline)
-        if mark is not None and self._names is not None:
-            pipeline.set(self._names.mark, mark, ex=KEPT_FOR)
-            pipeline.lpush(self._names.history, mark)
-            self._put += 1
-            if self._put % _TIDY_EACH == 1:
-                pipeline.ltrim(self._names.history, 0, MOST_MARKS)
-                pipeline.expire(self._names.history, KEPT_FOR)
-        before, *_ = await self._bounded(pipeline.execute())
-        return [] if mark is None else [one.decode() for one in before]
+    async def _run(self, fill: Callable[[Any], None], *, transaction: bool) -> list[Any]:
+        pipeline = self._backend.client.pipeline(transaction=transaction)
+        fill(pipeline)
+        answers: list[Any] = await self._bounded(pipeline.execute())
+        return answers
 
     async def recall(self, names: ProofNames) -> tuple[str | None, list[str] | None]:
         (value,) = await self.get([names.proof])
@@ -236,6 +236,7 @@ class _Redis(Server):
     async def forget(self) -> None:
         assert self._names is not None
         await self._bounded(self._backend.raw("unlink", *self._names))
+        self._put = 0  # the list is made anew
         self._marks.start_over(None)
 
 
@@ -279,6 +280,20 @@ class _Memcached(Server):
         assert self._names is not None
         await self._bounded(self._backend.delete(self._names.proof))
         self._kept = {None}
+
+
+def _portions(replace: Sequence[str], remove: Sequence[str]) -> Iterator[Callable[[Any], None]]:
+    """What fills pipelines with all that is to be done to these names."""
+    for at in range(0, max(len(replace), len(remove)), MOST_AT_ONCE):
+        stamped, removed = replace[at : at + MOST_AT_ONCE], remove[at : at + MOST_AT_ONCE]
+
+        def fill(pipeline: Any, stamped: Sequence[str] = stamped, removed: Sequence[str] = removed) -> None:
+            for name in stamped:
+                pipeline.set(name, new_stamp())
+            if removed:
+                pipeline.unlink(*removed)
+
+        yield fill
 
 
 def said_by(error: Exception) -> str:

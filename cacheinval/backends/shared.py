@@ -168,13 +168,20 @@ class SharedEntries:
         return envelope, written
 
     async def evict(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None:
-        """Makes sure that no instance is served what was stored before."""
+        """Makes sure that no instance is served what was stored before; and this one not either by a cache that goes back to
+        before this."""
+        await self._server.change_and_mark(*self._to_change(keys, tags, everything))
+
+    async def evict_ahead(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None:
+        """The same without the latter: the eviction that follows sees to that."""
+        await self._server.change(*self._to_change(keys, tags, everything))
+
+    def _to_change(
+        self, keys: Sequence[str], tags: Sequence[str], everything: bool
+    ) -> tuple[Sequence[str], Sequence[str]]:
         if everything:
-            await self._server.change([self._name(_EPOCH)], ())
-        else:
-            await self._server.change(
-                list(map(self._tag, tags)), [*map(self._key, keys), *map(self._entry, keys)]
-            )
+            return [self._name(_EPOCH)], ()
+        return list(map(self._tag, tags)), [*map(self._key, keys), *map(self._entry, keys)]
 
     async def keep_proof(self, write: Callable[[str], str]) -> bool:
         """See `Server.keep`."""

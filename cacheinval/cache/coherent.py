@@ -177,7 +177,7 @@ class CoherentCache(ABC):
         self._loads.refuse(load)
         if drop:
             with suppress(CacheError):  # what cannot be dropped is not served from here until it is
-                await self.evict(Eviction([load.key]))
+                await self.evict_ahead(Eviction([load.key]))
 
     # For who observes
 
@@ -220,6 +220,10 @@ class CoherentCache(ABC):
         Raises:
             CacheError: the cache cannot be reached; nothing that `eviction` names is served until it has succeeded.
         """
+
+    async def evict_ahead(self, eviction: Eviction) -> None:
+        """The same, where a cache outside may go back to before it: a message is going to ask for it once more."""
+        await self.evict(eviction)
 
     @abstractmethod
     async def close(self) -> None:

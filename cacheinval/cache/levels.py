@@ -126,6 +126,11 @@ class TwoLevels(InProcessCache):
         self.evict_now(eviction)
         await self.second.evict(eviction)
 
+    async def evict_ahead(self, eviction: Eviction) -> None:
+        """See `CoherentCache.evict_ahead`."""
+        self.evict_now(eviction)
+        await self.second.evict_ahead(eviction)
+
     async def close(self) -> None:
         """Forgets what is in the process, and closes the connections; the entries outside stay."""
         await super().close()

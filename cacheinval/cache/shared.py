@@ -1,6 +1,6 @@
 """Entries in a cache outside the process, which other instances fill and evict as well."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ class SharedBackend(Protocol):
         self, key: str, value: bytes, ttl: float, load_started: float, expires_at: float, found: Any
     ) -> None: ...
     async def evict(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None: ...
+    async def evict_ahead(self, keys: Sequence[str], tags: Sequence[str], everything: bool) -> None: ...
     async def close(self) -> None: ...
     def encode(self, value: Any) -> bytes: ...
     def decode(self, value: bytes, model: Any) -> Any: ...
@@ -180,7 +181,7 @@ class SharedCache(CoherentCache):
         keys = [key] if key in owed.keys else []
         eviction = Eviction(keys, [tag for tag in tags if tag in owed.tags], owed.everything is not None)
         if eviction:
-            await self.evict(eviction)
+            await self.evict_ahead(eviction)
 
     def as_stored(self, value: Any, model: Any) -> tuple[bytes, Any]:
         """What is kept of `value`, and what comes back of it.
@@ -213,10 +214,19 @@ class SharedCache(CoherentCache):
 
     async def evict(self, eviction: Eviction) -> None:
         """See `CoherentCache.evict`."""
+        await self._evict(eviction, self._backend.evict)
+
+    async def evict_ahead(self, eviction: Eviction) -> None:
+        """See `CoherentCache.evict_ahead`."""
+        await self._evict(eviction, self._backend.evict_ahead)
+
+    async def _evict(
+        self, eviction: Eviction, evict: Callable[[Sequence[str], Sequence[str], bool], Awaitable[None]]
+    ) -> None:
         this = object()
         self._owed.note(eviction, this)
         try:
-            await self._backend.evict(eviction.keys, eviction.tags, eviction.everything)
+            await evict(eviction.keys, eviction.tags, eviction.everything)
         except CacheError:
             self._owed.shorten()
             raise

@@ -52,7 +52,7 @@ class Caches:
     async def _try_to_evict(self, eviction: Eviction) -> None:
         for cache in self.all:
             try:
-                await cache.evict(eviction)
+                await (self._cache.evict_ahead if cache is self._cache else cache.evict)(eviction)
             except CacheError:
                 pass  # the message comes back here, and is not acknowledged before it is done
             except Exception:

@@ -1,12 +1,13 @@
 """Whether a cache outside the process is the one that was evicted from, or has gone back to what it held before."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 __all__ = ["MOST_MARKS", "Marks"]
 
-MOST_MARKS = 1000
-"""Marks of which nobody knows whether they were put in place that are borne with."""
+MOST_MARKS = 100
+"""Marks that may follow one that was not answered before it is forgotten."""
+
+SPARE = 8  # marks that the cache is asked to tell besides those that are not answered
 
 
 class Marks:
@@ -14,8 +15,8 @@ class Marks:
 
     A server that dies and takes up a snapshot, or a replica that was behind and takes its place, bears a mark that had been
     replaced, for it lacks what was done in the same step. Each mark is like no other, and the cache tells which ones it
-    replaced: so it is known of each whether all that was evicted before is still evicted, in whatever order the answers
-    come, and whichever of them never come.
+    replaced: so it is known of each whether all that was evicted before is still evicted, also after some of which nobody
+    knows whether they were put in place.
     """
 
     def __init__(self) -> None:
@@ -26,13 +27,13 @@ class Marks:
         self.lost = False
         """The cache went back, or was emptied: nothing in it stands until `start_over`."""
         self._evicting = False  # or has ever been
-        self._issued: dict[str, None] = {}
+        self._issued: dict[str, int] = {}  # and after how many
         self._known: dict[str, int] = {}
 
     @property
     def history(self) -> int:
         """How many of the marks before the present one the cache has to tell."""
-        return len(self._issued) + 1
+        return len(self._issued) + SPARE
 
     def start_over(self, mark: str | None) -> None:
         """The cache bears `mark`, and what this instance knows of it begins there."""
@@ -57,8 +58,10 @@ class Marks:
     def replacing(self, mark: str) -> None:
         """`mark` is about to be put in the place of whatever is there. Without `replaced` nobody knows whether it was."""
         self._evicting = True
-        self._issued[mark] = None
-        _forget_the_oldest(self._issued)
+        self._issued[mark] = self.at
+        oldest = next(iter(self._issued))
+        if self._issued[oldest] < self.at - MOST_MARKS or len(self._issued) > MOST_MARKS:
+            del self._issued[oldest]
 
     def replaced(self, mark: str, history: Iterable[str]) -> None:
         """`mark` is in place; `history`: those that were there before, the newest first, as many as are asked for."""
@@ -80,7 +83,8 @@ class Marks:
         self._issued.pop(mark, None)
         self.at += 1
         self.last, self._known[mark] = mark, self.at
-        _forget_the_oldest(self._known)
+        if len(self._known) > MOST_MARKS:
+            del self._known[next(iter(self._known))]
 
     def stand(self, seen: Iterable[str | None], since: int) -> bool:
         """Whether a look that saw these marks saw a cache which lacks nothing that had been evicted when the look began.
@@ -93,8 +97,3 @@ class Marks:
         if self.last is None and not self._evicting:
             return True
         return all(mark is not None and self._known.get(mark, -1) >= since for mark in seen)
-
-
-def _forget_the_oldest(marks: dict[str, Any]) -> None:
-    if len(marks) > MOST_MARKS:
-        del marks[next(iter(marks))]

@@ -14,7 +14,7 @@ from cacheinval.errors import DatabaseError
 from cacheinval.outbox.session import LOST
 from cacheinval.outbox.writing import explain
 
-__all__ = ["SETTLED_AFTER", "Database", "Instances", "Registrar", "answer", "registered_in"]
+__all__ = ["NOT_STOPPED", "SETTLED_AFTER", "Database", "Instances", "Registrar", "answer", "registered_in"]
 
 log = logging.getLogger("cacheinval.registration")
 
@@ -46,6 +46,18 @@ _REGISTER = """
     RETURNING extract(epoch FROM since)::float8 AS since, extract(epoch FROM clock_timestamp())::float8 AS told
 """
 _LEAVE = "DELETE FROM cacheinval.instances WHERE namespace = $1 AND id = $2 AND session = $3"
+
+# The row of a cache that outlives its process stays until its lease ends, for the next process to go on with. So that nobody
+# waits for an answer meanwhile, nor takes it for killed, who stops leaves a second row, which stands for nothing: it has
+# expired from the start.
+STOPPED = "stopped"
+_STOP = """
+    INSERT INTO cacheinval.instances (namespace, id, session, since, expires_at)
+    VALUES ($1, $2, $3, 'infinity', clock_timestamp())
+    ON CONFLICT (namespace, id, session) DO UPDATE SET expires_at = excluded.expires_at
+"""
+NOT_STOPPED = f"""(session <> '{STOPPED}' AND NOT (session = '' AND id IN (
+    SELECT id FROM cacheinval.instances WHERE namespace = $1 AND session = '{STOPPED}')))"""  # noqa: S608 (constants)
 _FORGET = "DELETE FROM cacheinval.instances WHERE namespace = $1 AND expires_at < clock_timestamp() - interval '1 hour'"
 
 # `now()` is no later than the snapshot, so that a row which this one still finds good is not taken for one that has ended.
@@ -60,15 +72,16 @@ _COUNT = """
 
 
 # Those that have been there for a while, and so should have subscribed.
-_SETTLED = """
+_SETTLED = f"""
     WITH settled AS (
         SELECT * FROM cacheinval.instances
         WHERE namespace = $1 AND expires_at > now() AND since < now() - make_interval(secs => $2::float8)
+            AND {NOT_STOPPED}
     )
     SELECT ARRAY(SELECT id FROM settled ORDER BY id, session) AS ids,
         ARRAY(SELECT session FROM settled ORDER BY id, session) AS sessions,
         ARRAY(SELECT max_staleness FROM settled ORDER BY id, session) AS stalenesses
-"""
+"""  # noqa: S608 (constants)
 
 
 class Database(Protocol):
@@ -104,10 +117,17 @@ class Instances:
         return row["told"], row["since"]
 
     async def leave(self, me: Registered) -> None:
-        """Takes the row away."""
-        await answer(
-            LEAVE_WITHIN, lambda: self._database().execute(_LEAVE, self._namespace, me.id, me.session)
-        )
+        """Takes the row away; of a cache that outlives its process it stays, and another one says that this has stopped."""
+        statement, session = (_LEAVE, me.session) if me.session else (_STOP, STOPPED)
+        await self._execute(statement, me.id, session)
+
+    async def goes_on(self, me: Registered) -> None:
+        """Takes away what another process of its id said when it stopped, before this one or beside it."""
+        if not me.session:
+            await self._execute(_LEAVE, me.id, STOPPED)
+
+    async def _execute(self, statement: str, id_: str, session: str) -> None:
+        await answer(LEAVE_WITHIN, lambda: self._database().execute(statement, self._namespace, id_, session))
 
     async def forget_old(self) -> None:
         """Takes away the rows of those that ended long ago without a word."""
@@ -196,6 +216,7 @@ class Registrar:
         self._said: str | None = NOT_YET
         self._stood: bool | None = None
         self._renewals = 0
+        self._there = False  # in the table, or on the way there
 
     @property
     def state(self) -> dict[str, Any]:
@@ -226,8 +247,10 @@ class Registrar:
                     break
                 self._tell()  # that it has lapsed, before it stands again
                 registration.sending(self._clock())
+                self._there = True
                 told = await self._instances.register(self._me, registration.lease, registration.lease / 3)
                 registration.answered(*told, self._clock())
+            await self._instances.goes_on(self._me)
             self._renewals += 1
             if self._renewals % FORGET_EVERY == 0:
                 await self._instances.forget_old()
@@ -247,10 +270,11 @@ class Registrar:
             self._changed(problem)
 
     async def leave(self) -> None:
-        """Nothing is served on this registration any more; the row goes too, unless the cache outlives the process."""
+        """Nothing is served on this registration any more, and the table says so."""
         self._registration.forget()
-        if self._me.session:
-            try:
-                await self._instances.leave(self._me)
-            except DatabaseError as error:
-                logs.event(log, logging.DEBUG, "the registration stays until it ends", reason=error)
+        if not self._there:
+            return  # another process of its id may be
+        try:
+            await self._instances.leave(self._me)
+        except DatabaseError as error:
+            logs.event(log, logging.DEBUG, "the registration stays until it ends", reason=error)

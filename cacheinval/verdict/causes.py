@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from cacheinval.errors import BlockedError
 from cacheinval.verdict import remedies
 from cacheinval.verdict.member import Member
 from cacheinval.verdict.reports import Relay, Report
@@ -64,6 +65,12 @@ def of_unproven(seen: Seen, late: Sequence[Member]) -> tuple[str, str]:
 
 
 def _of_no_ticks(seen: Seen) -> tuple[str, str]:
+    blocked = next(
+        (one for one in [*seen.reports, seen.here] if one.broker and one.broker.publisher == "blocked"), None
+    )
+    if blocked is not None:
+        reason = str(BlockedError())
+        return f"no relay can publish ticks: {reason}", remedies.broker(reason, blocked.url)
     troubled = next((relay for relay in seen.relays if relay.no_ticks), None)
     if troubled is not None and troubled.no_ticks is not None:
         return f"the relay sends no ticks: {troubled.no_ticks}", _way_of_ticks(seen, troubled.no_ticks)
@@ -75,6 +82,9 @@ def _of_no_ticks(seen: Seen) -> tuple[str, str]:
         return f"no relay sends ticks: {short(problem)}", remedies.database(problem)
     if not seen.led:
         return "no relay leads", remedies.RELAY
+    leader = None if seen.fleet.overview is None else seen.fleet.overview.leader
+    if leader is not None:
+        return "the relay that leads sends no ticks", remedies.silent_leader(leader)
     return "no relay sends ticks", remedies.RELAY
 
 

@@ -11,10 +11,13 @@ from cacheinval.verdict.member import Member
 from cacheinval.verdict.reports import Identity, Report, understand
 from cacheinval.verdict.writes import Line, Writes
 
-__all__ = ["Condition", "Fate", "Fleet"]
+__all__ = ["MISSED_AFTER", "Condition", "Fate", "Fleet"]
 
 SILENT_AFTER = 3.5
 """Seconds without an answer, at about one question a second."""
+
+MISSED_AFTER = 1.5
+"""Seconds without an answer after which the last question was missed; an answer may be a little late."""
 
 ANSWERED_AFTER = 2.0
 
@@ -56,9 +59,12 @@ class Fleet:
     Args:
         own: the id of the instance that looks; None if it is none.
         patience: seconds for which somebody may not answer; 0 for a single look, after which all who were to answer have.
+        missed_after: seconds without an answer after which one is missing.
     """
 
-    def __init__(self, own: str | None, patience: float = SILENT_AFTER) -> None:
+    def __init__(
+        self, own: str | None, patience: float = SILENT_AFTER, missed_after: float = MISSED_AFTER
+    ) -> None:
         self.own = own
         self.overview: Overview | None = None
         """What the database said last; None while it cannot be used, or nobody has looked."""
@@ -66,7 +72,7 @@ class Fleet:
         """What it said before that."""
         self.database_problem: str | None = None
         """Why the database cannot be used."""
-        self._patience = patience
+        self._patience, self._missed_after = patience, missed_after
         self.writes = Writes()
         self.problem: str | None = None
         """Why nobody can be asked."""
@@ -204,8 +210,11 @@ class Fleet:
     def condition(self, member: Member, now: float) -> Condition:
         """How that instance is."""
         report, heard_at = member.report, member.heard_at
+        left = self._left(member)
+        if left and self.missed(member):
+            return Condition.GONE
         if self._unanswered(member) > self._patience:
-            return Condition.GONE if self._left(member) else Condition.SILENT
+            return Condition.GONE if left else Condition.SILENT
         if report is None or heard_at is None or now - heard_at > SILENT_AFTER:
             return (
                 Condition.UNKNOWN
@@ -223,6 +232,11 @@ class Fleet:
         if self.problem is not None or self.asked_at is None or self.asked_since is None:
             return 0.0
         return self.asked_at - max(member.seen_at, self.asked_since, member.heard_at or 0.0)
+
+    def missed(self, member: Member) -> bool:
+        """Whether it has not answered when it was asked last, whoever could not be asked before that."""
+        heard_at = max(member.seen_at, member.heard_at or 0.0)
+        return self.asked_at is not None and self.asked_at - heard_at > self._missed_after
 
     def unheard(self, now: float) -> float:
         """Seconds since the one that was heard least lately has answered; not of those that have left."""

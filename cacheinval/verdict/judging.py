@@ -9,7 +9,7 @@ from cacheinval.verdict import causes, remedies
 from cacheinval.verdict.fleet import MOST_MEMBERS, Condition, Fleet
 from cacheinval.verdict.reports import Report
 from cacheinval.verdict.seen import Seen
-from cacheinval.verdict.words import clock_time, plural, sentence, short
+from cacheinval.verdict.words import clock_time, listed, plural, sentence, short
 
 __all__ = ["Level", "Verdict", "judge"]
 
@@ -18,6 +18,9 @@ OLD_ROW = 5.0
 
 PASSING = 3.0
 """Seconds for which the broker may not answer a page before that means anything."""
+
+LAPSED_FOR = 900.0
+"""Seconds for which it is told that an instance has ended without a word."""
 
 MOST_STEPS = 4
 
@@ -228,6 +231,14 @@ def _unproven(seen: Seen) -> Verdict | None:
     waiting = seen.oldest_row
     if waiting > OLD_ROW:
         detail += f" Committed changes wait to be published, the oldest for {waiting:.0f} s."
+    cannot_write = _cannot_write(seen)
+    if cannot_write is not None:  # the same cause, most often
+        return Verdict(
+            Level.BAD,
+            f"{said} {cannot_write.sentence}",
+            cannot_write.detail,
+            _steps(step, *cannot_write.todo),
+        )
     return Verdict(Level.BAD, said, detail, _steps(step, DOCTOR))
 
 
@@ -315,7 +326,7 @@ def _not_registered(seen: Seen) -> Verdict | None:
     return Verdict(
         Level.WARNING,
         f"{seen.named(missing)} cannot register: {short(reason)}.",
-        "Its cache is fresh, but no writer that waits for the others waits for it.",
+        "No writer that waits for the others waits for it.",
         _steps(remedies.database(reason, report.host or "its host"), causes.DOCTOR_THERE),
     )
 
@@ -329,7 +340,7 @@ def _cannot_answer(seen: Seen) -> Verdict | None:
     return Verdict(
         Level.WARNING,
         f"{report.id} cannot answer who asks how it is: {reason}.",
-        "Its cache is fresh; `cacheinval status` and other pages call it silent.",
+        "`cacheinval status` and other pages call it silent.",
         _steps(remedies.broker(reason, report.url, report.host or "its host")),
     )
 
@@ -359,6 +370,27 @@ def _clock_here(seen: Seen) -> Verdict | None:
     )
 
 
+def _lapsed(seen: Seen) -> Verdict | None:
+    overview = seen.fleet.overview
+    answering = {member.id for member in seen.present if member.report is not None}
+    lapsed = [] if overview is None else [one for one in overview.lapsed if one.seconds < LAPSED_FOR]
+    lapsed = [one for one in lapsed if one.id not in answering]
+    if not lapsed:
+        return None
+    last = clock_time(seen.now - lapsed[0].seconds)
+    fresh = len(seen.those(Condition.FRESH))
+    others = f" The {fresh} that answer{'s is' if fresh == 1 else ' are'} fresh." if fresh else ""
+    return Verdict(
+        Level.WARNING,
+        f"{listed([one.id for one in lapsed])} ended without a word{', the last' if len(lapsed) > 1 else ''} at {last}.",
+        "That is when its lease ran out: it was killed, hangs, or has lost its database. It serves nothing that it cannot "
+        f"prove; of a cache outside the process, what is published waits in its queue, for 24 hours.{others}",
+        _steps(
+            "see whether its process runs, and what its log says last; if it is gone for good, nothing is to be done"
+        ),
+    )
+
+
 def _fresh(seen: Seen) -> Verdict:
     fresh, starting = seen.those(Condition.FRESH), seen.those(Condition.STARTING)
     if not fresh:
@@ -367,26 +399,40 @@ def _fresh(seen: Seen) -> Verdict:
         doing = "starting" if starting else "being asked"
         reads = "Until it has subscribed, each reads the database." if starting else ""
         return Verdict(Level.WARNING, f"{plural(len(some), 'instance')} {verb} {doing}.", reads)
-    ages = [age for member in fresh if (age := member.proven_age(seen.now)) is not None]
+    missed = [member for member in fresh if seen.fleet.missed(member) and not seen.fleet.asking_once]
+    unproven = [
+        member
+        for member in fresh
+        if member not in missed and member.awaits_ticks and member.proven_age(seen.now) is None
+    ]
+    proven = [member for member in fresh if member not in (*missed, *unproven)]
     others = len(seen.present) - len(fresh)
-    who, more = _who(seen), ""
+    level = Level.WARNING if others or missed or unproven else Level.GOOD
+    more = ""
+    if missed:
+        more += f" {seen.named(missed)} did not answer when asked last."
+    if unproven:
+        more += f" The first tick since {seen.named(unproven)} subscribed, which proves it, is yet to come."
     if others:
-        more = f" {plural(others, 'more')} {'is' if others == 1 else 'are'} {'starting' if starting else 'being asked'}."
-    if not any(member.report and (member.report.relay or member.report.registration) for member in fresh):
+        more += f" {plural(others, 'more')} {'is' if others == 1 else 'are'} {'starting' if starting else 'being asked'}."
+    who, ages = _who(seen, len(proven)), [member.proven_age(seen.now) for member in proven]
+    told = [age for age in ages if age is not None]
+    if not proven:
+        return Verdict(level, "No instance is proven to be fresh just now.", more.strip())
+    if not any(member.awaits_ticks for member in proven):
         return Verdict(
-            Level.GOOD,
+            level,
             f"{who} subscribed, and missed nothing that would be noticed.",
-            "Without a database nothing proves more.",
+            f"Without a database nothing proves more.{more}",
         )
-    if not ages:
-        return Verdict(
-            Level.GOOD, f"{who} subscribed.", "The first tick of the relay, which proves it, is yet to come."
-        )
-    return Verdict(Level.GOOD, f"{who} fresh", f"proven up to {max(ages):.1f} s ago.{more}")
+    proven_ago = f"proven up to {max(told):.1f} s ago.{more}"
+    if level is Level.GOOD:
+        return Verdict(level, f"{who} fresh", proven_ago)
+    return Verdict(level, f"{who} fresh.", sentence(proven_ago))
 
 
-def _who(seen: Seen) -> str:
-    fresh, of = len(seen.those(Condition.FRESH)), len(seen.present)
+def _who(seen: Seen, fresh: int) -> str:
+    of = len(seen.present)
     if fresh < of:
         return f"{fresh} of {of} instances {'is' if fresh == 1 else 'are'}"
     return "The one instance is" if of == 1 else f"All {fresh} instances are"
@@ -413,6 +459,7 @@ _WORST_FIRST: Sequence[Callable[[Seen], Verdict | None]] = (
     _cannot_answer,
     _clock_here,
     _database_away,
+    _lapsed,
     _fresh,
 )
 

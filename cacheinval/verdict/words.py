@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-__all__ = ["clock_time", "cut", "named", "plural", "sentence", "short"]
+__all__ = ["clock_time", "cut", "listed", "named", "plural", "sentence", "short"]
 
 MOST_NAMED = 3
 """Instances that a sentence names."""
@@ -20,9 +20,13 @@ def plural(number: int, noun: str) -> str:
 
 def named(names: Sequence[str], of: int) -> str:
     """The first of `names`, how many more there are, and of how many."""
+    return f"{listed(names)} ({len(names)} of {of} instances)" if len(names) > 1 else listed(names)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of `names`, and how many more there are."""
     rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    told = ", ".join(names[:MOST_NAMED]) + rest
-    return f"{told} ({len(names)} of {of} instances)" if len(names) > 1 else told
+    return ", ".join(names[:MOST_NAMED]) + rest
 
 
 def short(reason: str) -> str:

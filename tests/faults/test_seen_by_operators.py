@@ -284,6 +284,9 @@ def instance_gone(stop: signal.Signals) -> Cause:
             other.signal(signal.SIGCONT)
         else:  # its lease ends, which would take up to ten seconds
             await scene.db.execute("UPDATE cacheinval.instances SET expires_at = now() WHERE id = 'shop-2'")
+            for place in ("status", "page"):
+                await scene._tells(place, re.compile("shop-2 ended without a word at"), re.compile("shop-1"))
+            await scene.db.execute("DELETE FROM cacheinval.instances WHERE id = 'shop-2'")  # as after an hour
 
     return cause
 
@@ -635,6 +638,21 @@ async def test_what_the_operator_may_not_do_hides_nothing_of_the_fleet(scene: Sc
     told = await scene.doctor()
     assert re.search("^permissions failed: write on ", told, re.MULTILINE), told
     assert re.search("^leader failed: no relay leads.* → see that a relay runs", told, re.MULTILINE), told
+
+
+async def test_a_worker_that_stops_is_not_missed(scene: Scene, redis: Redis) -> None:
+    """Its cache outlives it, so its row stays; and nobody takes it for one that does not answer."""
+    await scene.begin()
+    other = scene.program("worker", instance_id="shop-2", relay="off", cache_url=redis.url)
+    await scene.eventually(other.ready, EVENTUAL)
+    await scene.has_been_there("shop-2")
+    other.signal(signal.SIGTERM)
+    assert await other.ended() == 0
+    assert await scene.db.fetchval("SELECT expires_at > now() FROM cacheinval.instances WHERE session = ''")
+    told = await scene.status()
+    assert re.match(WELL, told), told
+    assert "shop-2" not in told
+    assert "shop-2" not in await scene.doctor()
 
 
 # What makes itself good

@@ -19,6 +19,7 @@ from cacheinval.coherence.registration import Registered, Registration
 from cacheinval.outbox import apply_schema
 from cacheinval.outbox import instances as registering
 from cacheinval.outbox.instances import Instances, Registrar
+from cacheinval.outbox.looking import look
 from cacheinval.outbox.pool import OwnConnection, connect
 from cacheinval.sandbox import Postgres
 
@@ -149,6 +150,38 @@ class TestCounting:
         await is_left(db, -0.001)
         assert await instances.registered() == []
 
+    async def test_whoever_ends_without_a_word_is_told_of(
+        self, instances: Instances, db: asyncpg.Connection
+    ) -> None:
+        await since(instances)
+        await since(instances, OTHER)
+        assert (await look(lambda: db, NAMESPACE)).lapsed == []
+        await is_left(db, -20)
+        told = (await look(lambda: db, NAMESPACE)).lapsed
+        assert {one.id for one in told} == {ONE.id, OTHER.id}
+        assert all(20 <= one.seconds < 80 for one in told)
+        await since(instances, Registered(OTHER.id, "the next one of this name", None))
+        assert [one.id for one in (await look(lambda: db, NAMESPACE)).lapsed] == [ONE.id]
+        assert (await look(lambda: db, "another")).lapsed == []
+
+    async def test_whoever_stops_is_neither_waited_for_nor_missed(
+        self, instances: Instances, db: asyncpg.Connection
+    ) -> None:
+        """Its cache outlives it, so that its row stands until its lease ends; and then it has not ended without a word."""
+        for _ in range(2):
+            await since(instances)
+        await db.execute("UPDATE cacheinval.instances SET since = since - interval '1 minute'")
+        assert (await look(lambda: db, NAMESPACE)).settled == [ONE]
+        await instances.leave(ONE)
+        assert await instances.count() == [ONE]
+        assert await instances.registered() == []
+        seen = await look(lambda: db, NAMESPACE)
+        assert (seen.registered, seen.settled, seen.lapsed) == ([], [], [])
+        await is_left(db, -20)
+        assert (await look(lambda: db, NAMESPACE)).lapsed == []
+        await instances.goes_on(ONE)
+        assert [one.id for one in (await look(lambda: db, NAMESPACE)).lapsed] == [ONE.id]
+
     async def test_rows_that_ended_long_ago_are_taken_away(
         self, instances: Instances, db: asyncpg.Connection
     ) -> None:
@@ -270,6 +303,36 @@ async def test_it_is_told_once_that_it_lapses_and_once_that_it_stands_again(
     await registrar.leave()
     assert await db.fetchval("SELECT count(*) FROM cacheinval.instances") == 0
     assert registrar.state["reason"] == "not registered any more"
+
+
+async def test_a_stand_by_says_nothing_when_it_stops_and_who_goes_on_takes_back_what_another_said(
+    db: asyncpg.Connection, database_url: str, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = await asyncpg.create_pool(database_url, min_size=1, max_size=2)
+    instances = Instances(lambda: pool, NAMESPACE, 0.5)
+
+    def registrar(*, may_begin: bool) -> Registrar:
+        return Registrar(
+            instances, ONE, Registration(None, 0.1), Clock().now, lambda: may_begin, lambda why: None
+        )
+
+    monkeypatch.setattr(registration, "SHORTEST_LEASE", 1.2)
+    stopped = "SELECT count(*) = 1 FROM cacheinval.instances WHERE session = 'stopped'"
+    running, standing_by = registrar(may_begin=True), registrar(may_begin=False)
+    tasks = [asyncio.create_task(one.run()) for one in (running, standing_by)]
+    await eventually(lambda: running.state["state"] == "registered")
+    tasks[1].cancel()
+    await standing_by.leave()
+    assert not await db.fetchval(stopped)
+
+    await instances.leave(ONE)  # by one that had been frozen, and whose place was taken
+    assert await db.fetchval(stopped)
+    await eventually(lambda: db.fetchval(stopped.replace("= 1", "= 0")))
+    tasks[0].cancel()
+    await asyncio.wait(tasks)
+    await running.leave()
+    assert await db.fetchval(stopped)
+    await pool.close()
 
 
 @pytest.fixture

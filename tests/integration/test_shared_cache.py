@@ -645,17 +645,18 @@ async def test_much_that_could_not_be_evicted_is_as_good_as_everything(
     """While the cache is away every write adds to it, and every read looks at it."""
     monkeypatch.setattr("cacheinval.cache.shared.MOST_OWED", 10)
     await one.cache.get_or_set("k", value_of("old"))
-    evict = one.entries.evict
 
     async def fail(*args: Any) -> None:
         raise CacheError("away")
 
-    monkeypatch.setattr(one.entries, "evict", fail)
+    away = pytest.MonkeyPatch()
+    for evict in ("evict", "evict_ahead"):
+        away.setattr(one.entries, evict, fail)
     with pytest.raises(CacheError):
         await one.cache.evict(Eviction([f"another{n}" for n in range(11)]))
     assert len(one.cache._owed.keys) == 0
     assert await one.cache.read("k", value_of("bypass")) == Read("bypass", "miss", False)
-    monkeypatch.setattr(one.entries, "evict", evict)
+    away.undo()
     assert await one.cache.get_or_set("k", value_of("new")) == "new"
     assert not one.cache._owed
 
@@ -744,11 +745,12 @@ async def test_whoever_looks_while_others_evict_finds_what_is_there(
     entries, marks = marked
     await entries.store("k", b"1", 60, 0.0, 2e9, await entries.find("k", frozenset(), None))
 
-    async def evict(number: int) -> None:
-        for _ in range(10):
-            await entries.evict([f"another {number}"], ["t"], everything=False)
+    async def evict(evict: Callable[..., Any], number: int) -> None:
+        for _ in range(20):
+            await evict([f"another {number}"], ["t"], everything=False)
 
-    evicting = asyncio.gather(*map(evict, range(20)))
+    ahead = [evict(entries.evict_ahead, number) for number in range(5)]
+    evicting = asyncio.gather(evict(entries.evict, 5), *ahead)
     looks = 0
     while not evicting.done():
         since = marks.at
@@ -758,6 +760,37 @@ async def test_whoever_looks_while_others_evict_finds_what_is_there(
     await evicting
     assert looks > 10
     assert not marks.lost
+
+
+async def test_the_mark_is_replaced_in_one_step_with_the_eviction(
+    marked: tuple[SharedEntries, Marks], own_redis: Redis
+) -> None:
+    """Where no message follows it is not: whoever evicts ahead may be another process of this name."""
+    entries, marks = marked
+    admin = connect(own_redis.url)
+
+    async def transactions() -> int:
+        stats = await admin.client.info("commandstats")
+        return int(stats["cmdstat_multi"]["calls"])
+
+    before, last = await transactions(), marks.last
+    await entries.evict_ahead(["k"], ["t"], everything=False)
+    assert (await transactions(), marks.last) == (before, last)
+    await entries.evict(["k"], ["t"], everything=False)
+    await entries.keep_proof(lambda after: after)
+    assert await transactions() == before + 2
+    assert marks.last != last
+    await admin.close()
+
+
+async def test_a_look_that_takes_two_steps_sees_the_mark_in_both(
+    marked: tuple[SharedEntries, Marks],
+) -> None:
+    entries, marks = marked
+    found = await entries.find("k", frozenset(["t"]), None)
+    await entries.store("k", b"1", 60, 0.0, 2e9, found)
+    assert (await entries.find("k", frozenset(["t"]), None)).marks == (marks.last,)
+    assert (await entries.find("k", frozenset(), None)).marks == (marks.last, marks.last)
 
 
 async def test_what_is_kept_for_an_instance_is_bounded_and_expires(
@@ -772,6 +805,10 @@ async def test_what_is_kept_for_an_instance_is_bounded_and_expires(
     assert await admin.raw("llen", names[1]) <= 50 + 100
     for name in names:
         assert await admin.raw("ttl", name) > 24 * 3600
+    for _ in range(2):  # and also when all begins anew
+        await entries.forget_proof()
+        await entries.evict(["k"], [], everything=False)
+        assert await admin.raw("ttl", names[1]) > 24 * 3600
     await admin.close()
 
 

@@ -65,6 +65,8 @@ class Outside:
         await self._ask("evict")
         self.entry = None
 
+    evict_ahead = evict
+
     async def close(self) -> None:
         self.asked.append("close")
 

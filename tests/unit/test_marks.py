@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cacheinval.coherence.marks import MOST_MARKS, Marks
+from cacheinval.coherence.marks import MOST_MARKS, SPARE, Marks
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Cache:
     borne: list[str] = field(default_factory=list)  # the newest first
     copy: list[str] = field(default_factory=list)
     made: int = 0
-    begun: list[str] = field(default_factory=list)
+    begun: list[tuple[str, int]] = field(default_factory=list)  # and how many marks before it are asked for
     carried_out: list[tuple[str, list[str]]] = field(default_factory=list)
     answered: set[str] = field(default_factory=set)
 
@@ -25,12 +25,12 @@ class Cache:
         self.made += 1
         mark = f"m{self.made}"
         self.marks.replacing(mark)
-        self.begun.append(mark)
+        self.begun.append((mark, self.marks.history))
         return mark
 
     def carry_out(self, at: int = 0) -> str:
-        mark = self.begun.pop(at)
-        self.carried_out.append((mark, self.borne[: self.marks.history]))
+        mark, asked = self.begun.pop(at)
+        self.carried_out.append((mark, self.borne[:asked]))
         self.borne.insert(0, mark)
         return mark
 
@@ -163,8 +163,14 @@ def test_a_process_resumes_only_what_it_knows() -> None:
     assert not marks.resumes("a", ["b", "a"]), "it went back while nobody looked"
 
 
-def test_no_more_is_remembered_than_the_cache_can_tell() -> None:
-    marks = Marks()
-    for number in range(2 * MOST_MARKS):
-        marks.replacing(str(number))
-    assert marks.history == MOST_MARKS + 1
+def test_what_was_not_answered_is_forgotten_after_many_that_were() -> None:
+    cache = Cache()
+    for _ in range(2 * MOST_MARKS):
+        cache.begin()
+    assert cache.marks.history == MOST_MARKS + SPARE
+    cache.begun.clear()
+    for _ in range(2 * MOST_MARKS + 1):
+        cache.evict()
+    assert cache.marks.history == SPARE
+    assert len(cache.marks._known) == MOST_MARKS
+    assert cache.stands()
