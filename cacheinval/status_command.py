@@ -105,24 +105,22 @@ async def _look(client: Client, fleet: Fleet, wait: float) -> _Look:
     try:
         answered = await client.ask_instances(wait)
     except PublishError as error:
-        answered = []
-        if "no exchange" not in str(error):  # else nobody has ever subscribed
-            problem = str(error)
+        answered, problem = [], str(error)
     answered_at = time.time()
     overview = await _overview(client)
     now = time.time()
     here = understand(client.status())
     assert here is not None, "a process understands itself"
-    fleet.asked(problem, began)
     if overview is not None:
         fleet.looked(overview, began)
+    fleet.asked(problem, began)
     for one in answered:
         fleet.heard(one, answered_at)
     fleet.asked(fleet.problem, answered_at)
     if isinstance(overview, Overview):
         answered += _unheard(overview, answered, fleet, now)
     instances = sorted(answered, key=lambda instance: str(instance["id"]))
-    return _Look(instances, judge(fleet, here, now), problem)
+    return _Look(instances, judge(fleet, here, now), fleet.problem)
 
 
 def _unheard(overview: Overview, answered: Instances, fleet: Fleet, now: float) -> list[dict[str, Any]]:

@@ -172,8 +172,7 @@ class _Round:
                 str(BlockedError()) if blocked else f"the broker does not answer within {ASK_WITHIN:g} s"
             )
         except PublishError as error:
-            # No exchange: nobody has ever subscribed, so nobody is there to be asked.
-            problem = None if "no exchange" in str(error) else str(error)
+            problem = str(error)
         except Exception as error:
             log.exception("the fleet cannot be asked")
             problem = repr(error)

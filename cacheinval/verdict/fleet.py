@@ -111,7 +111,9 @@ class Fleet:
             self.writes.told(member.identity, evicted)
 
     def asked(self, problem: str | None, now: float) -> None:
-        """Everybody was asked; or could not be, and why."""
+        """Everybody was asked; or could not be, and why. Where nobody is known, nobody need ever have made the exchange."""
+        if problem is not None and "no exchange" in problem and not self._anybody_is_known:
+            problem = None
         if (problem is None) != (self.problem is None) or self.asked_since is None:
             self.asked_since = now
             self.problem_since = None if problem is None else now
@@ -119,6 +121,10 @@ class Fleet:
         self._newest_told = self._newest_tick()  # nobody's word stands for longer than he
         if problem is None:
             self.asked_at = now
+
+    @property
+    def _anybody_is_known(self) -> bool:
+        return any(member.registered or member.heard_at is not None for member in self)
 
     def _newest_tick(self) -> float:
         return max((tick for member in self if (tick := member.tick) is not None), default=-inf)

@@ -450,6 +450,18 @@ class TestVerdict:
         said = verdict(fleet(anew))
         assert (said.level, said.sentence) == (Level.WARNING, "No instance is proven to be fresh just now.")
 
+    def test_a_missing_exchange_is_no_trouble_where_nobody_is_known(self) -> None:
+        missing = "the exchange cacheinval.shop is missing (NOT_FOUND - no exchange 'cacheinval.shop' in vhost 'prod')"
+        seen = Fleet(None, patience=0.0)
+        seen.asked(missing, NOW)
+        assert seen.problem is None
+        assert verdict(seen).sentence == "No instance of namespace shop answers."
+        seen.looked(Overview([one := Registered("one", "", None)], [one]), NOW)
+        seen.asked(missing, NOW)
+        said = verdict(seen)
+        assert (said.level, said.sentence) == (Level.BAD, f"Nobody can be asked from here: {missing}.")
+        assert any("whoever subscribes next" in step for step in said.todo)
+
     def test_one_whose_lease_ran_out_has_ended_without_a_word(self) -> None:
         seen = fleet(status("one"))
         seen.looked(Overview(lapsed=[Lapsed("two", 60.0), Lapsed("three", 120.0)]), NOW)
