@@ -17,6 +17,7 @@ WITHOUT_EXAMPLE = {
     # Of the package's own parts: users have other names for it.
     "CoherentCache.close",
     "CoherentCache.evict",
+    "CoherentCache.evict_ahead",
     "CoherentCache.evict_now",
     "CoherentCache.hit",
     "Transaction.leaves_session",

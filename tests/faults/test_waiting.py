@@ -432,10 +432,11 @@ async def test_a_cache_that_outlives_its_process_is_taken_over_with_its_registra
         await eventually(lambda: second.status()["broker"]["consumer"] == "standby", EVENTUAL)
         assert second.status()["registration"]["reason"] == "not registered yet"
         assert (await writer.invalidate("b", wait=LONG)).answered == ("shared",)
-    rows = await db.fetch("SELECT id, session FROM cacheinval.instances")
-    assert [tuple(row) for row in rows] == [("shared", "")]
+    sessions = "SELECT array_agg(session ORDER BY session) FROM cacheinval.instances WHERE id = 'shared'"
+    assert await db.fetchval(sessions) == ["", "stopped"]
 
     await second.wait_ready(EVENTUAL)
+    await eventually(lambda: db.fetchval(f"SELECT ({sessions}) = ARRAY['']"))  # it has not stopped
     loads = second.cache.counters.loads
     assert await is_hit(second, "a")
     assert second.cache.counters.loads == loads
