@@ -30,6 +30,9 @@ WRITES = {1: 200, 4: 200, 16: 200, 64: 100}
 """By the number of instances."""
 APART = (16,)
 
+FORGOTTEN_AFTER = 0.2
+"""Seconds after which those that warmed it up are no crowd any more, for which whoever comes next would wait (`pace.py`)."""
+
 OURS = "cacheinval"
 RIVAL = "aio-pika"
 RIVALS = (FLOOR, RIVAL, "Redis pub/sub", "LISTEN/NOTIFY")
@@ -110,6 +113,7 @@ async def _ours(servers: Sandbox, urls: Urls, size: int, raw: Samples) -> dict[s
         _note_commits(fleet.writer, watch.begin)
         for client in fleet.instances:
             note_evictions(client, watch.evicted)
+        await asyncio.sleep(FORGOTTEN_AFTER)
         processor = Processor(servers, "rabbitmq", "postgres")
         await _at_their_time(fleet.change, keys)
         await fleet.gone()
@@ -195,6 +199,7 @@ async def _apart(report: Report, servers: Sandbox, urls: Urls, size: int, rounds
 
         async def ours() -> dict[str, float]:
             async with crowd.subscribed(OURS, namespace):
+                await asyncio.sleep(FORGOTTEN_AFTER)
                 return await watched(fleet.change, "rabbitmq", "postgres")
 
         async def theirs(name: str) -> dict[str, float]:
