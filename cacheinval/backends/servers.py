@@ -34,7 +34,6 @@ OPERATION_TIMEOUT = 1.0
 KEPT_FOR = 25 * 3600
 """Seconds for proof states and marks; an hour longer than the queue that they belong to outlives its consumer."""
 
-
 MOST_AT_ONCE = 1000
 """Names that are evicted in one step: nobody else is served meanwhile."""
 

@@ -399,7 +399,7 @@ def _fresh(seen: Seen) -> Verdict:
         doing = "starting" if starting else "being asked"
         reads = "Until it has subscribed, each reads the database." if starting else ""
         return Verdict(Level.WARNING, f"{plural(len(some), 'instance')} {verb} {doing}.", reads)
-    missed = [member for member in fresh if seen.fleet.missed(member) and not seen.fleet.asking_once]
+    missed = [member for member in fresh if seen.fleet.missed(member)]
     unproven = [
         member
         for member in fresh

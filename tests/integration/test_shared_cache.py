@@ -17,10 +17,11 @@ from proxy import Proxy
 from waiting import Eventually
 
 from cacheinval.backends import servers
+from cacheinval.backends.memory import BoundedMemoryCache
 from cacheinval.backends.serializing import serializer
 from cacheinval.backends.servers import connect
 from cacheinval.backends.shared import SharedEntries
-from cacheinval.cache import PastCache, Read, SharedCache
+from cacheinval.cache import PastCache, Read, SharedCache, TwoLevels
 from cacheinval.coherence import Coherence, Eviction
 from cacheinval.coherence.marks import Marks
 from cacheinval.errors import CacheError, ConfigurationError
@@ -781,6 +782,24 @@ async def test_the_mark_is_replaced_in_one_step_with_the_eviction(
     assert await transactions() == before + 2
     assert marks.last != last
     await admin.close()
+
+
+async def test_a_read_that_evicts_what_is_owed_leaves_the_mark_alone(
+    marked: tuple[SharedEntries, Marks],
+) -> None:
+    """As does what a process drops of its own accord, in front of the cache outside or without anything there."""
+    entries, marks = marked
+    coherence, clock = Coherence(), SetClock()
+    cache = SharedCache(entries, coherence, clock, ttl=300)
+    both = TwoLevels(BoundedMemoryCache(10), cache, coherence, clock, ttl=300)
+    last = marks.last
+    cache.evict_now(Eviction(["k"]))
+    assert await cache.get_or_set("k", value_of("new")) == "new"
+    assert not cache._owed
+    await both.evict_ahead(Eviction(["k"]))
+    assert marks.last == last
+    await both.evict(Eviction(["k"]))
+    assert marks.last != last
 
 
 async def test_a_look_that_takes_two_steps_sees_the_mark_in_both(
